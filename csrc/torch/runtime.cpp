@@ -1,0 +1,118 @@
+// Facts and switches of libtorch that tch does not expose: versions, allocator statistics, generator
+// state, TF32, attention backends.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/api/include/torch/version.h>
+#ifdef TL_WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+#endif
+#include <cstring>
+
+#include "api.h"
+#include "guard.h"
+
+std::string& tl_error_text() {
+  static thread_local std::string text;
+  return text;
+}
+
+extern "C" const char* tl_last_error() { return tl_error_text().c_str(); }
+
+static void copy_text(const std::string& text, char* buffer, size_t capacity) {
+  TORCH_CHECK(text.size() < capacity, "text of ", text.size(), " bytes, room for ", capacity);
+  std::memcpy(buffer, text.c_str(), text.size() + 1);
+}
+
+extern "C" int tl_versions(char* buffer, size_t capacity) {
+  TL_GUARD({
+    std::string text = TORCH_VERSION;
+#ifdef TL_WITH_CUDA
+    int cuda = 0, nccl = 0;
+    cudaRuntimeGetVersion(&cuda);
+    ncclGetVersion(&nccl);
+    text += "\n" + std::to_string(cuda / 1000) + "." + std::to_string(cuda % 1000 / 10);
+    long cudnn = at::detail::getCUDAHooks().compiledWithCuDNN() ? at::detail::getCUDAHooks().versionCuDNN() : 0;
+    text += "\n" + std::to_string(cudnn / 10000) + "." + std::to_string(cudnn % 10000 / 100) + "." +
+            std::to_string(cudnn % 100);
+    text += "\n" + std::to_string(nccl / 10000) + "." + std::to_string(nccl % 10000 / 100) + "." +
+            std::to_string(nccl % 100);
+#else
+    text += "\n-\n-\n-";
+#endif
+    copy_text(text, buffer, capacity);
+  });
+}
+
+#ifdef TL_WITH_CUDA
+extern "C" int tl_cuda_memory(int device, int64_t out[4]) {
+  TL_GUARD({
+    auto s = c10::cuda::CUDACachingAllocator::getDeviceStats(device);
+    out[0] = s.allocated_bytes[0].current;
+    out[1] = s.allocated_bytes[0].peak;
+    out[2] = s.reserved_bytes[0].current;
+    out[3] = s.reserved_bytes[0].peak;
+  });
+}
+
+extern "C" int tl_cuda_reset_peak_memory(int device) {
+  TL_GUARD(c10::cuda::CUDACachingAllocator::resetPeakStats(device));
+}
+
+extern "C" int tl_cuda_device(int device, char* name, size_t capacity, int* major, int* minor, int64_t* total) {
+  TL_GUARD({
+    auto* p = at::cuda::getDeviceProperties(device);
+    copy_text(p->name, name, capacity);
+    *major = p->major;
+    *minor = p->minor;
+    *total = static_cast<int64_t>(p->totalGlobalMem);
+  });
+}
+#else
+static const char* kNoCuda = "this binary was built without CUDA; run ./scripts/setup.sh and build again";
+extern "C" int tl_cuda_memory(int, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
+extern "C" int tl_cuda_reset_peak_memory(int) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
+extern "C" int tl_cuda_device(int, char*, size_t, int*, int*, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
+#endif
+
+static at::Generator generator(int device) {
+  return device < 0 ? at::detail::getDefaultCPUGenerator()
+                    : at::globalContext().defaultGenerator(at::Device(at::kCUDA, device));
+}
+
+extern "C" int tl_rng_state(int device, TlTensor* out) {
+  TL_GUARD({
+    auto gen = generator(device);
+    std::lock_guard<std::mutex> lock(gen.mutex());
+    *out = new at::Tensor(gen.get_state());
+  });
+}
+
+extern "C" int tl_set_rng_state(int device, TlTensor state) {
+  TL_GUARD({
+    auto gen = generator(device);
+    std::lock_guard<std::mutex> lock(gen.mutex());
+    gen.set_state(*static_cast<at::Tensor*>(state));
+  });
+}
+
+extern "C" int tl_set_math_mode(int allow_tf32, int deterministic) {
+  TL_GUARD({
+    at::globalContext().setFloat32MatmulPrecision(allow_tf32 ? "high" : "highest");
+    at::globalContext().setDeterministicAlgorithms(deterministic != 0, /*warn_only=*/true);
+  });
+}
+
+extern "C" int tl_set_sdp_backends(int mask) {
+  TL_GUARD({
+    auto& c = at::globalContext();
+    c.setSDPUseMath(mask & 1);
+    c.setSDPUseFlash(mask & 2);
+    c.setSDPUseMemEfficient(mask & 4);
+    c.setSDPUseCuDNN(mask & 8);
+  });
+}

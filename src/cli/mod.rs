@@ -1,0 +1,53 @@
+//! One file a verb: arguments in, one library call, an exit code out.
+
+mod config;
+mod doctor;
+mod generate;
+mod prepare;
+mod pretrain;
+mod score;
+mod tokenizer;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Pretrain, finetune, evaluate and run Llama-family models.
+#[derive(Parser)]
+#[command(name = "tinyllama", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The verbs. Each has its own `--help`.
+#[derive(Subcommand)]
+pub enum Verb {
+    /// Train a model from scratch, from a checkpoint's weights, or resume a run
+    Pretrain(pretrain::Args),
+    /// Tokenize a corpus into packed files that training reads
+    Prepare(prepare::Args),
+    /// Train a tokenizer, encode, decode, show what a tokenizer is
+    Tokenizer(tokenizer::Args),
+    /// Continue a prompt with a trained model
+    Generate(generate::Args),
+    /// Log-probability of each token of a text under a model
+    Score(score::Args),
+    /// Explain configuration keys, or check and print a resolved configuration
+    Config(config::Args),
+    /// Print versions and cards, and say what is wrong with this installation
+    Doctor(doctor::Args),
+}
+
+/// Runs one command line; the returned code is the process's exit code (see [`crate::error::exit`]).
+pub fn run(cli: Cli) -> Result<u8> {
+    match cli.verb {
+        Verb::Pretrain(args) => pretrain::run(args),
+        Verb::Prepare(args) => prepare::run(args),
+        Verb::Tokenizer(args) => tokenizer::run(args),
+        Verb::Generate(args) => generate::run(args),
+        Verb::Score(args) => score::run(args),
+        Verb::Config(args) => config::run(args),
+        Verb::Doctor(args) => doctor::run(args),
+    }
+}

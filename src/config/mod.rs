@@ -1,0 +1,15 @@
+//! The YAML of a run: structs with a doc line on every key, loading, overrides, validation.
+//!
+//! The doc comments of the fields are what `tinyllama config explain KEY` prints.
+
+mod run;
+
+pub use run::*;
+
+/// Everything that is wrong with a configuration, found before anything is allocated.
+#[derive(Debug, thiserror::Error)]
+#[error("{} problem(s) in the configuration:\n{}", problems.len(), problems.iter().map(|p| format!("  - {p}")).collect::<Vec<_>>().join("\n"))]
+pub struct ConfigError {
+    /// One line a problem: key path, what was expected, what was found, the nearest valid key.
+    pub problems: Vec<String>,
+}

@@ -1,0 +1,310 @@
+//! The structs of a run's YAML. Keys are litgpt's where litgpt has them.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A pretraining run: one YAML file.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// Preset of the architecture, e.g. `tiny-llama-1.1b` (`tinyllama config models` lists them).
+    pub model_name: String,
+    /// Fields of the model configuration that replace the preset's, e.g. `{n_layer: 12, n_embd: 768}`.
+    pub model_config: serde_json::Map<String, serde_json::Value>,
+    /// Folder of the run: `config.yaml`, `metrics.jsonl`, TensorBoard events, checkpoints.
+    pub out_dir: PathBuf,
+    /// Number formats of weights, state and activations.
+    pub precision: Precision,
+    /// Start from the weights of this checkpoint folder (the optimizer starts fresh).
+    pub initial_checkpoint_dir: Option<PathBuf>,
+    /// `false`: start anew (refused where `out_dir` holds checkpoints); `auto`: newest checkpoint in
+    /// `out_dir`, or start; a path: that checkpoint.
+    pub resume: Resume,
+    /// Folder with `tokenizer.json` or `tokenizer.model`; copied into each checkpoint.
+    pub tokenizer_dir: Option<PathBuf>,
+    /// Where to run: `auto` (a GPU if there is one), `cpu`, `cuda`, or `cuda:1`.
+    pub device: DeviceChoice,
+    /// Seed of the initial weights and of the data order.
+    pub seed: u64,
+    /// `auto` and `flash`, `cudnn`, `math` pick the kernels of attention.
+    pub attention: AttentionBackend,
+    /// Fused kernels of `csrc/` (`true`) or their plain references (`false`).
+    pub fused: bool,
+    /// What to train and validate on.
+    pub data: DataConfig,
+    /// Batch sizes, schedule, stopping, saving.
+    pub train: TrainConfig,
+    /// Validation.
+    pub eval: EvalConfig,
+    /// The optimizer.
+    pub optimizer: OptimizerConfig,
+}
+
+/// `bf16-mixed` (fp32 master weights and state, bf16 compute), `bf16-true` (everything bf16), `32-true`.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+pub enum Precision {
+    /// fp32 master weights and AdamW state, bf16 working copy and activations, fp32 accumulation.
+    #[serde(rename = "bf16-mixed")]
+    Bf16Mixed,
+    /// bf16 weights, gradients and AdamW state.
+    #[serde(rename = "bf16-true")]
+    Bf16True,
+    /// fp32 throughout (TF32 matrix products on GPUs that have them).
+    #[serde(rename = "32-true")]
+    Fp32True,
+}
+
+/// `resume:` - `false`, `true` (= `auto`), `auto`, or a checkpoint folder.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(untagged)]
+pub enum Resume {
+    /// `false` starts anew, `true` is `auto`.
+    Switch(bool),
+    /// `auto` or a path.
+    Text(String),
+}
+
+/// `device:` - `auto`, `cpu`, `cuda` or `cuda:N`.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(transparent)]
+pub struct DeviceChoice(pub String);
+
+/// Kernels of attention.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionBackend {
+    /// libtorch's own choice.
+    Auto,
+    /// FlashAttention-2.
+    Flash,
+    /// cuDNN.
+    Cudnn,
+    /// The plain formula: a T x S matrix in memory. The reference of the others.
+    Math,
+}
+
+/// Training and validation sets: folders of packed files.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// Weighted sources, e.g. `[{path: data/packed/slim, weight: 0.69}]`. Each sample is drawn from one.
+    pub train: Vec<DataSource>,
+    /// Packed files for validation; read in order, the same every time.
+    pub val: Option<PathBuf>,
+    /// Micro-batches read ahead by the background thread.
+    pub prefetch: usize,
+    /// Run these preparations first where their output is missing (what `tinyllama prepare` does).
+    pub prepare: Vec<PrepareConfig>,
+}
+
+/// One weighted source of a mixture.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct DataSource {
+    /// Folder of packed `.bin` files (or a file prefix: `data/packed/train_slim`).
+    pub path: PathBuf,
+    /// Share of samples drawn from it; weights are normalised to sum 1.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// One preparation of a corpus, the options of `tinyllama prepare` as keys.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareConfig {
+    /// Schema of the source: `text`, `jsonl`, `parquet`, `slimpajama`, `starcoder`.
+    pub kind: String,
+    /// File, folder or glob.
+    pub source: String,
+    /// Folder of the packed files.
+    pub out: PathBuf,
+    /// Name of the split, the prefix of the files: `train` or `validation`.
+    #[serde(default = "train_split")]
+    pub split: String,
+    /// Share of documents that goes to `validation_out`, e.g. 0.01; chosen by a hash of the document.
+    #[serde(default)]
+    pub validation_fraction: f64,
+    /// Folder of the validation files.
+    #[serde(default)]
+    pub validation_out: Option<PathBuf>,
+    /// Tokens in one packed file.
+    #[serde(default = "chunk_tokens")]
+    pub chunk_tokens: u64,
+}
+
+fn train_split() -> String {
+    "train".into()
+}
+
+/// The published chunk: 2049 * 1024 tokens.
+pub fn chunk_tokens() -> u64 {
+    2049 * 1024
+}
+
+/// Batch sizes, schedule, stopping, saving. A *step* is one optimizer step, an *iter* one micro-batch.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Sequences in one optimizer step, over all ranks.
+    pub global_batch_size: u64,
+    /// Sequences in one forward/backward on one rank.
+    pub micro_batch_size: u64,
+    /// Tokens of a training sequence; default: the model's `block_size`.
+    pub max_seq_length: Option<u64>,
+    /// Stop after this many tokens (over all ranks), e.g. `3e12`.
+    pub max_tokens: Option<u64>,
+    /// Stop after this many optimizer steps.
+    pub max_steps: Option<u64>,
+    /// Stop after this many seconds of training.
+    pub max_time: Option<f64>,
+    /// Learning-rate schedule after the warmup.
+    pub lr_schedule: LrSchedule,
+    /// Steps of linear warmup.
+    pub lr_warmup_steps: u64,
+    /// Learning rate at the end of `cosine` and `wsd`.
+    pub min_lr: f64,
+    /// Share of all steps that `wsd` decays over, at the end.
+    pub decay_fraction: f64,
+    /// Clip the global L2 norm of the gradients to this; `null`: no clipping.
+    pub max_norm: Option<f64>,
+    /// Steps between log lines.
+    pub log_interval: u64,
+    /// Steps between checkpoints; `null`: only at the end and on a signal.
+    pub save_interval: Option<u64>,
+    /// Checkpoints kept besides `final/`; `null`: all.
+    pub keep_last: Option<u64>,
+    /// What to do where a periodic checkpoint cannot be written (disk full): `stop` or `continue`.
+    pub on_save_error: OnSaveError,
+    /// Use one matrix for the input embedding and the head; `null`: as the model's preset says.
+    pub tie_embeddings: Option<bool>,
+    /// Prompt continued at the end of training, as a taste; `null`: none.
+    pub sample_prompt: Option<String>,
+}
+
+/// Learning-rate schedule after the warmup.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum LrSchedule {
+    /// Half a cosine from `lr` to `min_lr`.
+    Cosine,
+    /// `lr` throughout.
+    Constant,
+    /// Warmup, stable, then linear decay to `min_lr` over `decay_fraction` of the steps.
+    Wsd,
+}
+
+/// What a failed periodic save does.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum OnSaveError {
+    /// End the run with an error; earlier checkpoints stay.
+    Stop,
+    /// Say so and go on training; the next save may succeed.
+    Continue,
+}
+
+/// Validation.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalConfig {
+    /// Steps between validations; `null`: only at the start and the end as the two keys below say.
+    pub interval: Option<u64>,
+    /// Micro-batches of a validation during training; `null`: the whole set.
+    pub max_iters: Option<u64>,
+    /// Validate before the first step.
+    pub initial_validation: bool,
+    /// Validate over the whole set at the end.
+    pub final_validation: bool,
+}
+
+/// The optimizer.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerConfig {
+    /// `AdamW` (decoupled weight decay on every parameter, as in the original).
+    pub name: OptimizerName,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first and the second moment.
+    pub betas: [f64; 2],
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+}
+
+/// Optimizers.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+pub enum OptimizerName {
+    /// Adam with decoupled weight decay.
+    AdamW,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            model_name: "tiny-llama-1.1b".into(),
+            model_config: Default::default(),
+            out_dir: "out/pretrain".into(),
+            precision: Precision::Bf16Mixed,
+            initial_checkpoint_dir: None,
+            resume: Resume::Switch(false),
+            tokenizer_dir: None,
+            device: DeviceChoice("auto".into()),
+            seed: 42,
+            attention: AttentionBackend::Auto,
+            fused: true,
+            data: DataConfig::default(),
+            train: TrainConfig::default(),
+            eval: EvalConfig::default(),
+            optimizer: OptimizerConfig::default(),
+        }
+    }
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self { train: Vec::new(), val: None, prefetch: 8, prepare: Vec::new() }
+    }
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            global_batch_size: 512,
+            micro_batch_size: 4,
+            max_seq_length: None,
+            max_tokens: None,
+            max_steps: None,
+            max_time: None,
+            lr_schedule: LrSchedule::Cosine,
+            lr_warmup_steps: 2000,
+            min_lr: 4e-5,
+            decay_fraction: 0.1,
+            max_norm: Some(1.0),
+            log_interval: 1,
+            save_interval: Some(1000),
+            keep_last: None,
+            on_save_error: OnSaveError::Stop,
+            tie_embeddings: None,
+            sample_prompt: None,
+        }
+    }
+}
+
+impl Default for EvalConfig {
+    fn default() -> Self {
+        Self { interval: Some(1000), max_iters: Some(100), initial_validation: false, final_validation: true }
+    }
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self { name: OptimizerName::AdamW, lr: 4e-4, betas: [0.9, 0.95], weight_decay: 0.1, eps: 1e-8 }
+    }
+}
