@@ -1,1 +1,19 @@
-//! See the module map in `lib.rs`.
+//! The network, config-driven as in lit-gpt. Read [`gpt`] first, then [`block`], [`attention`].
+//!
+//! Model code knows no rank and no file.
+
+pub mod attention;
+pub mod block;
+pub mod config;
+pub mod gpt;
+pub mod init;
+pub mod kv_cache;
+pub mod linear;
+pub mod mlp;
+pub mod norm;
+mod presets;
+pub mod rope;
+
+pub use config::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
+pub use gpt::GPT;
+pub use kv_cache::KvCache;

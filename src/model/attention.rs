@@ -1,0 +1,70 @@
+//! Causal self-attention with grouped queries and rotary positions.
+
+use super::config::ModelConfig;
+use super::kv_cache::LayerCache;
+use super::linear::Linear;
+use crate::config::AttentionBackend;
+use crate::ops;
+use tch::{Device, Tensor};
+
+/// What attention needs to know about where it is in the sequence; the same for all blocks.
+pub struct Positions {
+    /// (T, n_elem) fp32
+    pub cos: Tensor,
+    /// (T, n_elem) fp32
+    pub sin: Tensor,
+    /// Kernels to use.
+    pub backend: AttentionBackend,
+}
+
+/// `proj(attention(rope(q), rope(k), v))` over one packed QKV projection.
+#[derive(Debug)]
+pub struct CausalSelfAttention {
+    /// ((H + 2G) D, C), rows ordered `[Q; K; V]`
+    pub qkv: Linear,
+    /// (C, H D)
+    pub proj: Linear,
+    n_head: i64,
+    n_query_groups: i64,
+    head_size: i64,
+}
+
+impl CausalSelfAttention {
+    /// An uninitialised layer.
+    pub fn new(config: &ModelConfig, device: Device) -> Self {
+        let (c, width) = (config.n_embd, config.n_head * config.head_size);
+        Self {
+            qkv: Linear::new(c, config.qkv_rows(), config.attn_bias, device),
+            proj: Linear::new(width, c, config.bias, device),
+            n_head: config.n_head,
+            n_query_groups: config.n_query_groups,
+            head_size: config.head_size,
+        }
+    }
+
+    /// With a cache, x continues the cached sequence: keys and values are appended to it.
+    ///
+    /// # Shapes
+    /// x (B, T, C) -> (B, T, C).
+    pub fn forward(&self, x: &Tensor, at: &Positions, cache: Option<&mut LayerCache>) -> Tensor {
+        let (b, t, _) = x.size3().expect("x is (B, T, C)");
+        let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
+
+        let qkv = self.qkv.forward(x).view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
+        let qkv = qkv.split_with_sizes([h, g, g], 2); // (B, T, H | G | G, D)
+        let q = qkv[0].transpose(1, 2); // (B, H, T, D)
+        let k = qkv[1].transpose(1, 2); // (B, G, T, D)
+        let v = qkv[2].transpose(1, 2); // (B, G, T, D)
+
+        let q = ops::rope(&q, &at.cos, &at.sin); // unchanged
+        let k = ops::rope(&k, &at.cos, &at.sin); // unchanged
+        let (k, v) = match cache {
+            Some(cache) => cache.append(&k, &v), // (B, G, S, D) x2, S = cached + T
+            None => (k, v),
+        };
+
+        let y = ops::attention(&q, &k, &v, at.backend); // (B, H, T, D)
+        let y = y.transpose(1, 2).reshape([b, t, h * d]); // (B, T, H*D)
+        self.proj.forward(&y) // (B, T, C)
+    }
+}

@@ -1,0 +1,169 @@
+//! The network: `GPT { wte, h, ln_f, lm_head }`.
+
+use super::attention::Positions;
+use super::block::Block;
+use super::config::ModelConfig;
+use super::init;
+use super::kv_cache::KvCache;
+use super::linear::{Embedding, Linear};
+use super::mlp::Mlp;
+use super::norm::Norm;
+use super::rope::Rope;
+use crate::config::AttentionBackend;
+use tch::{Device, Kind, Tensor};
+
+/// A decoder-only transformer of the Llama or the GPT-NeoX family.
+///
+/// # Source
+/// `lit_gpt/model.py` of lit-gpt and TinyLlama; the weights are those of
+/// `transformers.LlamaForCausalLM` and `GPTNeoXForCausalLM`.
+#[derive(Debug)]
+pub struct GPT {
+    /// Sizes and switches.
+    pub config: ModelConfig,
+    /// Token embedding.
+    pub wte: Embedding,
+    /// Blocks.
+    pub h: Vec<Block>,
+    /// Final norm.
+    pub ln_f: Norm,
+    /// Head; absent where it is tied to `wte`.
+    pub lm_head: Option<Linear>,
+    /// Kernels of attention.
+    pub attention: AttentionBackend,
+    /// Fused kernels (`true`) or their plain references.
+    pub fused: bool,
+    rope: Rope,
+}
+
+impl GPT {
+    /// An fp32 model with random weights (formulas in [`init`]) from libtorch's current generator.
+    pub fn new(config: &ModelConfig, device: Device) -> Self {
+        let model = Self::empty(config, device);
+        init::init_weights(&model);
+        model
+    }
+
+    /// An fp32 model whose matrices are uninitialised, for loading a checkpoint into.
+    pub fn empty(config: &ModelConfig, device: Device) -> Self {
+        let (c, v) = (config.n_embd, config.padded_vocab_size);
+        Self {
+            wte: Embedding::new(v, c, device),
+            h: (0..config.n_layer).map(|_| Block::new(config, device)).collect(),
+            ln_f: Norm::new(config, device),
+            lm_head: (!config.tie_embeddings).then(|| Linear::new(c, v, false, device)),
+            attention: AttentionBackend::Auto,
+            fused: true,
+            rope: Rope::new(config, device),
+            config: config.clone(),
+        }
+    }
+
+    /// Logits of the next token at each position. With a cache, `idx` continues the cached sequence.
+    ///
+    /// # Shapes
+    /// idx (B, T) of i64 -> (B, T, V), dtype of the weights.
+    pub fn forward(&self, idx: &Tensor, cache: Option<&mut KvCache>) -> Tensor {
+        let x = self.hidden(idx, cache); // (B, T, C)
+        self.head(&x) // (B, T, V)
+    }
+
+    /// The residual stream after the final norm.
+    ///
+    /// # Shapes
+    /// idx (B, T) of i64 -> (B, T, C).
+    pub fn hidden(&self, idx: &Tensor, mut cache: Option<&mut KvCache>) -> Tensor {
+        let (_, t) = idx.size2().expect("idx is (B, T)");
+        let past = cache.as_ref().map_or(0, |cache| cache.len());
+        let (cos, sin) = self.rope.cos_sin(past, t); // (T, n_elem) x2
+        let at = Positions { cos, sin, backend: self.attention };
+
+        let mut x = self.wte.forward(idx); // (B, T, C)
+        for (i, block) in self.h.iter().enumerate() {
+            let layer = cache.as_mut().map(|cache| &mut cache.layers[i]);
+            x = block.forward(&x, &at, layer, self.fused); // (B, T, C)
+        }
+        self.ln_f.forward(&x, self.fused) // (B, T, C)
+    }
+
+    /// Logits from the final hidden state.
+    ///
+    /// # Shapes
+    /// x (.., C) -> (.., V).
+    pub fn head(&self, x: &Tensor) -> Tensor {
+        match &self.lm_head {
+            Some(head) => head.forward(x),
+            None => x.linear(&self.wte.weight, None::<Tensor>),
+        }
+    }
+
+    /// Every parameter under its lit-gpt name, in a fixed order. The handles share storage with the
+    /// model: writing into one in place changes the model.
+    pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        let mut out = Vec::new();
+        let mut add = |name: String, weight: &Tensor, bias: Option<&Tensor>| {
+            out.push((format!("{name}.weight"), weight.shallow_clone()));
+            if let Some(bias) = bias {
+                out.push((format!("{name}.bias"), bias.shallow_clone()));
+            }
+        };
+        add("transformer.wte".into(), &self.wte.weight, None);
+        for (i, block) in self.h.iter().enumerate() {
+            let mut layer = |name: &str, weight: &Tensor, bias: Option<&Tensor>| {
+                add(format!("transformer.h.{i}.{name}"), weight, bias);
+            };
+            layer("norm_1", &block.norm_1.weight, block.norm_1.bias.as_ref());
+            layer("attn.qkv", &block.attn.qkv.weight, block.attn.qkv.bias.as_ref());
+            layer("attn.proj", &block.attn.proj.weight, block.attn.proj.bias.as_ref());
+            layer("norm_2", &block.norm_2.weight, block.norm_2.bias.as_ref());
+            match &block.mlp {
+                Mlp::LLaMA(mlp) => {
+                    layer("mlp.fc_1", &mlp.fc_1.weight, mlp.fc_1.bias.as_ref());
+                    layer("mlp.fc_2", &mlp.fc_2.weight, mlp.fc_2.bias.as_ref());
+                    layer("mlp.proj", &mlp.proj.weight, mlp.proj.bias.as_ref());
+                }
+                Mlp::GptNeox(mlp) => {
+                    layer("mlp.fc", &mlp.fc.weight, mlp.fc.bias.as_ref());
+                    layer("mlp.proj", &mlp.proj.weight, mlp.proj.bias.as_ref());
+                }
+            }
+        }
+        add("transformer.ln_f".into(), &self.ln_f.weight, self.ln_f.bias.as_ref());
+        if let Some(head) = &self.lm_head {
+            add("lm_head".into(), &head.weight, head.bias.as_ref());
+        }
+        out
+    }
+
+    /// Number of parameters held; a tied head is counted once.
+    pub fn n_params(&self) -> u64 {
+        self.named_parameters().iter().map(|(_, p)| p.numel() as u64).sum()
+    }
+
+    /// Converts every parameter in place (`model.to(dtype)`).
+    pub fn to_kind(&mut self, kind: Kind) {
+        tch::no_grad(|| {
+            for (_, mut parameter) in self.named_parameters() {
+                let converted = parameter.to_kind(kind);
+                parameter.set_data(&converted);
+            }
+        });
+    }
+
+    /// Turns gradients of every parameter on or off.
+    pub fn requires_grad(&self, on: bool) {
+        for (_, parameter) in self.named_parameters() {
+            let _ = parameter.set_requires_grad(on);
+        }
+    }
+
+    /// Device of the weights.
+    pub fn device(&self) -> Device {
+        self.wte.weight.device()
+    }
+
+    /// Dtype of the weights.
+    pub fn kind(&self) -> Kind {
+        self.wte.weight.kind()
+    }
+}

@@ -1,0 +1,69 @@
+//! The two feed-forward layers.
+
+use super::config::{MlpClass, ModelConfig};
+use super::linear::Linear;
+use crate::ops;
+use tch::{Device, Tensor};
+
+/// `proj(silu(fc_1(x)) * fc_2(x))`.
+#[derive(Debug)]
+#[allow(clippy::upper_case_acronyms)]
+pub struct LLaMAMLP {
+    /// gate: (F, C)
+    pub fc_1: Linear,
+    /// up: (F, C)
+    pub fc_2: Linear,
+    /// down: (C, F)
+    pub proj: Linear,
+}
+
+/// `proj(gelu(fc(x)))`.
+#[derive(Debug)]
+pub struct GptNeoxMLP {
+    /// (F, C)
+    pub fc: Linear,
+    /// (C, F)
+    pub proj: Linear,
+}
+
+/// Feed-forward layer of a block.
+#[derive(Debug)]
+pub enum Mlp {
+    /// Llama family.
+    LLaMA(LLaMAMLP),
+    /// GPT-NeoX family.
+    GptNeox(GptNeoxMLP),
+}
+
+impl Mlp {
+    /// An uninitialised layer of the class that the configuration names.
+    pub fn new(config: &ModelConfig, device: Device) -> Self {
+        let (c, f, bias) = (config.n_embd, config.intermediate_size, config.bias);
+        match config.mlp_class {
+            MlpClass::LLaMAMLP => Self::LLaMA(LLaMAMLP {
+                fc_1: Linear::new(c, f, bias, device),
+                fc_2: Linear::new(c, f, bias, device),
+                proj: Linear::new(f, c, bias, device),
+            }),
+            MlpClass::GptNeoxMLP => Self::GptNeox(GptNeoxMLP {
+                fc: Linear::new(c, f, bias, device),
+                proj: Linear::new(f, c, bias, device),
+            }),
+        }
+    }
+
+    /// # Shapes
+    /// x (B, T, C) -> (B, T, C).
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        match self {
+            Self::LLaMA(mlp) => {
+                let x = ops::swiglu(&mlp.fc_1.forward(x), &mlp.fc_2.forward(x)); // (B, T, F)
+                mlp.proj.forward(&x) // (B, T, C)
+            }
+            Self::GptNeox(mlp) => {
+                let x = mlp.fc.forward(x).gelu("none"); // (B, T, F)
+                mlp.proj.forward(&x) // (B, T, C)
+            }
+        }
+    }
+}
