@@ -1,0 +1,229 @@
+//! AdamW over fp32 master weights, with gradient accumulation and clipping.
+//!
+//! | precision    | master, exp_avg, exp_avg_sq | weight the model computes with | gradient sum |
+//! |--------------|-----------------------------|--------------------------------|--------------|
+//! | `32-true`    | fp32                        | the master itself              | fp32         |
+//! | `bf16-mixed` | fp32                        | bf16 copy, refreshed each step | fp32         |
+//! | `bf16-true`  | bf16                        | the master itself              | bf16         |
+
+use crate::config::{OptimizerConfig, Precision};
+use crate::ffi;
+use crate::model::GPT;
+use anyhow::{Result, bail};
+use tch::{Kind, Tensor};
+
+/// One parameter with its optimizer state; all tensors have the parameter's shape.
+#[derive(Debug)]
+pub struct ParamState {
+    /// lit-gpt name.
+    pub name: String,
+    /// What the model computes with; shares storage with the model.
+    pub weight: Tensor,
+    /// Exact weights; in `32-true` and `bf16-true` the same storage as `weight`.
+    pub master: Tensor,
+    /// Sum of the gradients since the last step; undefined until the first backward.
+    pub grad: Tensor,
+    /// First moment.
+    pub exp_avg: Tensor,
+    /// Second moment.
+    pub exp_avg_sq: Tensor,
+}
+
+/// AdamW with decoupled weight decay on every parameter, as in the original.
+///
+/// # Source
+/// arXiv 1711.05101; `torch.optim.AdamW`. Fused form: `csrc/optim/adamw.cu`.
+#[derive(Debug)]
+pub struct AdamW {
+    /// One a parameter, in the model's order.
+    pub params: Vec<ParamState>,
+    /// Steps done.
+    pub step_count: i64,
+    betas: [f64; 2],
+    weight_decay: f64,
+    eps: f64,
+    mixed: bool,
+    fused: bool,
+}
+
+impl AdamW {
+    /// Takes over an fp32 model: keeps its weights as masters and, as `precision` says, gives the model
+    /// its bf16 weights. Turns on gradients.
+    pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Self {
+        let fp32 = model.named_parameters();
+        let masters: Vec<Tensor> = match precision {
+            Precision::Bf16Mixed => fp32.iter().map(|(_, p)| p.detach().copy()).collect(),
+            _ => Vec::new(),
+        };
+        if precision != Precision::Fp32True {
+            model.to_kind(Kind::BFloat16);
+        }
+        model.requires_grad(true);
+
+        let mixed = precision == Precision::Bf16Mixed;
+        let mut masters = masters.into_iter();
+        let state = |(name, weight): (String, Tensor)| {
+            let master = masters.next().unwrap_or_else(|| weight.detach());
+            let grad = if mixed { master.zeros_like() } else { Tensor::new() };
+            let (exp_avg, exp_avg_sq) = (master.zeros_like(), master.zeros_like());
+            ParamState { name, weight, master, grad, exp_avg, exp_avg_sq }
+        };
+        Self {
+            params: model.named_parameters().into_iter().map(state).collect(),
+            step_count: 0,
+            betas: config.betas,
+            weight_decay: config.weight_decay,
+            eps: config.eps,
+            mixed,
+            fused: model.fused && model.device().is_cuda() && precision != Precision::Bf16True,
+        }
+    }
+
+    /// Call after each `loss.backward()`: adds the micro-batch's bf16 gradients to the fp32 sums
+    /// (`bf16-mixed`); elsewhere autograd itself accumulates in place.
+    pub fn accumulate(&mut self) {
+        tch::no_grad(|| {
+            for p in &mut self.params {
+                if self.mixed {
+                    let _ = p.grad.g_add_(&p.weight.grad());
+                    p.weight.zero_grad();
+                } else {
+                    p.grad = p.weight.grad();
+                }
+            }
+        });
+    }
+
+    /// L2 norm over all gradient sums, `() fp32` on their device. The CPU does not wait.
+    pub fn grad_norm(&self) -> Tensor {
+        let norm = |p: &ParamState| p.grad.norm_scalaropt_dtype(2, Kind::Float);
+        let norms: Vec<Tensor> = self.params.iter().map(norm).collect();
+        Tensor::stack(&norms, 0).norm()
+    }
+
+    /// Clips the global norm to `max_norm`, updates masters and moments, refreshes the working copies.
+    /// Returns the norm before clipping, `() fp32`.
+    ///
+    /// Where the norm is not finite nothing is updated; the caller stops the run.
+    ///
+    /// # Sync
+    /// Fused: none. Reference on a GPU: the CPU waits for the norm.
+    pub fn step(&mut self, lr: f64, max_norm: Option<f64>) -> Result<Tensor> {
+        let _guard = tch::no_grad_guard();
+        let norm = self.grad_norm();
+        // As clip_grad_norm_: max_norm / (norm + 1e-6), at most 1. `norm * 0` carries inf and nan over.
+        let clip = match max_norm {
+            Some(max) => ((&norm + 1e-6).reciprocal() * max).clamp_max(1.0) + &norm * 0.0,
+            None => &norm * 0.0 + 1.0,
+        };
+        if self.fused {
+            self.step_fused(lr, &clip)?;
+        } else if norm.double_value(&[]).is_finite() {
+            self.step_reference(lr, &clip);
+        } else {
+            return Ok(norm);
+        }
+        self.step_count += 1;
+        Ok(norm)
+    }
+
+    fn step_fused(&mut self, lr: f64, clip: &Tensor) -> Result<()> {
+        let [beta1, beta2] = self.betas;
+        let tensors: Vec<ffi::AdamWTensors> = self
+            .params
+            .iter()
+            .map(|p| ffi::AdamWTensors {
+                param: &p.master,
+                grad: &p.grad,
+                exp_avg: &p.exp_avg,
+                exp_avg_sq: &p.exp_avg_sq,
+                weight: self.mixed.then_some(&p.weight),
+            })
+            .collect();
+        let (eps, weight_decay, step) = (self.eps, self.weight_decay, self.step_count + 1);
+        ffi::adamw(&tensors, clip, ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step })
+    }
+
+    /// The plain formula, a few ATen operations a parameter.
+    fn step_reference(&mut self, lr: f64, clip: &Tensor) {
+        let [beta1, beta2] = self.betas;
+        let s = (self.step_count + 1) as i32;
+        let (bias1, bias2) = (1.0 - beta1.powi(s), 1.0 - beta2.powi(s));
+        for p in &mut self.params {
+            let grad = &p.grad * clip.to_kind(p.grad.kind());
+            let _ = p.master.g_mul_scalar_(1.0 - lr * self.weight_decay);
+            let _ = p.exp_avg.lerp_(&grad, 1.0 - beta1);
+            let _ = p.exp_avg_sq.g_mul_scalar_(beta2).g_add_(&(grad.square() * (1.0 - beta2)));
+            let denominator = p.exp_avg_sq.sqrt() / bias2.sqrt() + self.eps;
+            let _ = p.master.g_sub_(&(&p.exp_avg / denominator * (lr / bias1)));
+            if self.mixed {
+                p.weight.copy_(&p.master);
+            }
+        }
+    }
+
+    /// Zeroes the gradient sums in place.
+    pub fn zero_grad(&mut self) {
+        for p in &mut self.params {
+            if p.grad.defined() {
+                let _ = p.grad.zero_();
+            }
+        }
+    }
+
+    /// Names of the parameters whose gradient sum holds a value that is not finite.
+    ///
+    /// # Sync
+    /// The CPU waits once a parameter; for the message of a run that stops.
+    pub fn non_finite(&self) -> Vec<&str> {
+        let bad = |p: &&ParamState| p.grad.defined() && !p.grad.norm().double_value(&[]).is_finite();
+        self.params.iter().filter(bad).map(|p| p.name.as_str()).collect()
+    }
+
+    /// The exact weights under their lit-gpt names, sharing storage.
+    pub fn masters(&self) -> Vec<(String, Tensor)> {
+        self.params.iter().map(|p| (p.name.clone(), p.master.shallow_clone())).collect()
+    }
+
+    /// Moments under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, sharing storage.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let both = |p: &ParamState| {
+            [("exp_avg", &p.exp_avg), ("exp_avg_sq", &p.exp_avg_sq)]
+                .map(|(kind, t)| (format!("{kind}.{}", p.name), t.shallow_clone()))
+        };
+        self.params.iter().flat_map(both).collect()
+    }
+
+    /// Restores what [`AdamW::state`] gave, bit for bit.
+    ///
+    /// # Errors
+    /// A tensor is missing, or has another shape or dtype.
+    pub fn load_state(&mut self, step_count: i64, saved: &[(String, Tensor)]) -> Result<()> {
+        let find = |name: &str| saved.iter().find(|(n, _)| n == name).map(|(_, t)| t);
+        for (name, mut ours) in self.state() {
+            let Some(theirs) = find(&name) else { bail!("optimizer state lacks `{name}`") };
+            if (theirs.size(), theirs.kind()) != (ours.size(), ours.kind()) {
+                bail!(
+                    "optimizer state `{name}`: expected {:?} {:?}, got {:?} {:?}",
+                    ours.kind(),
+                    ours.size(),
+                    theirs.kind(),
+                    theirs.size()
+                );
+            }
+            ours.copy_(theirs);
+        }
+        self.step_count = step_count;
+        Ok(())
+    }
+
+    /// Loads exact weights (from a checkpoint that already sits in the masters) into the working copies.
+    pub fn refresh_weights(&mut self) {
+        let _guard = tch::no_grad_guard();
+        if self.mixed {
+            for p in &mut self.params {
+                p.weight.copy_(&p.master);
+            }
+        }
+    }
+}

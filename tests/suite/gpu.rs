@@ -1,0 +1,156 @@
+//! Tests that need a CUDA GPU. Without one each prints why it is skipped and passes.
+
+use tch::{Cuda, Device, Kind, Tensor};
+use tinyllama::config::{AttentionBackend, OptimizerConfig, Precision};
+use tinyllama::ffi;
+use tinyllama::model::{GPT, ModelConfig};
+use tinyllama::ops;
+use tinyllama::train::optimizer::AdamW;
+
+/// The GPU, or `None` after saying that the test is skipped.
+fn gpu(test: &str) -> Option<Device> {
+    if Cuda::is_available() {
+        return Some(Device::Cuda(0));
+    }
+    eprintln!("skipped {test}: no CUDA GPU is visible");
+    None
+}
+
+/// Largest difference relative to the largest magnitude.
+fn relative_error(got: &Tensor, want: &Tensor) -> f64 {
+    let want = want.to_kind(Kind::Double);
+    let difference = (got.to_kind(Kind::Double) - &want).abs().max().double_value(&[]);
+    difference / want.abs().max().double_value(&[])
+}
+
+fn small_llama() -> ModelConfig {
+    ModelConfig {
+        n_layer: 2,
+        n_head: 8,
+        n_query_groups: 2,
+        n_embd: 512,
+        head_size: 64,
+        intermediate_size: 704,
+        vocab_size: 512,
+        padded_vocab_size: 512,
+        block_size: 256,
+        ..ModelConfig::preset("tiny-llama-1.1b").unwrap()
+    }
+}
+
+#[test]
+fn attention_kernels_agree_with_the_plain_formula() {
+    let Some(device) = gpu("attention_kernels_agree_with_the_plain_formula") else { return };
+    for (backend, flash, cudnn) in
+        [(AttentionBackend::Flash, true, false), (AttentionBackend::Cudnn, false, true)]
+    {
+        ffi::set_sdp_backends(ffi::SdpBackends { math: false, flash, efficient: false, cudnn }).unwrap();
+        let run = |backend| {
+            tch::manual_seed(1);
+            let random = |h: i64| {
+                Tensor::randn([2, h, 200, 64], (Kind::BFloat16, device)).set_requires_grad(true)
+            };
+            let (q, k, v) = (random(8), random(2), random(2));
+            let y = ops::attention(&q, &k, &v, backend);
+            (&y * Tensor::randn_like(&y)).sum(Kind::Float).backward();
+            [y.detach(), q.grad(), k.grad(), v.grad()]
+        };
+        for (got, want) in run(backend).iter().zip(run(AttentionBackend::Math)) {
+            let error = relative_error(got, &want);
+            assert!(error < 2e-2, "{backend:?}: relative error {error:.2e}");
+        }
+    }
+    ffi::set_sdp_backends(ffi::SdpBackends { math: true, flash: true, efficient: true, cudnn: true })
+        .unwrap();
+}
+
+#[test]
+fn fused_rms_norm_agrees_with_the_plain_formula_forward_and_backward() {
+    let Some(device) = gpu("fused_rms_norm_agrees_with_the_plain_formula") else { return };
+    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 2e-2)] {
+        let run = |fused| {
+            tch::manual_seed(2);
+            let x = Tensor::randn([64, 2048], (kind, device)).set_requires_grad(true);
+            let w = (Tensor::rand([2048], (kind, device)) + 0.5).set_requires_grad(true);
+            let y = ops::rms_norm(&x, &w, 1e-5, fused);
+            (&y * Tensor::randn_like(&y)).sum(Kind::Float).backward();
+            [y.detach(), x.grad(), w.grad()]
+        };
+        for (got, want) in run(true).iter().zip(run(false)) {
+            let error = relative_error(got, &want);
+            assert!(error < tolerance, "{kind:?}: relative error {error:.2e}");
+        }
+    }
+}
+
+/// Masters and moments after five steps on random gradients.
+fn five_steps(device: Device, precision: Precision, fused: bool) -> Vec<Tensor> {
+    tch::manual_seed(3);
+    let mut model = GPT::new(&small_llama(), device);
+    model.fused = fused;
+    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
+    for step in 0..5 {
+        for (i, p) in optimizer.params.iter_mut().enumerate() {
+            tch::manual_seed(1000 * step + i as i64);
+            p.grad = Tensor::randn_like(&p.master) * 0.01;
+        }
+        let _ = optimizer.step(1e-3, Some(1.0)).unwrap();
+    }
+    let state = |p: &tinyllama::train::optimizer::ParamState| {
+        [&p.master, &p.exp_avg, &p.exp_avg_sq, &p.weight].map(|t| t.detach().copy())
+    };
+    optimizer.params.iter().flat_map(state).collect()
+}
+
+#[test]
+fn fused_adamw_agrees_with_the_plain_formula() {
+    let Some(device) = gpu("fused_adamw_agrees_with_the_plain_formula") else { return };
+    for precision in [Precision::Fp32True, Precision::Bf16Mixed] {
+        let fused = five_steps(device, precision, true);
+        let plain = five_steps(device, precision, false);
+        for (got, want) in fused.iter().zip(&plain) {
+            let tolerance = if want.kind() == Kind::BFloat16 { 8e-3 } else { 2e-6 };
+            let error = relative_error(got, want);
+            assert!(error < tolerance, "{precision:?} {:?}: {error:.2e}", want.kind());
+        }
+    }
+}
+
+#[test]
+fn fused_adamw_writes_nothing_where_the_gradient_is_not_finite() {
+    let Some(device) = gpu("fused_adamw_writes_nothing_where_not_finite") else { return };
+    for bad in [f64::NAN, f64::INFINITY] {
+        tch::manual_seed(4);
+        let mut model = GPT::new(&small_llama(), device);
+        let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, &OptimizerConfig::default());
+        for p in &mut optimizer.params {
+            p.grad = Tensor::randn_like(&p.master);
+        }
+        let _ = optimizer.params[3].grad.view([-1]).narrow(0, 5, 1).fill_(bad);
+        let before: Vec<Tensor> = optimizer.params.iter().map(|p| p.master.copy()).collect();
+        let norm = optimizer.step(1e-3, Some(1.0)).unwrap();
+        assert!(!norm.double_value(&[]).is_finite());
+        for (p, before) in optimizer.params.iter().zip(&before) {
+            assert!(p.master.equal(before), "{} was written", p.name);
+            assert_eq!(p.exp_avg.abs().max().double_value(&[]), 0.0);
+        }
+        assert_eq!(optimizer.non_finite(), vec![optimizer.params[3].name.as_str()]);
+    }
+}
+
+#[test]
+fn a_bf16_forward_on_the_gpu_is_near_the_fp32_forward_on_the_cpu() {
+    let Some(device) = gpu("a_bf16_forward_on_the_gpu_is_near_the_fp32_forward") else { return };
+    tch::manual_seed(5);
+    let cpu = GPT::new(&small_llama(), Device::Cpu);
+    let mut gpu = GPT::empty(&small_llama(), device);
+    for ((_, mut to), (_, from)) in gpu.named_parameters().into_iter().zip(cpu.named_parameters()) {
+        tch::no_grad(|| to.copy_(&from));
+    }
+    gpu.to_kind(Kind::BFloat16);
+    let idx = Tensor::randint(512, [2, 128], (Kind::Int64, Device::Cpu));
+    let want = cpu.forward(&idx, None);
+    let got = gpu.forward(&idx.to_device(device), None).to_device(Device::Cpu);
+    let error = relative_error(&got, &want);
+    assert!(error < 3e-2, "relative error {error:.2e}");
+}
