@@ -1,5 +1,6 @@
 //! All integration tests, one crate: a test binary links libtorch, which is worth doing once.
 
+mod common;
 mod gpu;
-
-
+mod model;
+mod train;

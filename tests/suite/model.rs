@@ -1,0 +1,119 @@
+//! The network against its own invariants; parity with transformers is in `golden`.
+
+use crate::common::{max_difference, tiny_llama, tiny_neox};
+use tch::{Device, Kind, Tensor};
+use tinyllama::config::AttentionBackend;
+use tinyllama::model::{GPT, KvCache, ModelConfig, init};
+use tinyllama::ops;
+
+fn tokens(vocab: i64, b: i64, t: i64) -> Tensor {
+    Tensor::randint(vocab, [b, t], (Kind::Int64, Device::Cpu))
+}
+
+#[test]
+fn the_two_published_parameter_counts_are_exact() {
+    let count = |name| ModelConfig::preset(name).unwrap().n_params();
+    assert_eq!(count("tiny-llama-1.1b"), 1_100_048_384);
+    assert_eq!(count("tiny-llama-120m"), 121_129_728);
+}
+
+#[test]
+fn a_model_holds_as_many_parameters_as_its_configuration_counts() {
+    for config in [
+        tiny_llama(),
+        tiny_neox(),
+        ModelConfig { tie_embeddings: true, ..tiny_llama() },
+        ModelConfig { bias: true, attn_bias: true, ..tiny_llama() },
+        ModelConfig { n_query_groups: 1, head_size: 16, ..tiny_llama() },
+    ] {
+        assert_eq!(GPT::empty(&config, Device::Cpu).n_params(), config.n_params(), "{config:?}");
+    }
+}
+
+#[test]
+fn every_preset_is_valid() {
+    for name in ModelConfig::preset_names() {
+        assert_eq!(ModelConfig::preset(&name).unwrap().validate(), Vec::<String>::new(), "{name}");
+    }
+}
+
+#[test]
+fn initial_weights_have_the_published_deviations() {
+    let config = ModelConfig { n_embd: 512, head_size: 128, intermediate_size: 700, ..tiny_llama() };
+    tch::manual_seed(1);
+    for (name, p) in GPT::new(&config, Device::Cpu).named_parameters() {
+        let std = if p.numel() > 1 { p.std(true).double_value(&[]) } else { 0.0 };
+        match init::std_of(&name, &config) {
+            Some(want) => assert!((std / want - 1.0).abs() < 0.02, "{name}: {std} want {want}"),
+            None => assert!(p.equal(&p.ones_like()), "{name} must start at one"),
+        }
+    }
+    let published = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+    assert!((init::std_plain(&published) - 0.013975).abs() < 5e-7);
+    assert!((init::std_residual(&published) - 0.0010044).abs() < 5e-8);
+}
+
+#[test]
+fn a_later_token_never_changes_an_earlier_logit() {
+    for config in [tiny_llama(), tiny_neox()] {
+        tch::manual_seed(2);
+        let model = GPT::new(&config, Device::Cpu);
+        let a = tokens(config.vocab_size, 2, 24);
+        let b = a.copy();
+        let _ = b.narrow(1, 16, 8).copy_(&tokens(config.vocab_size, 2, 8));
+        let (ya, yb) = (model.forward(&a, None), model.forward(&b, None));
+        assert!(max_difference(&ya.narrow(1, 0, 16), &yb.narrow(1, 0, 16)) < 1e-6);
+        assert!(max_difference(&ya.narrow(1, 16, 8), &yb.narrow(1, 16, 8)) > 1e-3);
+    }
+}
+
+#[test]
+fn libtorchs_cpu_attention_agrees_with_the_plain_formula_forward_and_backward() {
+    for (heads, groups, t, s) in [(9, 3, 33, 33), (4, 1, 16, 16), (4, 4, 5, 20), (8, 2, 1, 12)] {
+        let run = |backend| {
+            tch::manual_seed(3);
+            let random = |h, len| {
+                Tensor::randn([2, h, len, 8], (Kind::Float, Device::Cpu)).set_requires_grad(true)
+            };
+            let (q, k, v) = (random(heads, t), random(groups, s), random(groups, s));
+            let y = ops::attention(&q, &k, &v, backend);
+            (&y * Tensor::randn_like(&y)).sum(Kind::Float).backward();
+            [y.detach(), q.grad(), k.grad(), v.grad()]
+        };
+        for (got, want) in run(AttentionBackend::Auto).iter().zip(run(AttentionBackend::Math)) {
+            let error = max_difference(got, &want);
+            assert!(error < 2e-5, "H {heads} G {groups} T {t} S {s}: {error}");
+        }
+    }
+}
+
+#[test]
+fn decoding_with_a_cache_gives_the_logits_of_one_full_forward() {
+    for config in [tiny_llama(), tiny_neox()] {
+        tch::manual_seed(4);
+        let _guard = tch::no_grad_guard();
+        let model = GPT::new(&config, Device::Cpu);
+        let idx = tokens(config.vocab_size, 2, 20);
+        let full = model.forward(&idx, None);
+        let mut cache = KvCache::new(&config, 2, 20, Kind::Float, Device::Cpu);
+        // A prompt in two pieces, then token by token.
+        let mut pieces = vec![(0, 7), (7, 5)];
+        pieces.extend((12..20).map(|i| (i, 1)));
+        for (start, len) in pieces {
+            let logits = model.forward(&idx.narrow(1, start, len), Some(&mut cache));
+            assert!(max_difference(&logits, &full.narrow(1, start, len)) < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn the_loss_ignores_masked_targets_and_sums_over_the_rest() {
+    tch::manual_seed(5);
+    let logits = Tensor::randn([2, 3, 11], (Kind::Float, Device::Cpu));
+    let target = Tensor::from_slice(&[1i64, -100, 3, -100, 0, 10]).view([2, 3]);
+    let log_p = logits.log_softmax(-1, Kind::Float);
+    let picked = [(0, 0, 1), (0, 2, 3), (1, 1, 0), (1, 2, 10)];
+    let want: f64 = picked.iter().map(|&(b, t, v)| -log_p.double_value(&[b, t, v])).sum();
+    let got = ops::cross_entropy_sum(&logits, &target).double_value(&[]);
+    assert!((got - want).abs() < 1e-5, "{got} {want}");
+}
