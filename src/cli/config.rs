@@ -1,12 +1,101 @@
-//! `tinyllama config`.
+//! `tinyllama config explain | check | models`.
 
-use anyhow::{Result, bail};
+use crate::config::{self, BatchPlan, Key, with_commas};
+use crate::model::ModelConfig;
+use anyhow::Result;
+use clap::Subcommand;
+use std::path::PathBuf;
 
 /// Arguments of `config`.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Meaning, type and default of a key and the keys below it; of all keys without one
+    Explain {
+        /// E.g. `train.max_norm`, `optimizer`, `model_config`
+        key: Option<String>,
+    },
+    /// Check a configuration; print it fully resolved (stdout) and its arithmetic (stderr)
+    Check {
+        /// The run's YAML
+        config: PathBuf,
+        /// Override a key (repeatable)
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        sets: Vec<String>,
+        /// Ranks to do the batch arithmetic for
+        #[arg(long, default_value_t = 1)]
+        world: u64,
+    },
+    /// List the model presets
+    Models,
+}
 
 /// Runs `config`.
-pub fn run(_args: Args) -> Result<u8> {
-    bail!("`config` is not there yet")
+pub fn run(args: Args) -> Result<u8> {
+    match args.what {
+        What::Explain { key: None } => print_table(&config::keys()),
+        What::Explain { key: Some(key) } => print_keys(&config::explain(&key)?),
+        What::Check { config, sets, world } => check(&config, &sets, world)?,
+        What::Models => print_models(),
+    }
+    Ok(0)
+}
+
+fn print_table(keys: &[Key]) {
+    let width = keys.iter().map(|k| k.path.len()).max().unwrap_or(0);
+    for key in keys {
+        println!("{:width$}  {}", key.path, key.doc);
+    }
+}
+
+fn print_keys(keys: &[Key]) {
+    for key in keys {
+        println!("{}\n    {}\n    type     {}", key.path, key.doc, key.kind);
+        if !key.default.is_empty() {
+            println!("    default  {}", key.default);
+        }
+        for (name, doc) in &key.choices {
+            println!("    {name:12} {doc}");
+        }
+    }
+}
+
+fn check(path: &std::path::Path, sets: &[String], world: u64) -> Result<()> {
+    let config = config::load(path, sets)?;
+    let model = config.model()?;
+    let plan = BatchPlan::new(&config, config.sequence_length(&model), world)?;
+    print!("{}", config::to_yaml(&config)?);
+    eprintln!("model   {} with {} parameters", model.name, with_commas(model.n_params()));
+    eprintln!("batch   {plan}");
+    if let (Some(steps), Some(tokens)) = (plan.total_steps, plan.total_tokens()) {
+        eprintln!("length  {} steps = {} tokens", with_commas(steps), with_commas(tokens));
+    }
+    Ok(())
+}
+
+fn print_models() {
+    println!(
+        "{:20} {:>14} {:>6} {:>6} {:>5} {:>6} {:>7} {:>7} {:>7}",
+        "name", "parameters", "layers", "width", "heads", "groups", "mlp", "vocab", "context"
+    );
+    for name in ModelConfig::preset_names() {
+        let Some(m) = ModelConfig::preset(&name) else { continue };
+        println!(
+            "{:20} {:>14} {:>6} {:>6} {:>5} {:>6} {:>7} {:>7} {:>7}",
+            m.name,
+            with_commas(m.n_params()),
+            m.n_layer,
+            m.n_embd,
+            m.n_head,
+            m.n_query_groups,
+            m.intermediate_size,
+            m.padded_vocab_size,
+            m.block_size
+        );
+    }
 }

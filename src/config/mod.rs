@@ -2,9 +2,16 @@
 //!
 //! The doc comments of the fields are what `tinyllama config explain KEY` prints.
 
+pub mod check;
+mod explain;
+mod load;
 mod run;
+mod validate;
 
+pub use explain::{Key, explain, keys};
+pub use load::{diff, load, parse, save_resolved, to_yaml};
 pub use run::*;
+pub use validate::{BatchPlan, with_commas};
 
 /// Everything that is wrong with a configuration, found before anything is allocated.
 #[derive(Debug, thiserror::Error)]

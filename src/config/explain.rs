@@ -1,0 +1,82 @@
+//! What each key means, from the doc comments of the structs.
+
+use super::check::{self, Schema};
+use super::RunConfig;
+use crate::bail_hint;
+use crate::model::ModelConfig;
+use anyhow::Result;
+use serde_json::Value;
+
+/// One key of the configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Key {
+    /// Dotted path.
+    pub path: String,
+    /// Meaning, unit.
+    pub doc: String,
+    /// What values it takes.
+    pub kind: String,
+    /// Default as YAML; empty where the key must be given.
+    pub default: String,
+    /// Meaning of each choice, for an enum.
+    pub choices: Vec<(String, String)>,
+}
+
+/// Every key, tables first, in the order of the structs.
+pub fn keys() -> Vec<Key> {
+    let schema = Schema::of::<RunConfig>();
+    let defaults = serde_json::to_value(RunConfig::default()).unwrap_or(Value::Null);
+    let mut out = Vec::new();
+    collect("", schema.root(), &defaults, &schema, &mut out);
+    let model = Schema::of::<ModelConfig>();
+    collect("model_config", model.root(), &Value::Null, &model, &mut out);
+    out
+}
+
+fn collect(path: &str, node: &Value, defaults: &Value, schema: &Schema, out: &mut Vec<Key>) {
+    let properties = schema.non_null(node).get("properties").and_then(Value::as_object);
+    for (name, child) in properties.into_iter().flatten() {
+        let path = check::join(path, name);
+        let target = schema.non_null(child);
+        let doc = [child, target].iter().find_map(|n| n.get("description")?.as_str());
+        let default = defaults.get(name);
+        out.push(Key {
+            doc: doc.unwrap_or("").replace('\n', " "),
+            kind: check::expected(child, schema),
+            default: default.map_or(String::new(), Value::to_string),
+            choices: choice_docs(target),
+            path: path.clone(),
+        });
+        let items = target.get("items").map(|items| schema.resolve(items));
+        match items.filter(|items| items.get("properties").is_some()) {
+            Some(items) => collect(&format!("{path}.N"), items, &Value::Null, schema, out),
+            None => collect(&path, target, default.unwrap_or(&Value::Null), schema, out),
+        }
+    }
+}
+
+fn choice_docs(node: &Value) -> Vec<(String, String)> {
+    let one = |v: &Value| {
+        let doc = v.get("description").and_then(Value::as_str).unwrap_or("");
+        Some((v.get("const")?.as_str()?.to_owned(), doc.replace('\n', " ")))
+    };
+    let variants = node.get("oneOf").and_then(Value::as_array);
+    variants.into_iter().flatten().filter_map(one).collect()
+}
+
+/// The keys at and below `path`; list positions are written `N`.
+///
+/// # Errors
+/// An unknown key, with the nearest one.
+pub fn explain(path: &str) -> Result<Vec<Key>> {
+    let all = keys();
+    let below = |k: &&Key| k.path == path || k.path.starts_with(&format!("{path}."));
+    let found: Vec<Key> = all.iter().filter(below).cloned().collect();
+    if found.is_empty() {
+        let near = check::nearest(path, all.iter().map(|k| k.path.as_str()));
+        let near = near.map_or(String::new(), |n| format!("; did you mean `{n}`?"));
+        bail_hint!("`tinyllama config explain` lists all keys"; "no key is called `{path}`{near}");
+    }
+    Ok(found)
+}
+

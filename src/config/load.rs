@@ -1,0 +1,140 @@
+//! YAML text and `--set` overrides -> [`RunConfig`]. The only file that calls the YAML crate.
+//!
+//! `serde_yaml` is archived; `serde-saphyr` is the living successor and prints a code frame.
+
+use super::check::{self, Schema};
+use super::{ConfigError, RunConfig, validate};
+use crate::error::WithHint;
+use anyhow::{Context, Result, anyhow};
+use serde_json::Value;
+use std::path::Path;
+
+/// Reads a run's YAML, applies overrides (`train.max_steps=10`, `data.train.0.weight=0.5`), checks keys,
+/// types and values.
+///
+/// # Errors
+/// One [`ConfigError`] with every problem; a missing file; a YAML syntax error with its code frame.
+pub fn load(path: &Path, sets: &[String]) -> Result<RunConfig> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the configuration `{}`", path.display()))
+        .usage("the repository's runs lie in `configs/`")?;
+    parse(&text, sets).with_context(|| format!("in `{}`", path.display()))
+}
+
+/// [`load`] on a text.
+pub fn parse(text: &str, sets: &[String]) -> Result<RunConfig> {
+    let mut tree = yaml(text)?;
+    if tree.is_null() {
+        tree = Value::Object(Default::default());
+    }
+    let schema = Schema::of::<RunConfig>();
+    let mut problems = Vec::new();
+    for set in sets {
+        apply(&mut tree, set, &schema, &mut problems);
+    }
+    check::check(&mut tree, &schema, &mut problems);
+    if problems.is_empty() {
+        let config: RunConfig = serde_json::from_value(tree).context("configuration")?;
+        problems = validate::problems(&config);
+        if problems.is_empty() {
+            return Ok(config);
+        }
+    } else {
+        problems.extend(model_problems(&tree));
+    }
+    Err(ConfigError { problems }.into())
+}
+
+/// Problems of the model in a tree that has others: they are worth telling in the same go.
+fn model_problems(tree: &Value) -> Vec<String> {
+    let default = RunConfig::default();
+    let name = tree.get("model_name").map_or(Some(default.model_name.as_str()), Value::as_str);
+    let overrides = tree.get("model_config").map_or(Some(&default.model_config), Value::as_object);
+    let (Some(name), Some(overrides)) = (name, overrides) else { return Vec::new() };
+    validate::model_config(name, overrides, None).err().unwrap_or_default()
+}
+
+/// A YAML text as a tree.
+fn yaml(text: &str) -> Result<Value> {
+    serde_saphyr::from_str(text)
+        .map_err(|e| anyhow!("the YAML cannot be read:\n{e}"))
+        .usage("see `configs/tinyllama.yaml` for every key")
+}
+
+/// Writes `a.b.c=value` into the tree; list positions are numbers.
+fn apply(tree: &mut Value, set: &str, schema: &Schema, problems: &mut Vec<String>) {
+    let Some((path, value)) = set.split_once('=') else {
+        problems.push(format!("`--set {set}`: expected KEY=VALUE"));
+        return;
+    };
+    let value = match yaml(value) {
+        Ok(value) => value,
+        Err(e) => return problems.push(format!("`--set {set}`: {e}")),
+    };
+    let keys: Vec<&str> = path.split('.').collect();
+    if let Err(problem) = check::known_path(schema, &keys) {
+        return problems.push(format!("`--set {set}`: {problem}"));
+    }
+    let mut at = tree;
+    for (i, key) in keys.iter().enumerate() {
+        at = match (at, key.parse::<usize>()) {
+            (Value::Array(items), Ok(index)) => match items.len() {
+                n if index < n => &mut items[index],
+                n => {
+                    return problems.push(format!("`--set {set}`: `{key}`, but the list has {n} items"));
+                }
+            },
+            (at, _) => {
+                if !at.is_object() {
+                    *at = Value::Object(Default::default());
+                }
+                match at.as_object_mut() {
+                    Some(map) => map.entry(*key).or_insert(Value::Null),
+                    None => return,
+                }
+            }
+        };
+        if i + 1 == keys.len() {
+            *at = value;
+            return;
+        }
+    }
+}
+
+/// Writes the fully resolved configuration; [`load`] reads it back to an equal one.
+pub fn save_resolved(config: &RunConfig, path: &Path) -> Result<()> {
+    let text = to_yaml(config)?;
+    std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// The fully resolved configuration as YAML.
+pub fn to_yaml(config: &RunConfig) -> Result<String> {
+    serde_saphyr::to_string(config)
+        .map_err(|e| anyhow!("cannot write the configuration as YAML: {e}"))
+}
+
+/// Key paths whose values differ, as `key: old -> new`.
+pub fn diff(old: &RunConfig, new: &RunConfig) -> Vec<String> {
+    let tree = |c: &RunConfig| serde_json::to_value(c).unwrap_or(Value::Null);
+    let mut out = Vec::new();
+    diff_at("", &tree(old), &tree(new), &mut out);
+    out
+}
+
+fn diff_at(path: &str, old: &Value, new: &Value, out: &mut Vec<String>) {
+    match (old, new) {
+        (Value::Object(a), Value::Object(b)) => {
+            let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
+            keys.dedup();
+            keys.sort();
+            keys.dedup();
+            for key in keys {
+                let null = Value::Null;
+                let (x, y) = (a.get(key).unwrap_or(&null), b.get(key).unwrap_or(&null));
+                diff_at(&check::join(path, key), x, y, out);
+            }
+        }
+        (a, b) if a != b => out.push(format!("{path}: {a} -> {b}")),
+        _ => {}
+    }
+}

@@ -1,0 +1,334 @@
+//! What is wrong with a well-typed configuration, and the arithmetic that follows from a right one.
+
+use super::check::{self, Schema};
+use super::{ConfigError, LrSchedule, Resume, RunConfig};
+use crate::model::ModelConfig;
+use serde_json::{Map, Value};
+use std::fmt;
+
+impl RunConfig {
+    /// The preset with `model_config` applied.
+    ///
+    /// # Errors
+    /// Every problem of name and fields.
+    pub fn model(&self) -> Result<ModelConfig, ConfigError> {
+        model_config(&self.model_name, &self.model_config, self.train.tie_embeddings)
+            .map_err(|problems| ConfigError { problems })
+    }
+
+    /// Tokens of a training sequence: `max_seq_length`, or the model's `block_size`.
+    pub fn sequence_length(&self, model: &ModelConfig) -> i64 {
+        self.train.max_seq_length.map_or(model.block_size, |t| t as i64)
+    }
+}
+
+/// The preset `name` with `overrides`, or every problem of both.
+pub fn model_config(
+    name: &str,
+    overrides: &Map<String, Value>,
+    tie: Option<bool>,
+) -> Result<ModelConfig, Vec<String>> {
+    let preset = ModelConfig::preset(name);
+    let mut overrides = Value::Object(overrides.clone());
+    let mut problems = Vec::new();
+    check::check(&mut overrides, &Schema::of::<Overrides>(), &mut problems);
+    let prefixed = |p: String| {
+        p.replacen('`', "`model_config.", 1).replace("mean `", "mean `model_config.")
+    };
+    let mut problems: Vec<String> = problems.into_iter().map(prefixed).collect();
+    if preset.is_none() {
+        problems.insert(0, no_preset(name));
+    }
+    let (Some(preset), true) = (preset, problems.is_empty()) else { return Err(problems) };
+    let model = merge(preset, &overrides, tie).map_err(|e| vec![e])?;
+    match model.validate() {
+        problems if problems.is_empty() => Ok(model),
+        problems => Err(problems.into_iter().map(prefixed).collect()),
+    }
+}
+
+fn no_preset(name: &str) -> String {
+    let names = ModelConfig::preset_names();
+    let near = check::nearest(name, names.iter().map(String::as_str));
+    let near = near.map_or(String::new(), |n| format!("; did you mean `{n}`?"));
+    format!(
+        "`model_name`: no preset is called `{name}`{near} (`tinyllama config models` lists them)"
+    )
+}
+
+/// The schema of `model_config`: the fields of [`ModelConfig`], none required.
+struct Overrides;
+
+impl schemars::JsonSchema for Overrides {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Overrides".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let mut schema = <ModelConfig as schemars::JsonSchema>::json_schema(generator);
+        schema.remove("required");
+        schema
+    }
+}
+
+fn merge(preset: ModelConfig, overrides: &Value, tie: Option<bool>) -> Result<ModelConfig, String> {
+    let text = |e: serde_json::Error| format!("`model_config`: {e}");
+    let mut tree = serde_json::to_value(&preset).map_err(text)?;
+    let (Some(fields), Some(given)) = (tree.as_object_mut(), overrides.as_object()) else {
+        return Ok(preset);
+    };
+    let has = |key: &str| given.contains_key(key);
+    for (key, value) in given {
+        fields.insert(key.clone(), value.clone());
+    }
+    // Sizes that follow from others, unless they are given.
+    let width = |fields: &Map<String, Value>, key| fields[key].as_i64().unwrap_or(0);
+    if (has("n_embd") || has("n_head")) && !has("head_size") {
+        let head_size = width(fields, "n_embd") / width(fields, "n_head").max(1);
+        fields.insert("head_size".into(), head_size.into());
+    }
+    if has("n_head") && !has("n_query_groups") {
+        fields.insert("n_query_groups".into(), width(fields, "n_head").into());
+    }
+    if has("vocab_size") && !has("padded_vocab_size") {
+        fields.insert("padded_vocab_size".into(), width(fields, "vocab_size").into());
+    }
+    if has("padded_vocab_size") && !has("vocab_size") {
+        fields.insert("vocab_size".into(), width(fields, "padded_vocab_size").into());
+    }
+    if let Some(tie) = tie {
+        fields.insert("tie_embeddings".into(), tie.into());
+    }
+    serde_json::from_value(tree).map_err(text)
+}
+
+/// Everything that cannot work, with key paths; empty where all is well.
+pub fn problems(config: &RunConfig) -> Vec<String> {
+    let mut problems = Vec::new();
+    match model_config(&config.model_name, &config.model_config, config.train.tie_embeddings) {
+        Ok(model) => check_sequence(config, &model, &mut problems),
+        Err(found) => problems.extend(found),
+    }
+    check_batch(config, &mut problems);
+    check_length(config, &mut problems);
+    check_optimizer(config, &mut problems);
+    check_data(config, &mut problems);
+    if config.initial_checkpoint_dir.is_some()
+        && matches!(&config.resume, Resume::Text(path) if path != "auto")
+    {
+        problems.push(
+            "`resume`: a path and `initial_checkpoint_dir` contradict each other; keep one".into(),
+        );
+    }
+    problems
+}
+
+fn check_sequence(config: &RunConfig, model: &ModelConfig, problems: &mut Vec<String>) {
+    let (t, most) = (config.sequence_length(model), model.max_length());
+    if t < 1 || t > most {
+        problems.push(format!(
+            "`train.max_seq_length`: must be between 1 and the model's `block_size` = {most}, got {t}"
+        ));
+    }
+}
+
+fn check_batch(config: &RunConfig, problems: &mut Vec<String>) {
+    let t = &config.train;
+    for (key, value) in [
+        ("global_batch_size", t.global_batch_size),
+        ("micro_batch_size", t.micro_batch_size),
+        ("log_interval", t.log_interval),
+    ] {
+        if value == 0 {
+            problems.push(format!("`train.{key}`: must be at least 1, got 0"));
+        }
+    }
+    if t.micro_batch_size > 0
+        && let Err(e) = BatchPlan::new(config, 1, 1)
+    {
+        problems.extend(e.problems);
+    }
+    for (key, value) in [
+        ("train.save_interval", t.save_interval),
+        ("train.keep_last", t.keep_last),
+        ("eval.interval", config.eval.interval),
+        ("eval.max_iters", config.eval.max_iters),
+    ] {
+        if value == Some(0) {
+            problems.push(format!("`{key}`: must be at least 1, or null, got 0"));
+        }
+    }
+}
+
+fn check_length(config: &RunConfig, problems: &mut Vec<String>) {
+    let t = &config.train;
+    if t.max_tokens.is_none() && t.max_steps.is_none() && t.max_time.is_none() {
+        problems.push(
+            "`train`: nothing stops the run; set `train.max_steps`, `train.max_tokens` or \
+             `train.max_time`"
+                .into(),
+        );
+    }
+    let known = t.max_tokens.is_some() || t.max_steps.is_some();
+    if t.lr_schedule != LrSchedule::Constant && !known && t.max_time.is_some() {
+        problems.push(
+            "`train.lr_schedule`: `cosine` and `wsd` need a known length; set `train.max_steps` or \
+             `train.max_tokens` beside `train.max_time`, or use `constant`"
+                .into(),
+        );
+    }
+    if let Some(steps) = t.max_steps {
+        if steps == 0 {
+            problems.push("`train.max_steps`: must be at least 1, got 0".into());
+        } else if t.lr_warmup_steps > steps {
+            problems.push(format!(
+                "`train.lr_warmup_steps`: {} is longer than the run of `train.max_steps` = {steps}",
+                t.lr_warmup_steps
+            ));
+        }
+    }
+    if !(t.decay_fraction > 0.0 && t.decay_fraction <= 1.0) {
+        problems.push(format!(
+            "`train.decay_fraction`: must be above 0 and at most 1, got {}",
+            t.decay_fraction
+        ));
+    }
+    if t.max_time.is_some_and(|s| s <= 0.0) {
+        problems.push("`train.max_time`: must be above 0 seconds".into());
+    }
+}
+
+fn check_optimizer(config: &RunConfig, problems: &mut Vec<String>) {
+    let (o, t) = (&config.optimizer, &config.train);
+    let mut positive = |key: &str, value: f64| {
+        if value <= 0.0 {
+            problems.push(format!("`{key}`: must be above 0, got {value}"));
+        }
+    };
+    positive("optimizer.lr", o.lr);
+    positive("optimizer.eps", o.eps);
+    if let Some(norm) = t.max_norm {
+        positive("train.max_norm", norm);
+    }
+    for (i, beta) in o.betas.iter().enumerate() {
+        if !(0.0..1.0).contains(beta) {
+            problems.push(format!("`optimizer.betas.{i}`: must be in [0, 1), got {beta}"));
+        }
+    }
+    if o.weight_decay < 0.0 {
+        problems.push(format!("`optimizer.weight_decay`: must be at least 0, got {}", o.weight_decay));
+    }
+    if t.lr_schedule != LrSchedule::Constant && t.min_lr > o.lr {
+        problems.push(format!("`train.min_lr`: {} is above `optimizer.lr` = {}", t.min_lr, o.lr));
+    }
+}
+
+fn check_data(config: &RunConfig, problems: &mut Vec<String>) {
+    let sources = &config.data.train;
+    if sources.is_empty() {
+        problems.push("`data.train`: needs at least one source `{path, weight}`".into());
+    }
+    for (i, source) in sources.iter().enumerate() {
+        if !(source.weight > 0.0 && source.weight.is_finite()) {
+            problems.push(format!("`data.train.{i}.weight`: must be above 0, got {}", source.weight));
+        }
+    }
+    for (i, p) in config.data.prepare.iter().enumerate() {
+        if !(0.0..1.0).contains(&p.validation_fraction) {
+            problems.push(format!(
+                "`data.prepare.{i}.validation_fraction`: must be in [0, 1), got {}",
+                p.validation_fraction
+            ));
+        }
+        if (p.validation_fraction > 0.0) != p.validation_out.is_some() {
+            problems.push(format!(
+                "`data.prepare.{i}`: `validation_fraction` and `validation_out` go together"
+            ));
+        }
+        if config.tokenizer_dir.is_none() {
+            problems.push(format!("`data.prepare.{i}`: preparing needs `tokenizer_dir`"));
+        }
+    }
+}
+
+/// The arithmetic of a step, from the actual world size.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BatchPlan {
+    /// Ranks.
+    pub world: u64,
+    /// Sequences of a micro-batch on one rank.
+    pub micro: u64,
+    /// Micro-batches of a step on one rank.
+    pub accumulation: u64,
+    /// Sequences of a step over all ranks.
+    pub global: u64,
+    /// Tokens of a step over all ranks.
+    pub tokens_per_step: u64,
+    /// Length of the run, where `max_steps` or `max_tokens` gives one.
+    pub total_steps: Option<u64>,
+}
+
+impl BatchPlan {
+    /// `accumulation = global / (world x micro)`. With `max_tokens` the run has the whole steps that fit,
+    /// at least one; with `max_steps` too, the smaller of both.
+    ///
+    /// # Errors
+    /// Not divisible: names the nearest valid values.
+    pub fn new(config: &RunConfig, sequence: i64, world: u64) -> Result<Self, ConfigError> {
+        let (global, micro) = (config.train.global_batch_size, config.train.micro_batch_size);
+        let unit = world * micro;
+        if global == 0 || unit == 0 || !global.is_multiple_of(unit) {
+            return Err(ConfigError { problems: vec![not_divisible(global, micro, world)] });
+        }
+        let tokens_per_step = global * sequence as u64;
+        let by_tokens = config.train.max_tokens.map(|n| (n / tokens_per_step).max(1));
+        let total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
+        let accumulation = global / unit;
+        Ok(Self { world, micro, accumulation, global, tokens_per_step, total_steps })
+    }
+
+    /// Tokens of the whole run, where its length is known.
+    pub fn total_tokens(&self) -> Option<u64> {
+        self.total_steps.map(|steps| steps * self.tokens_per_step)
+    }
+}
+
+fn not_divisible(global: u64, micro: u64, world: u64) -> String {
+    let unit = (world * micro).max(1);
+    let (below, above) = (global / unit * unit, global.div_ceil(unit).max(1) * unit);
+    let nearest = if below == 0 { above.to_string() } else { format!("{below} or {above}") };
+    let fits = (1..=micro).rev().find(|m| global > 0 && global.is_multiple_of(world * m));
+    let other = fits.map_or(String::new(), |m| format!(", or `train.micro_batch_size` to {m}"));
+    format!(
+        "`train.global_batch_size`: {global} is not divisible by {world} rank(s) x \
+         `train.micro_batch_size` {micro} = {unit}; set it to {nearest}{other}"
+    )
+}
+
+impl fmt::Display for BatchPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ranks = if self.world == 1 { "rank" } else { "ranks" };
+        write!(
+            f,
+            "{} seq/step = {} {ranks} x {} micro x {} accumulation = {} tokens/step",
+            self.global,
+            self.world,
+            self.micro,
+            self.accumulation,
+            with_commas(self.tokens_per_step)
+        )
+    }
+}
+
+/// 2097152 -> `2,097,152`.
+pub fn with_commas(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
