@@ -1,0 +1,162 @@
+//! The one table of names: lit-gpt's in memory, Hugging Face's on disk.
+//!
+//! | lit-gpt                | Llama on disk                     | GPT-NeoX on disk                      |
+//! |------------------------|-----------------------------------|---------------------------------------|
+//! | `transformer.wte`      | `model.embed_tokens`              | `gpt_neox.embed_in`                   |
+//! | `transformer.h.{i}.*`  | `model.layers.{i}.*`              | `gpt_neox.layers.{i}.*`               |
+//! | `  norm_1`             | `  input_layernorm`               | `  input_layernorm`                   |
+//! | `  attn.qkv`           | `  self_attn.{q,k,v}_proj`        | `  attention.query_key_value`         |
+//! | `  attn.proj`          | `  self_attn.o_proj`              | `  attention.dense`                   |
+//! | `  norm_2`             | `  post_attention_layernorm`      | `  post_attention_layernorm`          |
+//! | `  mlp.fc_1`           | `  mlp.gate_proj`                 |                                       |
+//! | `  mlp.fc_2`           | `  mlp.up_proj`                   |                                       |
+//! | `  mlp.fc`             |                                   | `  mlp.dense_h_to_4h`                 |
+//! | `  mlp.proj`           | `  mlp.down_proj`                 | `  mlp.dense_4h_to_h`                 |
+//! | `transformer.ln_f`     | `model.norm`                      | `gpt_neox.final_layer_norm`           |
+//! | `lm_head`              | `lm_head`                         | `embed_out`                           |
+//!
+//! Llama splits our `[Q; K; V]` rows into three tensors; GPT-NeoX interleaves them a head: `q_h; k_h; v_h`.
+
+use crate::model::{MlpClass, ModelConfig};
+use tch::Tensor;
+
+/// How the rows of a tensor on disk relate to ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// The same tensor.
+    Same,
+    /// Rows `start .. start + len` of ours.
+    Rows {
+        /// First row.
+        start: i64,
+        /// Number of rows.
+        len: i64,
+    },
+    /// Ours is `[Q; K; V]`, theirs `q_h; k_h; v_h` for each head h.
+    HeadInterleaved,
+}
+
+/// One tensor on disk that holds all or a part of one of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Hugging Face name.
+    pub name: String,
+    /// Relation of the rows.
+    pub layout: Layout,
+}
+
+/// The tensors on disk that make up the parameter with this lit-gpt name.
+pub fn parts(name: &str, config: &ModelConfig) -> Vec<Part> {
+    let (module, kind) = name.rsplit_once('.').unwrap_or((name, "weight"));
+    let neox = config.mlp_class == MlpClass::GptNeoxMLP;
+    let one = |module: &str| {
+        vec![Part { name: format!("{module}.{kind}"), layout: Layout::Same }]
+    };
+    match (module, neox) {
+        ("transformer.wte", false) => return one("model.embed_tokens"),
+        ("transformer.wte", true) => return one("gpt_neox.embed_in"),
+        ("transformer.ln_f", false) => return one("model.norm"),
+        ("transformer.ln_f", true) => return one("gpt_neox.final_layer_norm"),
+        ("lm_head", false) => return one("lm_head"),
+        ("lm_head", true) => return one("embed_out"),
+        _ => {}
+    }
+    let rest = module.strip_prefix("transformer.h.").and_then(|rest| rest.split_once('.'));
+    let Some((layer, leaf)) = rest else { return one(module) };
+    let prefix = if neox { "gpt_neox.layers" } else { "model.layers" };
+    let in_layer = |leaf: &str| one(&format!("{prefix}.{layer}.{leaf}"));
+    match (leaf, neox) {
+        ("norm_1", _) => in_layer("input_layernorm"),
+        ("norm_2", _) => in_layer("post_attention_layernorm"),
+        ("attn.qkv", false) => split_qkv(&format!("{prefix}.{layer}.self_attn"), kind, config),
+        ("attn.qkv", true) => in_layer("attention.query_key_value")
+            .into_iter()
+            .map(|part| Part { layout: Layout::HeadInterleaved, ..part })
+            .collect(),
+        ("attn.proj", false) => in_layer("self_attn.o_proj"),
+        ("attn.proj", true) => in_layer("attention.dense"),
+        ("mlp.fc_1", _) => in_layer("mlp.gate_proj"),
+        ("mlp.fc_2", _) => in_layer("mlp.up_proj"),
+        ("mlp.fc", _) => in_layer("mlp.dense_h_to_4h"),
+        ("mlp.proj", false) => in_layer("mlp.down_proj"),
+        ("mlp.proj", true) => in_layer("mlp.dense_4h_to_h"),
+        (other, _) => in_layer(other),
+    }
+}
+
+fn split_qkv(prefix: &str, kind: &str, config: &ModelConfig) -> Vec<Part> {
+    let (q, kv) = (config.n_head * config.head_size, config.n_query_groups * config.head_size);
+    let part = |letter, start, len| Part {
+        name: format!("{prefix}.{letter}_proj.{kind}"),
+        layout: Layout::Rows { start, len },
+    };
+    vec![part("q", 0, q), part("k", q, kv), part("v", q + kv, kv)]
+}
+
+/// Tensors that old exports carry and nobody needs.
+pub fn is_buffer(name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq")
+        || name.ends_with("attention.bias")
+        || name.ends_with("attention.masked_bias")
+}
+
+/// Our tensor (or its part) as it lies on disk.
+pub fn to_disk(ours: &Tensor, layout: Layout, config: &ModelConfig) -> Tensor {
+    match layout {
+        Layout::Same => ours.shallow_clone(),
+        Layout::Rows { start, len } => ours.narrow(0, start, len),
+        Layout::HeadInterleaved => swap_heads(ours, 3, config.n_head, config.head_size),
+    }
+}
+
+/// Writes a tensor from disk into ours (or its part) in place, converting the dtype.
+pub fn from_disk(ours: &Tensor, theirs: &Tensor, layout: Layout, config: &ModelConfig) {
+    match layout {
+        Layout::Same => ours.shallow_clone().copy_(theirs),
+        Layout::Rows { start, len } => ours.narrow(0, start, len).copy_(theirs),
+        Layout::HeadInterleaved => {
+            let theirs = swap_heads(theirs, config.n_head, 3, config.head_size);
+            ours.shallow_clone().copy_(&theirs);
+        }
+    }
+}
+
+/// (outer, inner, D, ..) rows -> (inner, outer, D, ..) rows, flattened again.
+fn swap_heads(x: &Tensor, outer: i64, inner: i64, d: i64) -> Tensor {
+    let mut shape = vec![outer, inner, d];
+    shape.extend(&x.size()[1..]);
+    x.reshape(shape).transpose(0, 1).reshape(x.size())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaving_heads_and_back_is_the_identity() {
+        let config = ModelConfig::preset("pythia-14m").unwrap();
+        let rows = 3 * config.n_head * config.head_size;
+        let ours = Tensor::arange(rows * 2, tch::kind::FLOAT_CPU).view([rows, 2]);
+        let disk = to_disk(&ours, Layout::HeadInterleaved, &config);
+        // Row 0 of head 0's key follows the D rows of head 0's query.
+        let key_row = config.n_head * config.head_size;
+        assert_eq!(disk.double_value(&[config.head_size, 0]), (2 * key_row) as f64);
+        let back = ours.zeros_like();
+        from_disk(&back, &disk, Layout::HeadInterleaved, &config);
+        assert!(back.equal(&ours));
+    }
+
+    #[test]
+    fn a_llama_layer_has_the_names_of_hugging_face() {
+        let config = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        let names = |name| parts(name, &config).into_iter().map(|p| p.name).collect::<Vec<_>>();
+        assert_eq!(names("transformer.h.3.mlp.proj.weight"), ["model.layers.3.mlp.down_proj.weight"]);
+        assert_eq!(
+            parts("transformer.h.21.attn.qkv.weight", &config)[1],
+            Part {
+                name: "model.layers.21.self_attn.k_proj.weight".into(),
+                layout: Layout::Rows { start: 2048, len: 256 }
+            }
+        );
+    }
+}
