@@ -29,15 +29,4 @@ echo "fetching $package" >&2
 tar -xzf "$tmp"/llama-tokenizer-js-*.tgz -C "$tmp"
 python3 "$here/llama_tokenizer.py" "$tmp/package/llama-tokenizer.js" "$out"
 
-# Checked with the program where it is built already: the ids of a known text.
-for program in "$here/../target/release/tinyllama" "$here/../target/debug/tinyllama"; do
-    if [ -x "$program" ]; then
-        ids="$("$program" tokenizer encode --tokenizer "$out" --bos --text "Hello world")"
-        [ "$ids" = "1 15043 3186" ] ||
-            stop "the tokenizer gives \"$ids\" for \"Hello world\", expected \"1 15043 3186\"" \
-                "rebuild with \`cargo build --release\`; if it stays, report it"
-        echo "checked: \"Hello world\" -> $ids" >&2
-        break
-    fi
-done
 echo "wrote $out/tokenizer.json and tokenizer_config.json" >&2

@@ -29,6 +29,22 @@ def special(token, id):
             "normalized": False, "special": True}
 
 
+def check(pieces, pairs):
+    """Merges a known text by rank, lowest first: the ids every Llama user knows."""
+    rank = {pair: i for i, pair in reversed(list(enumerate(pairs)))}
+    word = list(SPACE + "Hello" + SPACE + "world")
+    while True:
+        ranks = [rank.get(pair, len(pairs)) for pair in zip(word, word[1:])]
+        if not ranks or min(ranks) == len(pairs):
+            break
+        i = ranks.index(min(ranks))
+        word[i:i + 2] = [word[i] + word[i + 1]]
+    ids = [1] + [pieces.index(piece) for piece in word]
+    if ids != [1, 15043, 3186]:
+        sys.exit(f'error: "Hello world" gives {ids}, expected [1, 15043, 3186]: a damaged download?')
+    print(f'checked: "Hello world" -> {ids}', file=sys.stderr)
+
+
 def main():
     source, out = Path(sys.argv[1]).read_text(encoding="utf-8"), Path(sys.argv[2])
     pieces = base64_of(source, "llama_vocab_base64").decode("utf-8").split("\n")
@@ -36,6 +52,7 @@ def main():
     pairs = [(pieces[a], pieces[b]) for a, b in struct.iter_unpack("<HH", raw)]
     if (len(pieces), len(pairs)) != (32000, 61249):
         sys.exit(f"error: expected 32000 pieces and 61249 merges, got {len(pieces)} and {len(pairs)}")
+    check(pieces, pairs)
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     bos_of_second = {"SpecialToken": {"id": "<s>", "type_id": 1}}
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
@@ -68,10 +85,12 @@ def main():
             "merges": pairs,
         },
     }
+    # Not "LlamaTokenizer": transformers 5 would build its own from the vocabulary, with other ids after
+    # leading spaces than SentencePiece gives.
     config = {
-        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
         "unk_token": "<unk>", "pad_token": None, "add_bos_token": True, "add_eos_token": False,
-        "legacy": True, "clean_up_tokenization_spaces": False,
+        "clean_up_tokenization_spaces": False,
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):

@@ -1,8 +1,8 @@
 //! Learns BPE merges from counted words, the same on every run and machine.
 //!
-//! The trainer of the `tokenizers` crate walks randomly seeded hash maps and can queue one pair twice;
-//! which of the two comes first then differs from run to run. Here a pair has one count, one list of
-//! words, and ties are broken by ids.
+//! The trainer of the `tokenizers` crate walks randomly seeded hash maps and can queue one pair
+//! twice; which of the two comes first then differs from run to run. Here a pair has one count, one
+//! list of words, and ties are broken by ids.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashMap};

@@ -1,7 +1,8 @@
 //! From ids back to text, at once or piece by piece.
 //!
-//! A token is a run of *bytes*: one token may be half a character. Decoding joins the bytes and reads
-//! them as UTF-8; a stream does the same but holds back an unfinished character, so the two agree.
+//! A token is a run of *bytes*: one token may be half a character. Decoding joins the bytes and
+//! reads them as UTF-8; a stream does the same but holds back an unfinished character, so the two
+//! agree.
 
 use super::Tokenizer;
 

@@ -18,7 +18,8 @@ const CHUNK: usize = 1 << 16;
 pub type Texts = Box<dyn Iterator<Item = Result<String>>>;
 
 /// The texts of one file, told apart by its name: `.jsonl` and `.jsonl.zst` (one object a line, the
-/// text in `field`, default `text`), `.parquet` (column `field`, default `content`), else plain text.
+/// text in `field`, default `text`), `.parquet` (column `field`, default `content`), else plain
+/// text.
 pub fn documents(path: &Path, field: Option<&str>) -> Result<Texts> {
     let name = path
         .file_name()

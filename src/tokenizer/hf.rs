@@ -21,7 +21,8 @@ pub(super) struct Json {
 }
 
 impl Json {
-    /// Reads the file. `truncation` and `padding` in it are ignored: they would cut documents short.
+    /// Reads the file. `truncation` and `padding` in it are ignored: they would cut documents
+    /// short.
     pub(super) fn load(path: &Path) -> Result<Self, TokenizerError> {
         let source = std::fs::read(path).map_err(|source| TokenizerError::Io {
             path: path.into(),
@@ -225,8 +226,8 @@ impl Rule {
     }
 }
 
-/// GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the other 68 bytes for
-/// U+0100 and up, in order.
+/// GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the other 68 bytes
+/// for U+0100 and up, in order.
 fn byte_level_chars() -> HashMap<char, u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let mut stand_ins = (0x100u32..).filter_map(char::from_u32);

@@ -2,8 +2,8 @@
 //!
 //! Text is normalised ([`super::sp_normalizer`]), cut at user-defined symbols, and merged by score
 //! ([`super::sp_bpe`]). Characters outside the vocabulary become `<0xNN>` byte tokens, or `<unk>`
-//! (one for a run of them) in models without byte fallback. Control symbols such as a literal `</s>`
-//! are text like any other: only [`super::Tokenizer::encode`]'s flags make their ids.
+//! (one for a run of them) in models without byte fallback. Control symbols such as a literal
+//! `</s>` are text like any other: only [`super::Tokenizer::encode`]'s flags make their ids.
 
 use super::decode::{Detokenizer, Invalid, Leading, Token};
 use super::sp_bpe::{Merger, Piece, Work};
@@ -40,8 +40,8 @@ impl SentencePiece {
             problem,
         };
         let model = SentencePieceModel::from_slice(&data).map_err(|e| broken(e.to_string()))?;
-        check_supported(path, &model)?;
         check_pieces(&model).map_err(broken)?;
+        check_supported(path, &model)?;
 
         let spec = model.normalizer().cloned().unwrap_or_default();
         let rules = CharsMap::parse(spec.precompiled_charsmap())

@@ -1,8 +1,8 @@
 //! SentencePiece's merging: join the best-scored pair of neighbours until none is a known piece.
 //!
 //! The order is its own: higher score first, then the leftmost. A rank per *merge* (as in
-//! `tokenizer.json`) cannot say "two splits of one piece are equal", which is why the pieces' scores
-//! are used here as they are.
+//! `tokenizer.json`) cannot say "two splits of one piece are equal", which is why the pieces'
+//! scores are used here as they are.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -93,8 +93,8 @@ impl Merger {
         }
     }
 
-    /// Calls `emit(Some(id), text)` for each piece of `text`, `emit(None, char)` for characters that
-    /// are no piece. Cost: O(n log n) in the characters of `text`.
+    /// Calls `emit(Some(id), text)` for each piece of `text`, `emit(None, char)` for characters
+    /// that are no piece. Cost: O(n log n) in the characters of `text`.
     pub(super) fn encode(
         &self,
         text: &str,

@@ -47,7 +47,8 @@ pub(super) struct CharsMap {
 }
 
 impl CharsMap {
-    /// `[u32 size of the trie in bytes][trie][replacements, each ended by NUL]`; `None` if malformed.
+    /// `[u32 size of the trie in bytes][trie][replacements, each ended by NUL]`; `None` if
+    /// malformed.
     pub(super) fn parse(blob: &[u8]) -> Option<Self> {
         if blob.is_empty() {
             return Some(Self::default());
@@ -69,8 +70,8 @@ impl CharsMap {
 
     /// The longest rule that matches at the start of `text`: (bytes consumed, replacement).
     ///
-    /// A unit of the trie holds: bit 31 value flag, bits 30-10 offset, bit 9 wide offset, bit 8 "has
-    /// a value", bits 7-0 label. A child sits at `parent ^ offset ^ label`.
+    /// A unit of the trie holds: bit 31 value flag, bits 30-10 offset, bit 9 wide offset, bit 8
+    /// "has a value", bits 7-0 label. A child sits at `parent ^ offset ^ label`.
     fn longest(&self, text: &str) -> Option<(usize, &str)> {
         let offset = |unit: u32| ((unit >> 10) << ((unit & (1 << 9)) >> 6)) as usize;
         let mut best = None;

@@ -2,7 +2,7 @@
 
 use super::{TokenizerError, Vocab};
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Names tried where no file says which token is which.
 const USUAL_BOS: [&str; 4] = ["<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"];
@@ -84,13 +84,13 @@ impl Special {
     }
 }
 
-fn read(path: &PathBuf) -> Result<Option<Value>, TokenizerError> {
+fn read(path: &Path) -> Result<Option<Value>, TokenizerError> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => {
             return Err(TokenizerError::Io {
-                path: path.clone(),
+                path: path.into(),
                 source,
             });
         }
@@ -98,7 +98,7 @@ fn read(path: &PathBuf) -> Result<Option<Value>, TokenizerError> {
     serde_json::from_slice(&text)
         .map(Some)
         .map_err(|e| TokenizerError::BrokenJson {
-            path: path.clone(),
+            path: path.into(),
             problem: e.to_string(),
         })
 }

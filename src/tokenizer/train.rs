@@ -1,8 +1,8 @@
 //! Trains a BPE tokenizer on a corpus and writes it as `tokenizer.json`.
 //!
-//! Two kinds. `byte-bpe` (GPT-2's, with single digits as in SmolLM2): text is UTF-8 bytes, nothing is
-//! ever unknown. `llama`: SentencePiece's shape, U+2581 for spaces, characters with a byte fallback.
-//! The same corpus gives the same bytes on every run and with any number of threads.
+//! Two kinds. `byte-bpe` (GPT-2's, with single digits as in SmolLM2): text is UTF-8 bytes, nothing
+//! is ever unknown. `llama`: SentencePiece's shape, U+2581 for spaces, characters with a byte
+//! fallback. The same corpus gives the same bytes on every run and with any number of threads.
 
 pub use super::documents::{Texts, documents};
 
@@ -43,8 +43,8 @@ pub struct Options {
     pub use_bos: bool,
 }
 
-/// Share of the corpus's characters that become tokens of their own in [`Kind::Llama`]; the rest fall
-/// back to bytes (SentencePiece's default).
+/// Share of the corpus's characters that become tokens of their own in [`Kind::Llama`]; the rest
+/// fall back to bytes (SentencePiece's default).
 const CHARACTER_COVERAGE: f64 = 0.9995;
 /// SentencePiece's bound on a piece.
 const LLAMA_MAX_CHARS: usize = 16;
@@ -174,8 +174,13 @@ fn count_words(
 fn byte_pre_tokenizer() -> Value {
     json!({"type": "Sequence", "pretokenizers": [
         {"type": "Digits", "individual_digits": true},
-        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        byte_level(),
     ]})
+}
+
+/// GPT-2's word pattern and byte alphabet.
+fn byte_level() -> Value {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true})
 }
 
 /// Words in the byte alphabet, cut by the very code that encoding will run.
@@ -206,8 +211,8 @@ fn class(c: char) -> Class {
     }
 }
 
-/// Words that merges may not cross, as SentencePiece trains Llama: U+2581 only before a word or in a
-/// run of its own, digits alone, letters apart from everything else.
+/// Words that merges may not cross, as SentencePiece trains Llama: U+2581 only before a word or in
+/// a run of its own, digits alone, letters apart from everything else.
 fn llama_words(text: &str, add: &mut dyn FnMut(&str)) -> Result<()> {
     let text = format!("{SPACE}{}", text.replace(' ', "\u{2581}"));
     let run = |text: &str| {
@@ -248,7 +253,7 @@ fn learn_bytes(
         "normalizer": null,
         "pre_tokenizer": byte_pre_tokenizer(),
         "post_processor": bos.map(|id| export::bos_template(&options.bos, id)),
-        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "decoder": byte_level(),
         "model": model(None, false, &vocab, &merges),
     });
     (vocab.len(), json)
