@@ -87,11 +87,13 @@ impl Json {
     pub(super) fn describe(&self) -> (String, String, String) {
         let json = serde_json::from_slice(&self.source).unwrap_or(Value::Null);
         let kind = format!("tokenizer.json, {}", names(&json["model"]));
-        (
-            kind,
-            names(&json["normalizer"]),
-            names(&json["pre_tokenizer"]),
-        )
+        let no_pre_tokenizer = json["pre_tokenizer"].is_null();
+        let cut = if no_pre_tokenizer && self.tokenizer.get_pre_tokenizer().is_some() {
+            "none (cut before U+2581, same ids)".to_string()
+        } else {
+            names(&json["pre_tokenizer"])
+        };
+        (kind, names(&json["normalizer"]), cut)
     }
 
     /// A byte table, for the decoders of the Llama and GPT families. Others (WordPiece, CTC) have
@@ -166,6 +168,7 @@ struct Rule {
     byte_level: Option<HashMap<char, u8>>,
     replace: Vec<(String, String)>,
     byte_fallback: bool,
+    fuse: bool,
     strip: bool,
 }
 
@@ -199,8 +202,8 @@ impl Rule {
                     .push((from.into(), step["content"].as_str()?.into()));
             }
             "ByteFallback" => self.byte_fallback = true,
-            "Fuse" => {}
-            "Strip" => {
+            "Fuse" => self.fuse = true,
+            "Strip" if self.fuse => {
                 let leading = step["start"] == 1 && step["stop"] == 0 && step["content"] == " ";
                 leading.then_some(())?;
                 self.strip = true;

@@ -224,6 +224,27 @@ fn a_stream_holds_back_half_a_character_and_keeps_the_space_after_a_prompt() {
 }
 
 #[test]
+fn a_stream_equals_the_whole_for_decoders_without_a_byte_table_too() {
+    let dir = trained(Kind::ByteBpe, 300);
+    let path = dir.path().join("tokenizer.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    json["decoder"] = serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": false});
+    std::fs::write(&path, json.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(&path).unwrap();
+    let ids = tokenizer
+        .encode("if width < 0: return", true, true)
+        .unwrap();
+    let mut stream = tokenizer.decode_stream();
+    let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
+    text.extend(stream.finish());
+    assert_eq!(text, tokenizer.decode(&ids).unwrap());
+    assert!(
+        text.starts_with("i f ") || text.starts_with("if "),
+        "{text}"
+    );
+}
+
+#[test]
 fn bos_and_eos_are_put_once_where_asked_and_nowhere_else() {
     let (bos, eos) = (LLAMA.bos_id().unwrap(), LLAMA.eos_id().unwrap());
     assert!(LLAMA.use_bos() && !BYTES.use_bos());
