@@ -1,7 +1,12 @@
 //! All integration tests, one crate: a test binary links libtorch, which is worth doing once.
 
+mod checkpoint;
 mod common;
 mod config;
+mod data;
+mod generate;
 mod gpu;
+mod metrics;
 mod model;
+mod tokenizer;
 mod train;
