@@ -1,0 +1,3 @@
+//! All integration tests in one crate: one link instead of one a file.
+
+mod metrics;
