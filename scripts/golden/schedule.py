@@ -41,7 +41,7 @@ def steps(warmup, total):
 
 CASES = [
     # the published TinyLlama run
-    dict(schedule="cosine", lr=4e-4, min_lr=4e-5, warmup=2000, total=715256 * 2, decay_fraction=0.1),
+    dict(schedule="cosine", lr=4e-4, min_lr=4e-5, warmup=2000, total=1430512, decay_fraction=0.1),
     dict(schedule="cosine", lr=2e-4, min_lr=2e-5, warmup=0, total=10000, decay_fraction=0.1),
     dict(schedule="cosine", lr=3e-3, min_lr=0.0, warmup=10, total=300, decay_fraction=0.1),
     dict(schedule="constant", lr=1e-5, min_lr=0.0, warmup=100, total=1000, decay_fraction=0.1),

@@ -55,12 +55,13 @@ def compare(out_dir):
     for tag, key in TAGS.items():
         # A number that is not finite is null in JSON and itself in TensorBoard; an absent one
         # (no peak known for the card) is null in JSON and has no point at all.
-        want = [(line["step"], line[key]) for line in lines if key in line]
+        kind = [line for line in lines if ("val_loss" in line) == tag.startswith("val/")]
+        want = [(line["step"], line[key]) for line in kind]
         got = [(e.step, e.value) for e in events.Scalars(tag)] if tag in found else []
         if tag not in found:
             want = [(step, value) for step, value in want if value is not None]
         if [step for step, _ in got] != [step for step, _ in want]:
-            sys.exit(f"error: {tag}: steps {got[:5]}... in TensorBoard, {want[:5]}... in metrics.jsonl")
+            sys.exit(f"error: {tag}: steps {got[:5]}... in TensorBoard, {want[:5]}... in the file")
         for (step, value), (_, expected) in zip(got, want):
             if expected is None:
                 same = not math.isfinite(value)
@@ -69,9 +70,9 @@ def compare(out_dir):
             if not same:
                 sys.exit(f"error: {tag} at step {step}: {value}, metrics.jsonl has {expected}")
         values += len(got)
-        print(f"  {tag:<36} {len(got):>6} points equal" if got else f"  {tag:<36}      - not logged")
+        print(f"  {tag:<36} " + (f"{len(got):>6} points equal" if got else "     - not logged"))
     files = len(list(out_dir.glob("events.out.tfevents.*")))
-    print(f"tensorboard: {values} values in {files} events file(s) equal {len(lines)} metrics lines")
+    print(f"tensorboard: {values} values in {files} events file(s) = {len(lines)} metrics lines")
 
 
 def golden_bytes():

@@ -1,15 +1,15 @@
 //! FLOPs of a token, peak rates of cards, and the two MFU figures.
 //!
-//! Peers' MFU differ by up to 14 % for the same speed because they count differently, so this project
-//! always prints two figures, with these conventions:
+//! Peers' MFU differ by up to 14 % for the same speed because they count differently, so this
+//! project always prints two figures, with these conventions:
 //!
-//! - `mfu`: 6*N_matmul + 12*L*C*T FLOP per token, the count of PaLM (appendix B) and nanochat. It charges
-//!   attention as if every query saw all T keys.
+//! - `mfu`: 6*N_matmul + 12*L*C*T FLOP per token, the count of PaLM (appendix B) and nanochat. It
+//!   charges attention as if every query saw all T keys.
 //! - `mfu_causal`: 6*N_matmul + 6*L*C*T, the count of llm.c. It charges the half that a causal mask
 //!   leaves, which is what a causal kernel computes.
 //!
-//! 6 = 2 FLOP a multiply-add, times forward (1) plus backward (2). Recomputation counts for nothing in
-//! either: MFU is about the model's work, not the hardware's.
+//! 6 = 2 FLOP a multiply-add, times forward (1) plus backward (2). Recomputation counts for nothing
+//! in either: MFU is about the model's work, not the hardware's.
 
 /// Model FLOPs of one token, forward and backward.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,11 +22,11 @@ pub struct FlopsPerToken {
 
 /// Model FLOPs of one token of a sequence of `t` tokens, forward and backward.
 ///
-/// - `n_matmul_params`: weights that multiply activations: the blocks' linear layers and the head. The
-///   input embedding is a look-up and does not count; the head counts once, also where the two are tied.
-///   Norms and biases do not count.
-/// - `attention_width`: `n_head * head_size`, the C of the attention term. Grouped queries do not lower
-///   it: every query head still meets T keys.
+/// - `n_matmul_params`: weights that multiply activations: the blocks' linear layers and the head.
+///   The input embedding is a look-up and does not count; the head counts once, also where the two
+///   are tied. Norms and biases do not count.
+/// - `attention_width`: `n_head * head_size`, the C of the attention term. Grouped queries do not
+///   lower it: every query head still meets T keys.
 ///
 /// TinyLlama 1.1B at T = 2048: 7.314 and 6.760 GFLOP.
 pub fn flops_per_token(
@@ -40,14 +40,14 @@ pub fn flops_per_token(
     FlopsPerToken { full: matmul + 12.0 * scores, causal: matmul + 6.0 * scores }
 }
 
-/// Model FLOPs utilisation as a fraction (0.581 = 58.1 %): achieved model FLOP/s over the card's peak.
+/// Model FLOPs utilisation: achieved model FLOP/s over the card's peak, as a fraction (0.581).
 pub fn mfu(tokens_per_sec_per_gpu: f64, flops_per_token: f64, peak_flops: f64) -> f64 {
     tokens_per_sec_per_gpu * flops_per_token / peak_flops
 }
 
-/// Peak rates in TFLOP/s: dense (no 2:4 sparsity) bf16 tensor cores with fp32 accumulation, at the boost
-/// clock of NVIDIA's data sheets. GeForce cards halve their rate when they accumulate in fp32, which
-/// training does; the figures here are the halved ones.
+/// Peak rates in TFLOP/s: dense (no 2:4 sparsity) bf16 tensor cores with fp32 accumulation, at the
+/// boost clock of NVIDIA's data sheets. GeForce cards halve their rate when they accumulate in
+/// fp32, which training does; the figures here are the halved ones.
 ///
 /// Each row: words that must all appear in the driver's device name, words that must not, TFLOP/s.
 /// The first row that fits wins. Cards without bf16 tensor cores (V100, T4, RTX 20) have no row.
@@ -56,7 +56,7 @@ const PEAKS: &[(&[&str], &[&str], f64)] = &[
     (&["GB200"], &[], 2500.0),
     (&["B200"], &[], 2250.0),
     (&["RTX", "5090"], &["Laptop", "5090 D"], 209.5),
-    // Hopper. An H100 that says neither PCIe nor NVL must say HBM3 or SXM to count as the SXM module.
+    // Hopper. To count as the SXM module, a bare H100 must say HBM3 or SXM.
     (&["GH200"], &[], 989.4),
     (&["H200", "NVL"], &[], 835.5),
     (&["H200"], &["PCIe"], 989.4),
@@ -80,7 +80,7 @@ const PEAKS: &[(&[&str], &[&str], f64)] = &[
     (&["RTX", "A6000"], &["Laptop"], 154.8),
     (&["RTX", "3090", "Ti"], &["Laptop"], 80.0),
     (&["RTX", "3090"], &["Laptop"], 71.0),
-    (&["RTX", "3080"], &["Laptop", "Ti"], 59.5), // the 10 GB card; the 12 GB one bears the same name
+    (&["RTX", "3080"], &["Laptop", "Ti"], 59.5), // 10 GB; the 12 GB card bears the same name
     // Ada
     (&["L4"], &[], 121.0),
     (&["L40"], &[], 181.0),
@@ -90,11 +90,11 @@ const PEAKS: &[(&[&str], &[&str], f64)] = &[
     (&["RTX", "4080"], &["Laptop", "SUPER"], 97.5),
 ];
 
-/// Peak dense bf16 rate of a card in FLOP/s, by the name its driver gives (`NVIDIA H100 80GB HBM3`).
+/// Peak dense bf16 rate of a card in FLOP/s, by its driver's name (`NVIDIA H100 80GB HBM3`).
 ///
-/// `None` for a CPU, an unknown card, a card without bf16 tensor cores, a laptop variant, a MIG slice
-/// (a fraction of a card): [`no_peak_note`] is what the log says then, instead of a guess. The bf16 peak
-/// is the denominator whatever the precision of the run, as among peers.
+/// `None` for a CPU, an unknown card, a card without bf16 tensor cores, a laptop variant, a MIG
+/// slice (a fraction of a card): [`no_peak_note`] is what the log says then, instead of a guess.
+/// The bf16 peak is the denominator whatever the precision of the run, as among peers.
 pub fn peak_bf16_flops(device_name: &str) -> Option<f64> {
     if has_word(device_name, "MIG") {
         return None;

@@ -1,7 +1,7 @@
 //! What a run leaves behind to be read: `metrics.jsonl`, TensorBoard events, log lines, `loss.png`.
 //!
-//! `metrics.jsonl` is the truth: one JSON object a logged step or validation, handed to the system line
-//! by line. The other three are views of the same records. Only rank 0 opens a [`RunLog`].
+//! `metrics.jsonl` is the truth: one JSON object a logged step or validation, handed to the system
+//! line by line. The other three are views of the same records. Only rank 0 opens a [`RunLog`].
 
 use super::append::AppendFile;
 use super::plot;
@@ -33,7 +33,8 @@ pub struct StepRecord {
     pub tokens_per_sec: f64,
     /// Tokens a second of one rank.
     pub tokens_per_sec_per_gpu: f64,
-    /// Model FLOPs utilisation, full attention, as a fraction; see [`super::flops`]. `None`: no peak known.
+    /// Model FLOPs utilisation, full attention, as a fraction; see [`super::flops`]. `None`: no
+    /// peak known.
     pub mfu: Option<f64>,
     /// The same, causal attention.
     pub mfu_causal: Option<f64>,
@@ -96,9 +97,10 @@ pub struct RunLog {
 impl RunLog {
     /// Opens the log of the run in `out_dir`, which is created if missing.
     ///
-    /// `resume_step: Some(s)` goes on behind step s: lines of later steps, which the earlier process
-    /// wrote and lost when the run went back to its checkpoint, are dropped, atomically. `None` starts
-    /// anew; an earlier `metrics.jsonl` is kept as `metrics.old.jsonl`. `quiet` shows nothing on stderr.
+    /// `resume_step: Some(s)` goes on behind step s: lines of later steps, which the earlier
+    /// process wrote and lost when the run went back to its checkpoint, are dropped, atomically.
+    /// `None` starts anew; an earlier `metrics.jsonl` is kept as `metrics.old.jsonl`. `quiet` shows
+    /// nothing on stderr.
     ///
     /// # Errors
     /// Where a file cannot be created. Later write failures are told once and do not end the run.
@@ -168,7 +170,8 @@ impl RunLog {
         Ok(())
     }
 
-    /// Logs a validation everywhere and redraws `loss.png`, so that a run that is killed has a curve.
+    /// Logs a validation everywhere and redraws `loss.png`, so that a run that is killed has a
+    /// curve.
     ///
     /// # Errors
     /// As [`RunLog::step`].
@@ -188,7 +191,8 @@ impl RunLog {
         self.progress.line(text);
     }
 
-    /// Ends the log: takes the bar away, prints mean speed, both MFUs and peak memory, draws the curve.
+    /// Ends the log: takes the bar away, prints mean speed, both MFUs and peak memory, draws the
+    /// curve.
     ///
     /// Returns the path of `loss.png`.
     ///
@@ -221,7 +225,8 @@ impl RunLog {
     fn warn(&mut self, problem: &str) {
         if !std::mem::replace(&mut self.warned, true) {
             let dir = self.out_dir.display();
-            self.progress.line(&format!("warning: {problem}, in {dir}; training goes on without it"));
+            self.progress
+                .line(&format!("warning: {problem}, in {dir}; training goes on without it"));
         }
     }
 
@@ -252,8 +257,8 @@ fn set_aside(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Drops lines of steps behind `last_step`, and a torn last line; a crash leaves the old file or the
-/// new one, never a mixture.
+/// Drops lines of steps behind `last_step`, and a torn last line; a crash leaves the old file or
+/// the new one, never a mixture.
 fn keep_through(path: &Path, last_step: u64) -> io::Result<()> {
     #[derive(Deserialize)]
     struct Line {
@@ -328,7 +333,8 @@ fn position(step: u64, tokens: u64, totals: &Totals) -> String {
         Some(total) => (format!("/{total}"), total.to_string().len().max(6)),
         None => (String::new(), 6),
     };
-    let of_tokens = totals.tokens.map_or(String::new(), |t| format!("/{}", progress::count(t as f64)));
+    let of_tokens =
+        totals.tokens.map_or(String::new(), |t| format!("/{}", progress::count(t as f64)));
     let tokens = progress::count(tokens as f64);
     format!("step {step:>width$}{of_steps} | {tokens:>6}{of_tokens} tok")
 }
@@ -343,7 +349,8 @@ fn log_line(r: &StepRecord, totals: &Totals, eta_seconds: Option<f64>) -> String
     let mfu = r.mfu.map_or(format!("{NO_VALUE:>5}"), |v| format!("{:>4.1}%", 100.0 * v));
     let memory = r.peak_memory_gib.map_or(NO_VALUE.into(), |v| format!("{v:.1}"));
     format!(
-        "{} | loss {} | lr {} | gnorm {} | {:>6} | {:>5} {unit} | mfu {mfu} | {memory:>4} GiB | eta {}",
+        "{} | loss {} | lr {} | gnorm {} | {} | {:>5} {unit} | mfu {mfu} | {memory:>4} GiB \
+         | eta {}",
         position(r.step, r.tokens, totals),
         progress::fit(r.loss, 6),
         exponent(r.lr),
@@ -401,8 +408,8 @@ mod tests {
     fn the_log_line_is_the_house_style() {
         assert_eq!(
             log_line(&record(), &totals(), Some(9.0 * 86400.0 + 3.0 * 3600.0)),
-            "step   1200/715256 |  1.26B/1.50T tok | loss 3.1416 | lr 4.00e-4 | gnorm 0.82 | 312 ms \
-             | 26.9k tok/s/gpu | mfu 58.1% | 31.2 GiB | eta 9d 03h"
+            "step   1200/715256 |  1.26B/1.50T tok | loss 3.1416 | lr 4.00e-4 | gnorm 0.82 \
+             | 312 ms | 26.9k tok/s/gpu | mfu 58.1% | 31.2 GiB | eta 9d 03h"
         );
         let val = ValRecord::new(5000, 10_485_760_000, 2.5);
         assert_eq!(
@@ -421,7 +428,7 @@ mod tests {
             StepRecord { loss: f64::NAN, grad_norm: f64::INFINITY, lr: 1.5e-10, ..record() },
             StepRecord { mfu: Some(0.05), peak_memory_gib: Some(7.0), ..record() },
             StepRecord { iter_time_ms: 1250.0, tokens_per_sec_per_gpu: 853.0, ..record() },
-            StepRecord { mfu: None, mfu_causal: None, ..record() },
+            StepRecord { mfu: None, mfu_causal: None, iter_time_ms: 12.5, ..record() },
         ];
         for r in &odd {
             assert_eq!(bars(&log_line(r, &totals(), None)), reference, "{r:?}");
@@ -429,8 +436,8 @@ mod tests {
         let cpu = StepRecord { mfu: None, peak_memory_gib: None, ..record() };
         assert_eq!(
             log_line(&cpu, &Totals::default(), None),
-            "step   1200 |  1.26B tok | loss 3.1416 | lr 4.00e-4 | gnorm 0.82 | 312 ms |  430k tok/s \
-             | mfu     - |    - GiB | eta -"
+            "step   1200 |  1.26B tok | loss 3.1416 | lr 4.00e-4 | gnorm 0.82 | 312 ms \
+             |  430k tok/s | mfu     - |    - GiB | eta -"
         );
     }
 
@@ -438,10 +445,8 @@ mod tests {
     fn a_full_disk_is_told_once_and_does_not_end_the_run() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = RunLog::open(dir.path(), None, totals(), true).unwrap();
-        let working = std::mem::replace(
-            &mut log.metrics,
-            AppendFile::open(Path::new("/dev/full")).unwrap(),
-        );
+        let working =
+            std::mem::replace(&mut log.metrics, AppendFile::open(Path::new("/dev/full")).unwrap());
         for step in 1..=3 {
             log.step(&StepRecord { step, ..record() }).unwrap();
             assert!(log.warned);
@@ -474,7 +479,8 @@ mod tests {
         for (rate, mfu) in [(200.0, 0.5), (300.0, 0.6)] {
             mean.add(&StepRecord { tokens_per_sec: rate, mfu: Some(mfu), ..record() });
         }
-        let want = "mean speed: 250 tok/s, 26.9k a rank | mfu 55.0% | mfu_causal 53.7% | peak memory 31.2 GiB";
+        let want = "mean speed: 250 tok/s, 26.9k a rank | mfu 55.0% | mfu_causal 53.7% \
+                    | peak memory 31.2 GiB";
         assert_eq!(mean.line().unwrap(), want);
     }
 }

@@ -42,6 +42,13 @@ impl Progress {
     }
 }
 
+/// An error leaves the loop without [`Progress::clear`]; its message must not land on the bar.
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
 fn bar(length: Option<u64>) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(length, ProgressDrawTarget::stderr());
     let template = match length {
@@ -62,8 +69,8 @@ fn write_line(text: &str) {
 /// What a column shows where there is no value.
 pub const NO_VALUE: &str = "-";
 
-/// A count at three significant digits: `853`, `26.9k`, `1.26B`, `1.50T`; at most five characters below
-/// a thousand trillions.
+/// A count at three significant digits: `853`, `26.9k`, `1.26B`, `1.50T`; at most five characters
+/// below a thousand trillions.
 pub fn count(value: f64) -> String {
     if !value.is_finite() {
         return NO_VALUE.into();
@@ -93,8 +100,8 @@ fn three_digits(value: f64) -> String {
     format!("{value:.decimals$}")
 }
 
-/// As many decimals as fit into `width` characters, at most `width - 2`; `nan` and `inf` as they are;
-/// an exponent where nothing else fits.
+/// As many decimals as fit into `width` characters, at most `width - 2`; `nan` and `inf` as they
+/// are; an exponent where nothing else fits.
 pub fn fit(value: f64, width: usize) -> String {
     if !value.is_finite() {
         return format!("{value:>width$}").to_lowercase();
@@ -122,12 +129,12 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// A short span at three significant digits: `9.14 ms`, `312 ms`, `1.25 s`.
+/// A short span in six characters: `9.1 ms`, `312 ms`, `1.25 s`.
 pub fn milliseconds(ms: f64) -> String {
     match ms {
-        _ if !ms.is_finite() => NO_VALUE.into(),
-        _ if ms < 999.5 => format!("{} ms", three_digits(ms)),
-        _ => format!("{} s", three_digits(ms / 1e3)),
+        _ if !ms.is_finite() => format!("{NO_VALUE:>6}"),
+        _ if ms < 999.5 => format!("{} ms", fit(ms, 3)),
+        _ => format!("{} s", fit(ms / 1e3, 4)),
     }
 }
 
@@ -204,7 +211,15 @@ mod tests {
         for (seconds, text) in spans {
             assert_eq!(duration(seconds), text);
         }
-        for (ms, text) in [(9.1415, "9.14 ms"), (312.2, "312 ms"), (999.9, "1.00 s"), (125e3, "125 s")] {
+        let short = [
+            (9.1415, "9.1 ms"),
+            (12.4, " 12 ms"),
+            (312.2, "312 ms"),
+            (999.9, "1.00 s"),
+            (125e3, " 125 s"),
+            (f64::NAN, "     -"),
+        ];
+        for (ms, text) in short {
             assert_eq!(milliseconds(ms), text);
         }
         for (n, text) in [(512, "512 B"), (1000, "0.98 KiB"), (33_500_000_000, "31.2 GiB")] {

@@ -1,7 +1,8 @@
 //! The learning rate of each optimizer step.
 //!
-//! Steps count from 1, so the first step already learns (lit-gpt's first micro-step has rate 0). Warmup
-//! and length are in optimizer steps: the rate depends neither on the accumulation nor on the world size.
+//! Steps count from 1, so the first step already learns (lit-gpt's first micro-step has rate 0).
+//! Warmup and length are in optimizer steps: the rate depends neither on the accumulation nor on
+//! the world size.
 
 use crate::config::{LrSchedule, TrainConfig};
 use std::f64::consts::PI;
@@ -10,13 +11,14 @@ use std::f64::consts::PI;
 ///
 /// With W = `lr_warmup_steps`, D = `total_steps`, and `lr` = `peak_lr`:
 /// - s < W: `lr * s / W`, whatever the schedule;
-/// - `cosine`: `min_lr + 0.5 * (1 + cos(pi * (s - W) / (D - W))) * (lr - min_lr)`, and `min_lr` for s > D;
+/// - `cosine`: `min_lr + 0.5 * (1 + cos(pi * (s - W) / (D - W))) * (lr - min_lr)`, and `min_lr` for
+///   s > D;
 /// - `constant`: `lr`;
 /// - `wsd`: `lr` up to step `D * (1 - decay_fraction)`, then a straight line to `min_lr` at D.
 ///
-/// Without `total_steps` (a run that only `max_time` or a signal ends) `cosine` and `wsd` have no end to
-/// decay to and stay at `peak_lr`; the configuration refuses such a run. A run shorter than its warmup
-/// stays in the warmup.
+/// Without `total_steps` (a run that only `max_time` or a signal ends) `cosine` and `wsd` have no
+/// end to decay to and stay at `peak_lr`; the configuration refuses such a run. A run shorter than
+/// its warmup stays in the warmup.
 ///
 /// # Source
 /// lit-gpt's `get_lr` at s, as TinyLlama published it: 4e-4 at s = 2000, 4e-5 at s = 1,430,512.

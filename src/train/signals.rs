@@ -1,4 +1,5 @@
-//! Stopping on SIGINT and SIGTERM: the first asks the loop to save and leave, a second leaves at once.
+//! Stopping on SIGINT and SIGTERM: the first asks the loop to save and leave, a second leaves at
+//! once.
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -6,7 +7,8 @@ use signal_hook::flag;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// A request to stop, made by Ctrl-C (SIGINT) or by a scheduler (SIGTERM). The loop asks between steps.
+/// A request to stop, made by Ctrl-C (SIGINT) or by a scheduler (SIGTERM). The loop asks between
+/// steps.
 pub struct StopSignal {
     /// Number of the signal that came; 0: none yet.
     signal: Arc<AtomicUsize>,
@@ -15,8 +17,8 @@ pub struct StopSignal {
 impl StopSignal {
     /// Installs the handlers for the rest of the process.
     ///
-    /// A second signal, of either kind, ends the process at once with [`exit_code`]: the way out where
-    /// saving hangs.
+    /// A second signal, of either kind, ends the process at once with [`exit_code`]: the way out
+    /// where saving hangs.
     ///
     /// # Errors
     /// Where the system refuses a handler.
@@ -99,6 +101,9 @@ mod tests {
     #[test]
     fn signals_have_names_and_exit_codes() {
         assert_eq!((name(SIGINT), exit_code(SIGINT)), ("SIGINT", crate::error::exit::INTERRUPTED));
-        assert_eq!((name(SIGTERM), exit_code(SIGTERM)), ("SIGTERM", crate::error::exit::TERMINATED));
+        assert_eq!(
+            (name(SIGTERM), exit_code(SIGTERM)),
+            ("SIGTERM", crate::error::exit::TERMINATED)
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! TensorBoard event files, written without TensorFlow.
 //!
-//! A file is a row of records: length (u64, little-endian), masked CRC-32C of those eight bytes (u32),
-//! payload, masked CRC-32C of the payload (u32). A payload is an `Event` in protobuf's wire format, of
-//! which scalars need the few fields coded below. `scripts/golden/tensorboard_check.py` reads such a
-//! file back with the real `tensorboard`; a test here holds the bytes equal to those of its own writer.
+//! A file is a row of records: length (u64, little-endian), masked CRC-32C of those eight bytes
+//! (u32), payload, masked CRC-32C of the payload (u32). A payload is an `Event` in protobuf's wire
+//! format, of which scalars need the few fields coded below. `scripts/golden/tensorboard_check.py`
+//! reads such a file back with the real `tensorboard`; a test here holds the bytes equal to those
+//! of its own writer.
 //!
 //! ```text
 //! Event       { wall_time = 1: double, step = 2: int64, file_version = 3: string,
@@ -32,9 +33,9 @@ pub struct EventWriter {
 impl EventWriter {
     /// Starts a new events file in `dir`: `events.out.tfevents.SECONDS.HOST`.
     ///
-    /// `first_step` is the first step that this process will log. It is written as a session start, at
-    /// which TensorBoard forgets the points that an earlier process logged at that step or later and
-    /// lost when the run went back to its last checkpoint.
+    /// `first_step` is the first step that this process will log. It is written as a session start,
+    /// at which TensorBoard forgets the points that an earlier process logged at that step or later
+    /// and lost when the run went back to its last checkpoint.
     ///
     /// # Errors
     /// Where the file cannot be created.
@@ -99,7 +100,8 @@ fn record(payload: &[u8]) -> Vec<u8> {
     out
 }
 
-/// CRC-32C, rotated and shifted by a constant, so that a checksum of checksums stays a good checksum.
+/// CRC-32C, rotated and shifted by a constant, so that a checksum of checksums stays a good
+/// checksum.
 fn masked_crc32c(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -157,25 +159,25 @@ fn put_varint(out: &mut Vec<u8>, mut value: u64) {
 /// An integer; 0 is the default and takes no bytes.
 fn put_u64(out: &mut Vec<u8>, field: u64, value: u64) {
     if value != 0 {
-        put_varint(out, field << 3 | VARINT);
+        put_varint(out, (field << 3) | VARINT);
         put_varint(out, value);
     }
 }
 
 fn put_f64(out: &mut Vec<u8>, field: u64, value: f64) {
-    put_varint(out, field << 3 | FIXED64);
+    put_varint(out, (field << 3) | FIXED64);
     out.extend(value.to_le_bytes());
 }
 
 /// Always written, 0 too: `simple_value` belongs to a oneof, where presence counts.
 fn put_f32(out: &mut Vec<u8>, field: u64, value: f32) {
-    put_varint(out, field << 3 | FIXED32);
+    put_varint(out, (field << 3) | FIXED32);
     out.extend(value.to_le_bytes());
 }
 
 /// A string or an embedded message.
 fn put_bytes(out: &mut Vec<u8>, field: u64, bytes: &[u8]) {
-    put_varint(out, field << 3 | LENGTH_DELIMITED);
+    put_varint(out, (field << 3) | LENGTH_DELIMITED);
     put_varint(out, bytes.len() as u64);
     out.extend(bytes);
 }
@@ -184,7 +186,8 @@ fn put_bytes(out: &mut Vec<u8>, field: u64, bytes: &[u8]) {
 mod tests {
     use super::*;
 
-    /// Written by `tensorboard_check.py --write-golden` with the real package's protobufs and writer.
+    /// Written by `tensorboard_check.py --write-golden` with the real package's protobufs and
+    /// writer.
     const GOLDEN: &[u8] = include_bytes!("../../tests/golden/metrics/events.tfevents");
 
     #[test]

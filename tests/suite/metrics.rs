@@ -1,4 +1,5 @@
-//! A run's log on disk: what a fresh start, a resumed run, a torn file and a divergence leave behind.
+//! A run's log on disk: what a fresh start, a resumed run, a torn file and a divergence leave
+//! behind.
 
 use std::fs;
 use std::path::Path;
@@ -58,7 +59,8 @@ fn each_line_has_the_documented_fields_in_order() {
         "{\"step\":0,\"tokens\":0,\"val_loss\":2.0,\"val_ppl\":7.38905609893065}\n\
          {\"step\":1,\"iter\":2,\"tokens\":8192,\"loss\":3.25,\"lr\":0.0004,\"grad_norm\":0.5,\
          \"tokens_per_sec\":1000.0,\"tokens_per_sec_per_gpu\":1000.0,\"mfu\":null,\
-         \"mfu_causal\":null,\"peak_memory_gib\":null,\"iter_time_ms\":12.5,\"time\":1500000001.0}\n"
+         \"mfu_causal\":null,\"peak_memory_gib\":null,\"iter_time_ms\":12.5,\
+         \"time\":1500000001.0}\n"
     );
 }
 
