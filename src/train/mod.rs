@@ -1,5 +1,19 @@
 //! Training: the loop in [`pretrain`], one step in [`step`], the optimizer in [`optimizer`].
 
+mod append;
+pub mod flops;
 pub mod guard;
+pub mod metrics;
 pub mod optimizer;
+pub mod plot;
+pub mod pretrain;
+pub mod progress;
+pub mod run;
+mod saver;
+pub mod schedule;
+pub mod signals;
 pub mod step;
+pub mod tensorboard;
+pub mod validate;
+
+pub use pretrain::pretrain;

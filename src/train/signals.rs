@@ -1,0 +1,109 @@
+//! Stopping on SIGINT and SIGTERM: the first asks the loop to save and leave, a second leaves at
+//! once.
+
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// A request to stop, made by Ctrl-C (SIGINT) or by a scheduler (SIGTERM). The loop asks between
+/// steps.
+pub struct StopSignal {
+    /// Number of the signal that came; 0: none yet.
+    signal: Arc<AtomicUsize>,
+}
+
+impl StopSignal {
+    /// Installs the handlers for the rest of the process.
+    ///
+    /// A second signal, of either kind, ends the process at once with [`exit_code`]: the way out
+    /// where saving hangs.
+    ///
+    /// # Errors
+    /// Where the system refuses a handler.
+    pub fn install() -> Result<StopSignal> {
+        let signal = Arc::new(AtomicUsize::new(0));
+        let asked = Arc::new(AtomicBool::new(false));
+        for number in [SIGINT, SIGTERM] {
+            // Handlers run in this order, so the first signal finds `asked` still false.
+            let code = i32::from(exit_code(number));
+            flag::register_conditional_shutdown(number, code, Arc::clone(&asked))
+                .and_then(|_| flag::register_usize(number, Arc::clone(&signal), number as usize))
+                .and_then(|_| flag::register(number, Arc::clone(&asked)))
+                .with_context(|| format!("cannot install a handler for signal {number}"))?;
+        }
+        Ok(StopSignal { signal })
+    }
+
+    /// The signal that asked to stop, if one did. Costs one atomic load.
+    pub fn requested(&self) -> Option<i32> {
+        match self.signal.load(Ordering::Relaxed) {
+            0 => None,
+            number => Some(number as i32),
+        }
+    }
+}
+
+/// Exit code of a process that a signal stopped: 130 for SIGINT, 143 for SIGTERM.
+pub fn exit_code(signal: i32) -> u8 {
+    128 + signal as u8
+}
+
+/// `SIGINT`, `SIGTERM`: how the log names a signal.
+pub fn name(signal: i32) -> &'static str {
+    signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use signal_hook::low_level::raise;
+    use std::process::Command;
+
+    /// Raises signals in a child process: this very test binary, told by a variable which ones.
+    fn code_after(signals: &str) -> Option<i32> {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "train::signals::tests::child", "--ignored", "--test-threads=1"])
+            .env("TL_TEST_SIGNALS", signals)
+            .output()
+            .unwrap()
+            .status
+            .code()
+    }
+
+    #[test]
+    #[ignore = "the child of the tests below"]
+    fn child() {
+        let signals = std::env::var("TL_TEST_SIGNALS").unwrap_or_default();
+        let stop = StopSignal::install().unwrap();
+        assert_eq!(stop.requested(), None);
+        for signal in signals.split(',').filter_map(|s| s.parse().ok()) {
+            raise(signal).unwrap();
+            assert_eq!(stop.requested(), Some(signal));
+        }
+        std::process::exit(stop.requested().unwrap_or(0)); // reached after one signal only
+    }
+
+    #[test]
+    fn the_first_signal_is_noted_and_the_process_goes_on() {
+        assert_eq!(code_after("2"), Some(SIGINT));
+        assert_eq!(code_after("15"), Some(SIGTERM));
+    }
+
+    #[test]
+    fn a_second_signal_of_either_kind_exits_at_once() {
+        assert_eq!(code_after("2,2"), Some(130));
+        assert_eq!(code_after("15,15"), Some(143));
+        assert_eq!(code_after("15,2"), Some(130));
+    }
+
+    #[test]
+    fn signals_have_names_and_exit_codes() {
+        assert_eq!((name(SIGINT), exit_code(SIGINT)), ("SIGINT", crate::error::exit::INTERRUPTED));
+        assert_eq!(
+            (name(SIGTERM), exit_code(SIGTERM)),
+            ("SIGTERM", crate::error::exit::TERMINATED)
+        );
+    }
+}
