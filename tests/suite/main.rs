@@ -1,0 +1,3 @@
+//! Integration tests, one crate: one file a part.
+
+mod generate;
