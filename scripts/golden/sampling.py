@@ -3,8 +3,8 @@
 
 Pinned: torch==2.11.0, transformers==5.0.0.  Writes tests/golden/generate/sampling.json:
     python scripts/golden/sampling.py [OUT]
-Each case holds logits (rows of V), the ids seen before, the parameters, and what transformers leaves:
-logits after the repetition penalty, after all warpers (null = -inf), and their softmax.
+Each case holds V logits, the ids seen before, the parameters, and what transformers leaves: logits
+after the repetition penalty, after all warpers (null = -inf), and their softmax.
 """
 
 import json

@@ -4,14 +4,14 @@ use crate::error::WithHint;
 use crate::generate::engine::{self, GenerateOptions, Generation, peak_memory};
 use crate::generate::load::{self, Loaded};
 use crate::generate::sampler::SamplingParams;
-use crate::generate::text::{TextGeneration, generate_text, parse_ids};
+use crate::generate::text::{StopMatcher, TextGeneration, generate_text, parse_ids};
 use crate::tokenizer::Tokenizer;
 use crate::{device, error};
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
-use tch::Kind;
+use tch::{Device, Kind};
 
 /// Arguments of `generate`.
 #[derive(clap::Args)]
@@ -48,7 +48,8 @@ pub struct Args {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Number of continuations
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u64).range(1..))]
     num_samples: u64,
     /// Print each text when it is complete
     #[arg(long)]
@@ -75,7 +76,7 @@ pub struct ModelArgs {
     precision: Option<InferencePrecision>,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
     #[arg(long, default_value = "auto")]
-    device: String,
+    pub device: String,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -87,13 +88,13 @@ enum InferencePrecision {
 }
 
 impl ModelArgs {
-    /// Loads the checkpoint.
-    pub fn load(&self, with_tokenizer: bool) -> Result<Loaded> {
+    /// Loads the checkpoint onto what [`ModelArgs::device`] names.
+    pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
         let kind = self.precision.map(|precision| match precision {
             InferencePrecision::Fp32True => Kind::Float,
             InferencePrecision::Bf16True => Kind::BFloat16,
         });
-        load::load(&self.checkpoint, device::resolve(&self.device)?, kind, with_tokenizer)
+        load::load(&self.checkpoint, device, kind, with_tokenizer)
     }
 }
 
@@ -114,9 +115,17 @@ struct JsonSample<'a> {
 /// Runs `generate`.
 pub fn run(args: Args) -> Result<u8> {
     args.sampling(0).validate()?;
-    let prompt = read_prompt(&args)?;
+    StopMatcher::new(&args.stop)?;
+    let lower = "lower `--max-new-tokens`, shorten the prompt, use `--precision bf16-true` or \
+                 `--device cpu`";
+    let device = device::resolve(&args.model.device)?;
+    device::out_of_memory_is_an_error(device, lower, || generate_all(&args, device))
+}
+
+fn generate_all(args: &Args, device: Device) -> Result<u8> {
+    let prompt = read_prompt(args)?;
     let given_ids = if args.ids { Some(parse_ids(&prompt)?) } else { None };
-    let loaded = args.model.load(!args.ids)?;
+    let loaded = args.model.load(device, !args.ids)?;
     let ids = match (given_ids, &loaded.tokenizer) {
         (Some(ids), _) => ids,
         (None, Some(tokenizer)) => encode_prompt(tokenizer, &prompt, args.no_bos)?,
@@ -125,13 +134,13 @@ pub fn run(args: Args) -> Result<u8> {
 
     for i in 0..args.num_samples {
         let seed = args.seed.wrapping_add(i);
-        let sample = one_sample(&args, &loaded, &ids, seed);
+        let sample = one_sample(args, &loaded, &ids, seed);
         let result = sample.and_then(|sample| {
-            finish_sample(&args, &prompt, &sample, seed)?;
+            finish_sample(args, &prompt, &sample, seed)?;
             Ok(sample)
         });
         match result {
-            Ok(sample) => report_speed(&args, &loaded, &sample.generation, i),
+            Ok(sample) => report_speed(args, &loaded, &sample.generation, i),
             Err(e) if is_broken_pipe(&e) => return Ok(error::exit::OK),
             Err(e) => return Err(e),
         }
@@ -155,7 +164,8 @@ impl Args {
     }
 }
 
-/// The prompt of `--prompt`, `--prompt-file` or stdin, the latter two without a line break at the end.
+/// The prompt of `--prompt`, `--prompt-file` or stdin, the latter two without a line break at the
+/// end.
 fn read_prompt(args: &Args) -> Result<String> {
     let mut text = String::new();
     if let Some(prompt) = &args.prompt {

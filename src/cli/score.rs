@@ -1,13 +1,14 @@
 //! `tinyllama score`.
 
 use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
-use crate::error;
 use crate::generate::score::{Score, score_tokens, score_windows};
 use crate::generate::text::parse_ids;
 use crate::tokenizer::Tokenizer;
+use crate::{device, error};
 use anyhow::{Context, Result};
 use std::fmt::Write;
 use std::path::PathBuf;
+use tch::Device;
 
 /// Arguments of `score`.
 #[derive(clap::Args)]
@@ -34,14 +35,20 @@ pub struct Args {
     /// Score texts of any length in windows of N tokens, N up to the model's `block_size`
     #[arg(long, value_name = "N")]
     window: Option<usize>,
-    /// Tokens between the starts of two windows; each token is scored once, with a prefix of at least
-    /// window - stride tokens after the first window [default: half the window]
+    /// Tokens between the starts of two windows; each token is scored once, with a prefix of at
+    /// least window - stride tokens after the first window [default: half the window]
     #[arg(long, value_name = "N", requires = "window")]
     stride: Option<usize>,
 }
 
 /// Runs `score`.
 pub fn run(args: Args) -> Result<u8> {
+    let lower = "use `--window` with a smaller N, `--precision bf16-true` or `--device cpu`";
+    let device = device::resolve(&args.model.device)?;
+    device::out_of_memory_is_an_error(device, lower, || score(&args, device))
+}
+
+fn score(args: &Args, device: Device) -> Result<u8> {
     let given_ids = args.tokens.as_deref().map(parse_ids).transpose()?;
     let text = match (&args.text, &args.file) {
         (Some(text), _) => text.clone(),
@@ -49,7 +56,7 @@ pub fn run(args: Args) -> Result<u8> {
             .with_context(|| format!("cannot read the file `{}`", path.display()))?,
         (None, None) => String::new(),
     };
-    let loaded = args.model.load(given_ids.is_none())?;
+    let loaded = args.model.load(device, given_ids.is_none())?;
     let tokens = match (given_ids, &loaded.tokenizer) {
         (Some(ids), _) => ids,
         (None, Some(tokenizer)) => tokenizer.encode_default(&text)?,
@@ -80,7 +87,8 @@ fn table(score: &Score, tokenizer: Option<&Tokenizer>) -> Result<String> {
     for (at, (&id, logprob)) in score.tokens.iter().zip(&score.logprobs).enumerate() {
         let logprob = logprob.map_or("-".into(), |p| format!("{p:.4}"));
         // Escaped, so that a line break or a half character stays on its line.
-        let text = tokenizer.map_or(Ok("-".into()), |t| t.decode(&[id]).map(|s| format!("{s:?}")))?;
+        let text =
+            tokenizer.map_or(Ok("-".into()), |t| t.decode(&[id]).map(|s| format!("{s:?}")))?;
         writeln!(out, "{at:>8} {id:>8} {logprob:>10}  {text}")?;
     }
     let scored = score.logprobs.iter().flatten().count();

@@ -103,8 +103,8 @@ fn rate(tokens: usize, time: Duration) -> f64 {
     if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() }
 }
 
-/// Continues `prompt`. `on_token` gets each new token at once and says whether to go on; an error of its
-/// own ends the generation with that error.
+/// Continues `prompt`. `on_token` gets each new token at once and says whether to go on; an error
+/// of its own ends the generation with that error.
 ///
 /// # Sync
 /// Once or twice a token: the next one depends on the last.
@@ -123,7 +123,8 @@ pub fn generate(
     check_prompt(model, prompt)?;
     let room = config.max_length() as usize - prompt.len();
     let new = options.max_new_tokens.min(room);
-    let vocab_size = options.vocab_size.unwrap_or(usize::MAX).min(config.padded_vocab_size as usize);
+    let vocab_size =
+        options.vocab_size.unwrap_or(usize::MAX).min(config.padded_vocab_size as usize);
     let mut sampler = Sampler::new(&options.sampling, prompt, vocab_size as i64, device)?;
     let mut out = Generation::new(prompt.len(), model, prompt.len() + new);
     if new == 0 {
@@ -196,7 +197,8 @@ fn check_prompt(model: &GPT, prompt: &[u32]) -> Result<()> {
     let context = model.config.max_length() as usize;
     check_ids(model, prompt)?;
     if prompt.is_empty() {
-        return Err(anyhow!("the prompt has no tokens")).usage("give at least one token, such as bos");
+        return Err(anyhow!("the prompt has no tokens"))
+            .usage("give at least one token, such as bos");
     }
     if prompt.len() >= context {
         let (got, over) = (prompt.len(), prompt.len() - context + 1);
@@ -213,12 +215,16 @@ fn check_prompt(model: &GPT, prompt: &[u32]) -> Result<()> {
 pub(super) fn check_ids(model: &GPT, ids: &[u32]) -> Result<()> {
     let rows = model.config.padded_vocab_size;
     let Some(at) = ids.iter().position(|&id| id as i64 >= rows) else { return Ok(()) };
-    Err(anyhow!("token {} at position {at} is out of the vocabulary: the model has ids 0 to {}", ids[at], rows - 1))
-        .usage("check that the ids come from this model's tokenizer")
+    Err(anyhow!(
+        "token {} at position {at} is out of the vocabulary: the model has ids 0 to {}",
+        ids[at],
+        rows - 1
+    ))
+    .usage("check that the ids come from this model's tokenizer")
 }
 
-/// Peak bytes: of libtorch's allocator on a GPU, of the process on the CPU; `None` where the system does
-/// not say.
+/// Peak bytes: of libtorch's allocator on a GPU, of the process on the CPU; `None` where the system
+/// does not say.
 pub fn peak_memory(device: Device) -> Option<u64> {
     if let Device::Cuda(index) = device {
         return ffi::cuda_memory(index).ok().map(|memory| memory.peak_allocated as u64);

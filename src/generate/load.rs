@@ -15,12 +15,13 @@ pub struct Loaded {
     pub model: GPT,
     /// Absent where token ids are enough.
     pub tokenizer: Option<Tokenizer>,
-    /// Ids that end a text: the tokenizer's eos and those of the checkpoint's `generation_config.json`.
+    /// Ids that end a text: the tokenizer's eos and those of the checkpoint's
+    /// `generation_config.json`.
     pub eos: Vec<u32>,
 }
 
-/// Loads a checkpoint folder (or the newest of a run's `out_dir`). `kind` is the dtype of the weights;
-/// `None`: bf16 on a GPU, fp32 on the CPU.
+/// Loads a checkpoint folder (or the newest of a run's `out_dir`). `kind` is the dtype of the
+/// weights; `None`: bf16 on a GPU, fp32 on the CPU.
 ///
 /// # Errors
 /// No checkpoint there, a tokenizer that is missing or does not fit the model.
@@ -57,11 +58,13 @@ pub fn check_vocabulary(tokenizer: &Tokenizer, config: &ModelConfig) -> Result<(
     if ids <= rows {
         return Ok(());
     }
-    Err(anyhow!("the tokenizer's vocabulary is larger than the model's: {ids} ids, the model has {rows}"))
-        .usage(format!(
-            "use the tokenizer that the model was trained with, or a model with `vocab_size` of at \
+    Err(anyhow!(
+        "the tokenizer's vocabulary is larger than the model's: {ids} ids, the model has {rows}"
+    ))
+    .usage(format!(
+        "use the tokenizer that the model was trained with, or a model with `vocab_size` of at \
              least {ids}"
-        ))
+    ))
 }
 
 /// `eos_token_id`, a number or a list, of `generation_config.json`, else of `config.json`.
@@ -69,8 +72,8 @@ fn configured_eos(dir: &Path) -> Result<Vec<u32>> {
     for name in ["generation_config.json", "config.json"] {
         let path = dir.join(name);
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
-        let json: Value =
-            serde_json::from_str(&text).with_context(|| format!("{} is no JSON", path.display()))?;
+        let json: Value = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no JSON", path.display()))?;
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         match &json["eos_token_id"] {
             Value::Null => continue,

@@ -1,7 +1,7 @@
 //! Text from a trained model, and the probability of a given text.
 //!
-//! Read [`engine`] (the loop over tokens), then [`sampler`] (how a token is chosen), [`text`] (ids to
-//! text, stop strings), [`score`].
+//! Read [`engine`] (the loop over tokens), then [`sampler`] (how a token is chosen), [`text`] (ids
+//! to text, stop strings), [`score`].
 
 pub mod engine;
 pub mod load;

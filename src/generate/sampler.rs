@@ -1,8 +1,8 @@
 //! How the next token is chosen: litgpt's order of warpers, and an own random generator.
 //!
 //! logits -> repetition penalty -> top-k mask -> / temperature -> top-p mask -> softmax -> draw.
-//! The draws depend on nothing but the seed, the probabilities and their order: no state of libtorch's
-//! global generators, no other request.
+//! The draws depend on nothing but the seed, the probabilities and their order: no state of
+//! libtorch's global generators, no other request.
 
 use crate::error::WithHint;
 use anyhow::{Result, anyhow, bail};
@@ -100,7 +100,8 @@ impl Sampler {
     pub fn see(&mut self, ids: &[u32]) {
         if let Some(seen) = &mut self.seen {
             let vocab_size = seen.numel() as i64;
-            let ids: Vec<i64> = ids.iter().map(|&id| id as i64).filter(|&i| i < vocab_size).collect();
+            let ids: Vec<i64> =
+                ids.iter().map(|&id| id as i64).filter(|&i| i < vocab_size).collect();
             let ids = Tensor::from_slice(&ids).to_device(seen.device());
             let _ = seen.index_fill_(0, &ids, 1);
         }
@@ -185,7 +186,8 @@ pub fn top_p(logits: &Tensor, p: f64) -> Tensor {
     logits.masked_fill(&remove, f64::NEG_INFINITY)
 }
 
-/// Makes tokens that were seen less likely: positive logits are divided by `penalty`, others multiplied.
+/// Makes tokens that were seen less likely: positive logits are divided by `penalty`, others
+/// multiplied.
 ///
 /// # Shapes
 /// logits (.., V), seen (V,) of bool -> (.., V).
@@ -287,10 +289,9 @@ mod tests {
     #[test]
     fn temperature_zero_and_top_p_zero_take_the_most_likely_token() {
         let logits = Tensor::from_slice(&[0.0f32, 3.0, 3.0, 1.0]);
-        for params in [
-            SamplingParams::greedy(),
-            SamplingParams { top_p: 0.0, ..Default::default() },
-        ] {
+        for params in
+            [SamplingParams::greedy(), SamplingParams { top_p: 0.0, ..Default::default() }]
+        {
             assert_eq!(sampler(params).sample(&logits).unwrap(), 1);
         }
     }

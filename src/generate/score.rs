@@ -35,8 +35,11 @@ impl Score {
                 .usage("give at least two tokens");
         }
         if let Some(at) = logprobs.iter().position(|p| p.is_some_and(|p| !p.is_finite())) {
-            return Err(anyhow!("the log-probability of token {} at {at} is not finite", tokens[at]))
-                .hint("weights that hold NaN or infinity give this; try `--precision 32-true`");
+            return Err(anyhow!(
+                "the log-probability of token {} at {at} is not finite",
+                tokens[at]
+            ))
+            .hint("weights that hold NaN or infinity give this; try `--precision 32-true`");
         }
         let nll = -scored.iter().sum::<f64>() / scored.len() as f64;
         Ok(Self { tokens, logprobs, nll, ppl: nll.exp() })
@@ -46,8 +49,8 @@ impl Score {
 /// `log_softmax(logits)[t-1, tokens[t]]` for each t from 1; `None` for the first token.
 ///
 /// # Numerics
-/// Log-softmax in fp32 from logits in the dtype of the weights. Held against one full forward by the
-/// test `the_score_of_tokens_is_the_log_softmax_of_a_full_forward`.
+/// Log-softmax in fp32 from logits in the dtype of the weights. Held against one full forward by
+/// the test `the_score_of_tokens_is_the_log_softmax_of_a_full_forward`.
 ///
 /// # Errors
 /// More tokens than the model's context, or one out of its vocabulary.
@@ -68,10 +71,10 @@ pub fn score_tokens(model: &GPT, tokens: &[u32]) -> Result<Vec<Option<f64>>> {
     Ok(std::iter::once(None).chain(logprobs.into_iter().map(Some)).collect())
 }
 
-/// [`score_tokens`] for any length: windows of `window` tokens that begin `stride` apart. Each token is
-/// scored once, by the first window that holds it, so from the second window on with a prefix of at
-/// least `window - stride` tokens. A smaller stride costs time (window / stride forwards a token) and
-/// gives longer prefixes.
+/// [`score_tokens`] for any length: windows of `window` tokens that begin `stride` apart. Each
+/// token is scored once, by the first window that holds it, so from the second window on with a
+/// prefix of at least `window - stride` tokens. A smaller stride costs time (window / stride
+/// forwards a token) and gives longer prefixes.
 ///
 /// # Errors
 /// As [`score_tokens`]; `window` beyond the context; `stride` not in `1 .. window`.
@@ -87,8 +90,11 @@ pub fn score_windows(
             .usage(format!("`--window {context}` gives each token the longest prefix"));
     }
     if !(1..window).contains(&stride) {
-        return Err(anyhow!("`stride` must be from 1 to `window` - 1 = {}, got {stride}", window - 1))
-            .usage(format!("`--stride {}` is the default, half the window", window / 2));
+        return Err(anyhow!(
+            "`stride` must be from 1 to `window` - 1 = {}, got {stride}",
+            window - 1
+        ))
+        .usage(format!("`--stride {}` is the default, half the window", window / 2));
     }
     check_ids(model, tokens)?;
     let mut logprobs = Vec::with_capacity(tokens.len());
@@ -132,7 +138,9 @@ mod tests {
         let score = Score::new(vec![1, 2, 3], vec![None, Some(-1.0), Some(-2.0)]).unwrap();
         assert_eq!((score.nll, score.ppl), (1.5, 1.5f64.exp()));
         let json = serde_json::to_string(&score).unwrap();
-        assert!(json.starts_with(r#"{"tokens":[1,2,3],"logprobs":[null,-1.0,-2.0],"nll":1.5,"ppl":"#));
+        assert!(
+            json.starts_with(r#"{"tokens":[1,2,3],"logprobs":[null,-1.0,-2.0],"nll":1.5,"ppl":"#)
+        );
     }
 
     #[test]

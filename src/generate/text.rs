@@ -15,8 +15,8 @@ pub struct TextGeneration {
     pub generation: Generation,
 }
 
-/// [`generate`] with text: `on_text` gets each piece as soon as it is certain, that is, ends on a whole
-/// character and cannot be the start of a stop string.
+/// [`generate`] with text: `on_text` gets each piece as soon as it is certain, that is, ends on a
+/// whole character and cannot be the start of a stop string.
 ///
 /// # Errors
 /// As [`generate`]; an empty stop string; a token that cannot be decoded; errors of `on_text`.
@@ -107,8 +107,8 @@ impl StopMatcher {
     }
 }
 
-/// Bytes of the longest end of `text` that is the start of `stop`. The end begins at a character border
-/// because `stop` does.
+/// Bytes of the longest end of `text` that is the start of `stop`. The end begins at a character
+/// border because `stop` does.
 fn overlap(text: &str, stop: &str) -> usize {
     let (text, stop) = (text.as_bytes(), stop.as_bytes());
     let longest = text.len().min(stop.len() - 1);
@@ -125,7 +125,10 @@ pub fn parse_ids(text: &str) -> Result<Vec<u32>> {
 }
 
 fn parse_id(word: &str) -> Result<u32> {
-    word.parse().ok().with_context(|| format!("`{word}` is no token id")).usage("ids are whole numbers from 0, separated by commas or spaces: `1,15043,3186`")
+    word.parse()
+        .ok()
+        .with_context(|| format!("`{word}` is no token id"))
+        .usage("ids are whole numbers from 0, separated by commas or spaces: `1,15043,3186`")
 }
 
 #[cfg(test)]

@@ -51,7 +51,7 @@ fn alphabet() -> GPT {
     };
     let next: Vec<i64> = (0..VOCAB).map(next).collect();
     let eye = Tensor::eye(VOCAB, (Kind::Float, Device::Cpu));
-    let head = eye.index_select(0, &Tensor::from_slice(&next)).transpose(0, 1); // row next(i), column i
+    let head = eye.index_select(0, &Tensor::from_slice(&next)).transpose(0, 1); // [next(i), i] = 1
     tch::no_grad(|| {
         for (name, mut weight) in model.named_parameters() {
             match name.as_str() {
@@ -187,7 +187,8 @@ fn greedy_generation_follows_the_argmax_of_full_forwards_and_reports_their_logpr
         }
         assert_eq!((out.tokens.len(), out.finish_reason), (10, FinishReason::Length));
         assert_eq!(out.timings.prompt_tokens + out.timings.decoded_tokens, 6 + 9);
-        let bytes = 2 * 2 * model.config.n_query_groups as u64 * 8 * 16 * 4; // k, v; L; G; D; S; fp32
+        // k and v, L, G, D, S = 6 + 10, fp32
+        let bytes = 2 * 2 * model.config.n_query_groups as u64 * 8 * 16 * 4;
         assert_eq!(out.cache_bytes, bytes, "{name}");
     }
 }
@@ -312,7 +313,8 @@ fn a_stop_string_across_tokens_ends_the_text_before_it() {
             Ok(())
         };
         let prompt = ids_of("a");
-        let out = generate_text(&model, &tokenizer, &prompt, &options, &stop, &mut on_text).unwrap();
+        let out =
+            generate_text(&model, &tokenizer, &prompt, &options, &stop, &mut on_text).unwrap();
         assert_eq!(pieces.concat(), out.text, "what was streamed is the text");
         (out.text, out.generation.tokens.len(), out.generation.finish_reason)
     };
@@ -382,7 +384,8 @@ fn windows_score_each_token_once_with_the_promised_prefix() {
     assert_eq!(logprobs.len(), ids.len());
     assert_eq!(logprobs.iter().filter(|p| p.is_none()).count(), 1);
     // Windows begin at 0, 24, 48, 72, 96; each scores what the one before did not reach.
-    for (begin, scored) in [(0, 0..64), (24, 64..88), (48, 88..112), (72, 112..136), (96, 136..150)] {
+    for (begin, scored) in [(0, 0..64), (24, 64..88), (48, 88..112), (72, 112..136), (96, 136..150)]
+    {
         let window = score_tokens(&model, &ids[begin..(begin + 64).min(150)]).unwrap();
         assert_eq!(logprobs[scored.clone()], window[scored.start - begin..scored.end - begin]);
     }
@@ -444,7 +447,14 @@ fn generate_prints_one_json_object_a_sample() {
     let samples: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let keys: Vec<&String> = samples[0].as_object().unwrap().keys().collect();
     let expected = [
-        "prompt", "text", "tokens", "logprobs", "finish_reason", "prompt_tokens", "new_tokens", "seed",
+        "prompt",
+        "text",
+        "tokens",
+        "logprobs",
+        "finish_reason",
+        "prompt_tokens",
+        "new_tokens",
+        "seed",
         "tokens_per_sec",
     ];
     assert_eq!(keys, expected);
@@ -467,6 +477,11 @@ fn generate_prints_one_json_object_a_sample() {
     let no_bos = ["--prompt", "Hi", "--json", "--no-bos"];
     let (_, out, _) = tinyllama("generate", dir.path(), &no_bos, "");
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["prompt_tokens"], 2);
+    let bf16 =
+        ["--prompt", "Hi", "--json", "--precision", "bf16-true", "--repetition-penalty", "1.1"];
+    let (code, out, err) = tinyllama("generate", dir.path(), &bf16, "");
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["new_tokens"], 50);
 }
 
 #[test]
@@ -498,7 +513,10 @@ fn score_prints_exactly_the_promised_json() {
     assert!(out.contains("301 tokens, 300 scored | nll ") && out.lines().count() == 304, "{out}");
     let (code, _, err) = tinyllama("score", dir.path(), &["--file", file], "");
     assert_eq!(code, 2);
-    assert!(err.contains("sequence longer than block_size: 301 tokens, `block_size` is 64"), "{err}");
+    assert!(
+        err.contains("sequence longer than block_size: 301 tokens, `block_size` is 64"),
+        "{err}"
+    );
     assert!(err.contains("hint: ") && err.contains("--window 64"), "{err}");
 }
 
@@ -551,7 +569,16 @@ fn a_closed_pipe_ends_generation_quietly() {
     use std::process::{Command, Stdio};
     let dir = checkpoint(&alphabet());
     let mut child = Command::new(assert_cmd::cargo::cargo_bin("tinyllama"))
-        .args(["generate", "--device", "cpu", "--prompt", "a", "--temperature", "0", "--checkpoint"])
+        .args([
+            "generate",
+            "--device",
+            "cpu",
+            "--prompt",
+            "a",
+            "--temperature",
+            "0",
+            "--checkpoint",
+        ])
         .arg(dir.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
