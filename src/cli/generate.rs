@@ -252,12 +252,12 @@ fn report_speed(args: &Args, loaded: &Loaded, generation: &Generation, i: u64) {
     let memory = peak_memory(loaded.model.device());
     let memory = memory.map_or("unknown".into(), |bytes| format!("{:.2} GiB", gib(bytes)));
     eprintln!(
-        "sample {}/{} | {} new tokens ({:?}) in {:.2} s | prefill {} tok, {:.1} tok/s | \
+        "sample {}/{} | {} new tokens ({}) in {:.2} s | prefill {} tok, {:.1} tok/s | \
          decode {:.1} tok/s | peak memory {memory}, cache {:.3} GiB",
         i + 1,
         args.num_samples,
         generation.tokens.len(),
-        generation.finish_reason,
+        generation.finish_reason.name(),
         (t.prefill + t.decode).as_secs_f64(),
         t.prompt_tokens,
         t.prefill_tokens_per_sec(),

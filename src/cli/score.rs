@@ -88,7 +88,7 @@ fn table(score: &Score, tokenizer: Option<&Tokenizer>) -> Result<String> {
         let logprob = logprob.map_or("-".into(), |p| format!("{p:.4}"));
         // Escaped, so that a line break or a half character stays on its line.
         let text =
-            tokenizer.map_or(Ok("-".into()), |t| t.decode(&[id]).map(|s| format!("{s:?}")))?;
+            tokenizer.map_or(Ok("-".into()), |t| t.decode_token(id).map(|s| format!("{s:?}")))?;
         writeln!(out, "{at:>8} {id:>8} {logprob:>10}  {text}")?;
     }
     let scored = score.logprobs.iter().flatten().count();

@@ -54,6 +54,18 @@ pub enum FinishReason {
     Context,
 }
 
+impl FinishReason {
+    /// As in JSON: `length`, `eos`, `stop`, `context`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Length => "length",
+            Self::Eos => "eos",
+            Self::Stop => "stop",
+            Self::Context => "context",
+        }
+    }
+}
+
 /// New tokens and how long they took.
 #[derive(Clone, Debug)]
 pub struct Generation {

@@ -28,7 +28,8 @@ pub fn generate_text(
     stop: &[String],
     on_text: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<TextGeneration> {
-    let mut stream = tokenizer.stream();
+    // The prompt goes first, so that the space before a word that continues it is kept.
+    let mut stream = tokenizer.decode_stream_after(prompt);
     let mut matcher = StopMatcher::new(stop)?;
     let mut text = String::new();
     let mut emit = |piece: &str| -> Result<()> {
@@ -43,14 +44,14 @@ pub fn generate_text(
         if token.is_eos {
             return Ok(false);
         }
-        if let Some(piece) = stream.push(token.id)? {
+        if let Some(piece) = stream.push(token.id) {
             emit(&matcher.push(&piece))?;
         }
         Ok(!matcher.stopped())
     })?;
 
     // An incomplete character at the end, then what was held back.
-    if let Some(piece) = stream.finish()? {
+    if let Some(piece) = stream.finish() {
         emit(&matcher.push(&piece))?;
     }
     emit(&matcher.finish())?;

@@ -40,7 +40,11 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|e| anyhow!("{e}"))
     }
 
-    pub fn stream(&self) -> DecodeStream<'_> {
+    pub fn decode_token(&self, id: u32) -> Result<String> {
+        self.decode(&[id])
+    }
+
+    pub fn decode_stream_after(&self, _prompt: &[u32]) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, ids: Vec::new(), sent: 0 }
     }
 
@@ -64,21 +68,20 @@ pub struct DecodeStream<'a> {
 }
 
 impl DecodeStream<'_> {
-    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+    pub fn push(&mut self, id: u32) -> Option<String> {
         self.ids.push(id);
-        let text = self.tokenizer.decode(&self.ids)?;
+        let text = self.tokenizer.decode(&self.ids).unwrap_or_default();
         if text.ends_with('\u{fffd}') || text.len() <= self.sent {
-            return Ok(None);
+            return None;
         }
         let piece = text[self.sent..].to_owned();
         self.sent = text.len();
-        Ok(Some(piece))
+        Some(piece)
     }
 
-    pub fn finish(&mut self) -> Result<Option<String>> {
-        let text = self.tokenizer.decode(&self.ids)?;
+    pub fn finish(self) -> Option<String> {
+        let text = self.tokenizer.decode(&self.ids).unwrap_or_default();
         let piece = text.get(self.sent..).unwrap_or_default().to_owned();
-        self.sent = text.len();
-        Ok((!piece.is_empty()).then_some(piece))
+        (!piece.is_empty()).then_some(piece)
     }
 }
