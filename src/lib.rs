@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod device;
 pub mod error;
 #[allow(unsafe_code)]
 #[allow(missing_docs)]

@@ -1,0 +1,207 @@
+//! Where to run: `auto`, `cpu`, `cuda`, `cuda:N` -> a device that this binary has code for; and
+//! what happens when its memory runs out.
+
+use crate::bail_hint;
+use crate::error::WithHint;
+use crate::ffi;
+use anyhow::{Context, Result, anyhow};
+use std::any::Any;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Arc;
+use tch::Device;
+
+/// Turns a `device` setting into a device, or says why it cannot be used. `auto` is the first GPU
+/// where one is visible, else the CPU.
+///
+/// # Errors
+/// No GPU is visible, the index does not exist, or the binary has no kernels for the card's compute
+/// capability. The last is an error for `auto` too: a GPU is never left idle silently.
+pub fn resolve(choice: &str) -> Result<Device> {
+    let count = tch::Cuda::device_count().max(0) as usize;
+    let index = match parse(choice)? {
+        Choice::Cpu => return Ok(Device::Cpu),
+        Choice::Auto if count == 0 => return Ok(Device::Cpu),
+        Choice::Auto => 0,
+        Choice::Cuda(index) => index,
+    };
+    if count == 0 {
+        return Err(anyhow!("device `{choice}`: no GPU is visible")).usage(
+            "use `--device cpu`; `tinyllama doctor` says what is wrong with the driver, and \
+             CUDA_VISIBLE_DEVICES may hide cards",
+        );
+    }
+    if index >= count {
+        return Err(anyhow!(
+            "device `{choice}`: this machine shows {count} GPUs, `cuda:0` to `cuda:{}`",
+            count - 1
+        ))
+        .usage("pick an index that exists; `tinyllama doctor` lists the cards");
+    }
+    check_capability(index)?;
+    Ok(Device::Cuda(index))
+}
+
+enum Choice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+fn parse(choice: &str) -> Result<Choice> {
+    let index = match choice {
+        "auto" => return Ok(Choice::Auto),
+        "cpu" => return Ok(Choice::Cpu),
+        "cuda" => Some(0),
+        _ => choice.strip_prefix("cuda:").and_then(|n| n.parse().ok()),
+    };
+    index
+        .map(Choice::Cuda)
+        .with_context(|| format!("device `{choice}` is not known"))
+        .usage("one of `auto`, `cpu`, `cuda`, `cuda:N` with N from 0")
+}
+
+/// Refuses a card that the kernels were not compiled for.
+fn check_capability(index: usize) -> Result<()> {
+    let card = ffi::cuda_device(index).with_context(|| format!("device `cuda:{index}`"))?;
+    let archs = ffi::compiled_archs();
+    if !archs.iter().any(|arch| runs_on(arch, card.capability)) {
+        let (major, minor) = card.capability;
+        bail_hint!(
+            format!(
+                "add \"{major}{minor}\" to CUDA_ARCHS in build.rs and rebuild with \
+                 `cargo build --release`, or run with `--device cpu`"
+            );
+            "`cuda:{index}` is a {} of compute capability {major}.{minor}; this binary has kernels \
+             for {}",
+            card.name,
+            if archs.is_empty() { "no GPU".into() } else { format!("sm_{}", archs.join(", sm_")) }
+        );
+    }
+    Ok(())
+}
+
+/// Whether machine code for `arch` ("86", "90a") runs on a card: same major version and no newer
+/// minor one; code with the suffix `a` runs on exactly its own version.
+fn runs_on(arch: &str, (major, minor): (i32, i32)) -> bool {
+    let digits = arch.trim_end_matches('a');
+    let Ok(number) = digits.parse::<i32>() else { return false };
+    let (arch_major, arch_minor) = (number / 10, number % 10);
+    let exact = digits.len() < arch.len();
+    arch_major == major && if exact { arch_minor == minor } else { arch_minor <= minor }
+}
+
+/// Runs `work`. Where libtorch is out of memory, which tch raises as a panic, that becomes an error
+/// with the allocator's figures and `lower`, what the user can make smaller. Other panics pass.
+pub fn out_of_memory_is_an_error<T>(
+    device: Device,
+    lower: &str,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    // The hook prints before anyone can catch: it has to know what will be caught.
+    let usual: Arc<PanicHook> = Arc::from(panic::take_hook());
+    let hook = Arc::clone(&usual);
+    panic::set_hook(Box::new(move |info| {
+        if out_of_memory(info.payload()).is_none() {
+            hook(info);
+        }
+    }));
+    let result = panic::catch_unwind(AssertUnwindSafe(work));
+    panic::set_hook(Box::new(move |info| usual(info)));
+    let payload = match result {
+        Ok(result) => return result,
+        Err(payload) => payload,
+    };
+    match out_of_memory(&*payload) {
+        Some(problem) => Err(anyhow!("{problem}{}", allocator_figures(device))).hint(lower),
+        None => panic::resume_unwind(payload),
+    }
+}
+
+type PanicHook = dyn Fn(&panic::PanicHookInfo<'_>) + Send + Sync;
+
+/// libtorch's own sentence, without its C++ stack, if a panic says that memory ran out.
+fn out_of_memory(payload: &(dyn Any + Send)) -> Option<String> {
+    let text = payload.downcast_ref::<String>()?;
+    let start =
+        ["CUDA out of memory", "DefaultCPUAllocator: "].iter().find_map(|s| text.find(s))?;
+    // The panic quotes the text: its line breaks are escaped.
+    let end = text[start..].find("\\n").map_or(text.len(), |n| start + n);
+    Some(text[start..end].trim_end_matches(['"', ')']).to_owned())
+}
+
+fn allocator_figures(device: Device) -> String {
+    let Device::Cuda(index) = device else { return String::new() };
+    let Ok(memory) = ffi::cuda_memory(index) else { return String::new() };
+    let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
+    format!(
+        " (allocated {:.2} GiB, at most {:.2}; reserved {:.2} GiB)",
+        gib(memory.allocated),
+        gib(memory.peak_allocated),
+        gib(memory.reserved)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_out_of_memory_is_an_error_with_a_hint() {
+        let huge = || Ok(tch::Tensor::zeros([1 << 50], (tch::Kind::Float, Device::Cpu)));
+        let error = out_of_memory_is_an_error(Device::Cpu, "buy memory", huge).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("DefaultCPUAllocator") && text.contains("4503599627370496"),
+            "{text}"
+        );
+        assert!(!text.contains("frame") && !text.ends_with('"'), "{text}");
+
+        let usual = || anyhow::bail!("as always");
+        let error = out_of_memory_is_an_error::<()>(Device::Cpu, "", usual).unwrap_err();
+        assert_eq!(error.to_string(), "as always");
+        let cuda = String::from(
+            "called `Result::unwrap()` on an `Err` value: Torch(\"CUDA out of memory. Tried to \
+             allocate 2.00 GiB. See PYTORCH_ALLOC_CONF\\nException raised from\\nframe #0\")",
+        );
+        let expected = "CUDA out of memory. Tried to allocate 2.00 GiB. See PYTORCH_ALLOC_CONF";
+        assert_eq!(out_of_memory(&cuda).unwrap(), expected);
+    }
+
+    #[test]
+    #[should_panic(expected = "a bug")]
+    fn other_panics_pass() {
+        let _ = out_of_memory_is_an_error::<()>(Device::Cpu, "", || panic!("a bug"));
+    }
+
+    #[test]
+    fn machine_code_runs_within_its_major_version_and_upwards() {
+        let runs = |arch| {
+            [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)].map(|c| runs_on(arch, c))
+        };
+        assert_eq!(runs("80"), [false, true, true, true, false, false, false]);
+        assert_eq!(runs("86"), [false, false, true, true, false, false, false]);
+        assert_eq!(runs("89"), [false, false, false, true, false, false, false]);
+        assert_eq!(runs("90a"), [false, false, false, false, true, false, false]);
+        assert_eq!(runs("120"), [false, false, false, false, false, false, true]);
+        assert!(!runs_on("", (8, 0)));
+    }
+
+    #[test]
+    fn unknown_devices_are_a_usage_error_that_lists_the_known_ones() {
+        for choice in ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", ""] {
+            let error = resolve(choice).unwrap_err();
+            assert_eq!(crate::error::exit_code(&error), 2, "{choice}");
+            assert!(error.to_string().contains(&format!("`{choice}` is not known")), "{error}");
+        }
+        assert_eq!(resolve("cpu").unwrap(), Device::Cpu);
+    }
+
+    #[test]
+    fn a_gpu_that_does_not_exist_is_refused() {
+        let error = resolve("cuda:99").unwrap_err().to_string();
+        assert!(
+            error.contains("no GPU is visible") || error.contains("this machine shows"),
+            "{error}"
+        );
+    }
+}

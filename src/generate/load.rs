@@ -1,0 +1,106 @@
+//! A checkpoint folder -> model, tokenizer and the ids that end a text.
+
+use crate::checkpoint;
+use crate::error::WithHint;
+use crate::model::{GPT, ModelConfig};
+use crate::tokenizer::Tokenizer;
+use anyhow::{Context, Result, anyhow};
+use serde_json::Value;
+use std::path::Path;
+use tch::{Device, Kind};
+
+/// What generation and scoring need.
+pub struct Loaded {
+    /// Weights on their device.
+    pub model: GPT,
+    /// Absent where token ids are enough.
+    pub tokenizer: Option<Tokenizer>,
+    /// Ids that end a text: the tokenizer's eos and those of the checkpoint's
+    /// `generation_config.json`.
+    pub eos: Vec<u32>,
+}
+
+/// Loads a checkpoint folder (or the newest of a run's `out_dir`). `kind` is the dtype of the
+/// weights; `None`: bf16 on a GPU, fp32 on the CPU.
+///
+/// # Errors
+/// No checkpoint there, a tokenizer that is missing or does not fit the model.
+pub fn load(
+    path: &Path,
+    device: Device,
+    kind: Option<Kind>,
+    with_tokenizer: bool,
+) -> Result<Loaded> {
+    let dir = checkpoint::resolve(path)?;
+    let tokenizer = match with_tokenizer {
+        true => Some(Tokenizer::load(&dir).hint(format!(
+            "put `tokenizer.json` or `tokenizer.model` into {}, or give token ids instead of text",
+            dir.display()
+        ))?),
+        false => None,
+    };
+    let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
+    let model = checkpoint::load_model(&dir, kind.unwrap_or(default), device)?;
+    if let Some(tokenizer) = &tokenizer {
+        check_vocabulary(tokenizer, &model.config)?;
+    }
+    let mut eos = configured_eos(&dir)?;
+    eos.extend(tokenizer.as_ref().and_then(|t| t.eos_id()));
+    Ok(Loaded { model, tokenizer, eos })
+}
+
+/// Refuses a tokenizer that makes ids which the model has no embedding for.
+///
+/// # Errors
+/// Both numbers. The model's is `padded_vocab_size`, the rows of its embedding.
+pub fn check_vocabulary(tokenizer: &Tokenizer, config: &ModelConfig) -> Result<()> {
+    let (ids, rows) = (tokenizer.vocab_size() as i64, config.padded_vocab_size);
+    if ids <= rows {
+        return Ok(());
+    }
+    Err(anyhow!(
+        "the tokenizer's vocabulary is larger than the model's: {ids} ids, the model has {rows}"
+    ))
+    .usage(format!(
+        "use the tokenizer that the model was trained with, or a model with `vocab_size` of at \
+             least {ids}"
+    ))
+}
+
+/// `eos_token_id`, a number or a list, of `generation_config.json`, else of `config.json`.
+fn configured_eos(dir: &Path) -> Result<Vec<u32>> {
+    for name in ["generation_config.json", "config.json"] {
+        let path = dir.join(name);
+        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        let json: Value = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no JSON", path.display()))?;
+        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        match &json["eos_token_id"] {
+            Value::Null => continue,
+            Value::Array(ids) => return Ok(ids.iter().filter_map(id).collect()),
+            one => return Ok(id(one).into_iter().collect()),
+        }
+    }
+    Ok(Vec::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eos_ids_come_from_the_generation_config_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        assert!(configured_eos(dir.path()).unwrap().is_empty());
+        write("config.json", r#"{"eos_token_id": 2}"#);
+        assert_eq!(configured_eos(dir.path()).unwrap(), [2]);
+        write("generation_config.json", r#"{"eos_token_id": [7, 9]}"#);
+        assert_eq!(configured_eos(dir.path()).unwrap(), [7, 9]);
+        write("generation_config.json", r#"{"bos_token_id": 1, "eos_token_id": null}"#);
+        assert_eq!(configured_eos(dir.path()).unwrap(), [2]);
+        write("generation_config.json", "{");
+        let error = format!("{:#}", configured_eos(dir.path()).unwrap_err());
+        assert!(error.contains("generation_config.json is no JSON"), "{error}");
+    }
+}
