@@ -259,12 +259,16 @@ mod tests {
             let c = from_json(&json).unwrap();
             (c.rope_base, c.rope_scaling)
         };
-        let old = with(json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}));
+        let old =
+            with(json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}));
         let new = with(json!({"rope_parameters":
             {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}));
         assert_eq!(old, new);
         assert_eq!(old.0, 5e5);
-        assert_eq!(with(json!({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})).1, None);
+        assert_eq!(
+            with(json!({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})).1,
+            None
+        );
     }
 
     #[test]

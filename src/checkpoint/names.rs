@@ -49,9 +49,7 @@ pub struct Part {
 pub fn parts(name: &str, config: &ModelConfig) -> Vec<Part> {
     let (module, kind) = name.rsplit_once('.').unwrap_or((name, "weight"));
     let neox = config.mlp_class == MlpClass::GptNeoxMLP;
-    let one = |module: &str| {
-        vec![Part { name: format!("{module}.{kind}"), layout: Layout::Same }]
-    };
+    let one = |module: &str| vec![Part { name: format!("{module}.{kind}"), layout: Layout::Same }];
     match (module, neox) {
         ("transformer.wte", false) => return one("model.embed_tokens"),
         ("transformer.wte", true) => return one("gpt_neox.embed_in"),
@@ -150,7 +148,10 @@ mod tests {
     fn a_llama_layer_has_the_names_of_hugging_face() {
         let config = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         let names = |name| parts(name, &config).into_iter().map(|p| p.name).collect::<Vec<_>>();
-        assert_eq!(names("transformer.h.3.mlp.proj.weight"), ["model.layers.3.mlp.down_proj.weight"]);
+        assert_eq!(
+            names("transformer.h.3.mlp.proj.weight"),
+            ["model.layers.3.mlp.down_proj.weight"]
+        );
         assert_eq!(
             parts("transformer.h.21.attn.qkv.weight", &config)[1],
             Part {

@@ -206,7 +206,9 @@ pub struct AdamWScalars {
 /// One fused AdamW update in place (formula in `csrc/optim/adamw.cu`). Gradients are multiplied by `clip`,
 /// a 0-dim fp32 CUDA tensor; where it is not finite nothing is written. The CPU does not wait.
 pub fn adamw(tensors: &[AdamWTensors], clip: &Tensor, s: AdamWScalars) -> Result<()> {
-    let column = |f: for<'a, 'b> fn(&'b AdamWTensors<'a>) -> &'a Tensor| -> Vec<Handle> { tensors.iter().map(|t| handle(f(t))).collect() };
+    let column = |f: for<'a, 'b> fn(&'b AdamWTensors<'a>) -> &'a Tensor| -> Vec<Handle> {
+        tensors.iter().map(|t| handle(f(t))).collect()
+    };
     let mut param = column(|t| t.param);
     let mut grad = column(|t| t.grad);
     let mut exp_avg = column(|t| t.exp_avg);
@@ -247,8 +249,19 @@ pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
 pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Tensor {
     let t = Tensor::empty(shape, (kind, tch::Device::Cpu));
     let size = t.numel() * kind.elt_size_in_bytes();
-    assert_eq!(size, bytes.len(), "tensor {shape:?} of {kind:?} needs {size} bytes, got {}", bytes.len());
+    assert_eq!(
+        size,
+        bytes.len(),
+        "tensor {shape:?} of {kind:?} needs {size} bytes, got {}",
+        bytes.len()
+    );
     // SAFETY: sizes were just compared; the regions are distinct allocations.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), t.data_ptr() as *mut u8, size) };
     t
+}
+
+/// Maps a file read-only.
+pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
+    // SAFETY: the usual caveat of memory maps: another process must not truncate the file meanwhile.
+    unsafe { memmap2::Mmap::map(file) }
 }

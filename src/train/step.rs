@@ -54,9 +54,7 @@ pub fn train_step(
 /// Copies a batch to the GPU from pinned memory, without a CPU wait; on the CPU, the tensor itself.
 pub fn to_device(tokens: &Tensor, device: Device) -> Tensor {
     match device {
-        Device::Cuda(_) => {
-            tokens.pin_memory(device).to_device_(device, Kind::Int64, true, false)
-        }
+        Device::Cuda(_) => tokens.pin_memory(device).to_device_(device, Kind::Int64, true, false),
         _ => tokens.shallow_clone(),
     }
 }
