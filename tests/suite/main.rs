@@ -4,6 +4,7 @@ mod checkpoint;
 mod common;
 mod config;
 mod data;
+mod doctor;
 mod generate;
 mod gpu;
 mod metrics;
