@@ -6,6 +6,7 @@ mod config;
 mod data;
 mod doctor;
 mod generate;
+mod golden;
 mod gpu;
 mod metrics;
 mod model;
