@@ -21,9 +21,10 @@ fn main() {
     println!("cargo:rerun-if-env-changed=TL_NO_CUDA");
     println!("cargo:rustc-check-cfg=cfg(cuda_kernels)");
 
-    let torch = std::env::var("LIBTORCH")
-        .map(PathBuf::from)
-        .and_then(|p| Ok(p.canonicalize().unwrap_or(p)));
+    let torch = std::env::var("LIBTORCH").map(|p| {
+        let p = PathBuf::from(p);
+        p.canonicalize().unwrap_or(p)
+    });
     let Ok(torch) = torch else { stop("LIBTORCH is not set", "run `./scripts/setup.sh`") };
     let torch_lib = torch.join("lib");
     let nvidia = torch.join("../nvidia");

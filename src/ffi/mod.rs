@@ -265,3 +265,15 @@ pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
     // SAFETY: the usual caveat of memory maps: another process must not truncate the file meanwhile.
     unsafe { memmap2::Mmap::map(file) }
 }
+
+/// Newest CUDA version of the driver library (13000 is 13.0), or `None` where there is no driver.
+pub fn cuda_driver_version() -> Option<i32> {
+    // SAFETY: only looks for the shared library; cudarc's calls would panic without it.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+        return None;
+    }
+    let mut version = 0;
+    // SAFETY: the library is there and the pointer is to a live local.
+    let code = unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) };
+    (code == cudarc::driver::sys::CUresult::CUDA_SUCCESS).then_some(version)
+}

@@ -12,16 +12,21 @@ pub type Texts = Box<dyn Iterator<Item = Result<String>>>;
 /// `text`), `.parquet` (column `field`, default `content`), else plain text; plain, `.gz` or `.zst`.
 ///
 /// # Errors
-/// Unlike in preparation, a row without a text is an error: a tokenizer is trained once.
+/// Unlike in preparation, a JSON row without a text is an error: a tokenizer is trained once.
 pub fn documents(path: &Path, field: Option<&str>) -> Result<Texts> {
     let name = path.display().to_string();
-    let rows = rows(path, Schema::of_file(path), field)
-        .hint("name a file of text, .jsonl, .jsonl.zst or .parquet")?;
-    Ok(Box::new(rows.map(move |row| {
-        match row? {
-            Row::Text(text) => Ok(text),
-            Row::Skipped(why) => Err(anyhow!("{name}: {why}"))
-                .usage("name the key that holds the text with `--text-field`"),
+    let schema = Schema::of_file(path);
+    let rows =
+        rows(path, schema, field).hint("name a file of text, .jsonl, .jsonl.zst or .parquet")?;
+    Ok(Box::new(rows.filter_map(move |row| {
+        match row {
+            Ok(Row::Text(text)) => Some(Ok(text)),
+            Ok(Row::Skipped(_)) if schema == Schema::Parquet => None, // a null
+            Ok(Row::Skipped(why)) => Some(
+                Err(anyhow!("{name}: {why}"))
+                    .usage("name the key that holds the text with `--text-field`"),
+            ),
+            Err(e) => Some(Err(e)),
         }
     })))
 }

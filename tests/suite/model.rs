@@ -39,7 +39,8 @@ fn every_preset_is_valid() {
 
 #[test]
 fn initial_weights_have_the_published_deviations() {
-    let config = ModelConfig { n_embd: 512, head_size: 128, intermediate_size: 700, ..tiny_llama() };
+    let config =
+        ModelConfig { n_embd: 512, head_size: 128, intermediate_size: 700, ..tiny_llama() };
     tch::manual_seed(1);
     for (name, p) in GPT::new(&config, Device::Cpu).named_parameters() {
         let std = if p.numel() > 1 { p.std(true).double_value(&[]) } else { 0.0 };
