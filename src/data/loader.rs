@@ -103,7 +103,8 @@ impl DataLoader {
     #[allow(clippy::should_implement_trait)] // endless and fallible: `Option` would say nothing
     pub fn next(&mut self) -> Result<Batch> {
         let read = self.ahead.batches.as_ref().and_then(|batches| batches.recv().ok());
-        let (batch, state) = read.context("the data thread ended, after the error it reported")??;
+        let (batch, state) =
+            read.context("the data thread ended, after the error it reported")??;
         self.state = state;
         Ok(batch)
     }

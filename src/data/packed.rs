@@ -99,8 +99,8 @@ pub enum PackedError {
         /// Bytes there are.
         got: u64,
     },
-    /// An id that the model or the writer has no room for.
-    #[error("`{path}`: token {at} has id {got}, outside the vocabulary of {vocab_size}")]
+    /// An id that the model has no row for.
+    #[error("`{path}`: token {at} has id {got}, outside the model's vocabulary of {vocab_size}")]
     Id {
         /// The file.
         path: PathBuf,
@@ -108,6 +108,16 @@ pub enum PackedError {
         at: u64,
         /// The id.
         got: i64,
+        /// Number of ids.
+        vocab_size: usize,
+    },
+    /// An id to write that is not the tokenizer's.
+    #[error("`{path}`: cannot write id {got}, outside the tokenizer's vocabulary of {vocab_size}")]
+    NewId {
+        /// The file.
+        path: PathBuf,
+        /// The id.
+        got: u32,
         /// Number of ids.
         vocab_size: usize,
     },
@@ -120,6 +130,7 @@ impl PackedError {
             Self::NoFiles { .. } => "make them with `tinyllama prepare`, or correct the path",
             Self::MixedSplits { .. } => "name one split by its prefix: `FOLDER/train`",
             Self::Io { .. } => "check that the disk is there and not full, and the permissions",
+            Self::NewId { .. } => "the tokenizer's files do not fit each other; get them again",
             Self::Id { .. } => {
                 "prepare the data with the model's tokenizer, or enlarge `padded_vocab_size`"
             }
@@ -384,10 +395,9 @@ impl PackedWriter {
 
     /// Appends a document, whole; it may run on into the next file.
     pub fn add(&mut self, tokens: &[u32]) -> Result<()> {
-        if let Some(i) = tokens.iter().position(|&id| id as usize >= self.vocab_size) {
-            let at = (self.buffer.len() + i) as u64;
-            let (got, vocab_size) = (tokens[i].into(), self.vocab_size);
-            return Err(PackedError::Id { path: self.path(), at, got, vocab_size });
+        let vocab_size = self.vocab_size;
+        if let Some(&got) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(PackedError::NewId { path: self.path(), got, vocab_size });
         }
         self.tokens += tokens.len() as u64;
         let mut rest = tokens;
