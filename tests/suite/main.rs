@@ -10,5 +10,7 @@ mod golden;
 mod gpu;
 mod metrics;
 mod model;
+mod packed;
+mod prepare;
 mod tokenizer;
 mod train;
