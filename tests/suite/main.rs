@@ -12,5 +12,6 @@ mod metrics;
 mod model;
 mod packed;
 mod prepare;
+mod pretrain;
 mod tokenizer;
 mod train;

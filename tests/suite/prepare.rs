@@ -171,7 +171,10 @@ fn a_slimpajama_folder_gives_the_files_of_its_split_without_github() {
     {
         let folder = dir.path().join("slim").join(split);
         fs::create_dir_all(&folder).unwrap();
-        let row = |set: &str| json!({ "text": format!("{name} {set}"), "meta": { "redpajama_set_name": set } });
+        let row = |set: &str| {
+            let text = format!("{name} {set}");
+            json!({ "text": text, "meta": { "redpajama_set_name": set } })
+        };
         let rows = format!("{}\n{}\n", row("RedPajamaGithub"), row("RedPajamaC4"));
         write_zst(&folder.join("example_0.jsonl.zst"), rows.as_bytes());
     }

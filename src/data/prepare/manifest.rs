@@ -160,10 +160,10 @@ fn damage(dir: &Path, outputs: &BTreeMap<String, u64>) -> Vec<String> {
 /// Checksum of the ids of a fixed text with prose, code, digits and several scripts.
 fn fingerprint(tokenizer: &Tokenizer) -> Result<String> {
     const PROBE: &str = "The quick brown foxes weren't jumping over 1,234.5 lazy dogs in 1999. \
-        My fellow citizens: the government, having considered international agreements, recommends \
-        further legislation.\n\ndef fibonacci(n: int) -> int:\n    \"\"\"Return it.\"\"\"\n    if n < 2:\n        \
-        return n\n    raise NotImplementedError(f'{n!r}')\n\tfor (int i = 0; i < 10; ++i) { x[i] += 3.14e-5; }\n\
-        \u{fc}ber \u{e9}t\u{e9} \u{4f60}\u{597d}\u{4e16}\u{754c} \u{41f}\u{440}\u{438}\u{432}\u{435}\u{442} \u{1f999}";
+        My fellow citizens: the government recommends further international legislation.\n\n\
+        def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    raise NotImplementedError\n\
+        \tfor (int i = 0; i < 10; ++i) { x[i] += 3.14e-5; }\n\
+        \u{fc}ber \u{e9}t\u{e9} \u{4f60}\u{597d}\u{4e16}\u{754c} \u{41f}\u{440}\u{438} \u{1f999}";
     let ids = tokenizer.encode(PROBE, false, false).context("cannot tokenize a sample text")?;
     let sum = ids.iter().fold(0, |sum, id| crc32c::crc32c_append(sum, &id.to_le_bytes()));
     Ok(format!("{sum:08x}"))
