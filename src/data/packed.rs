@@ -53,7 +53,9 @@ pub enum PackedError {
         source: io::Error,
     },
     /// Shorter than the header.
-    #[error("`{path}`: expected a header of 24 bytes, got {got} bytes; truncated?")]
+    #[error(
+        "`{path}`: expected a 24-byte header that begins with `LITPKDS`, got {got} bytes; truncated?"
+    )]
     Header {
         /// The file.
         path: PathBuf,
