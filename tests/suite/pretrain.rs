@@ -175,6 +175,19 @@ fn continued_pretraining_starts_from_the_weights_with_a_fresh_optimizer() {
     let (base, next) = (s.losses("base"), s.losses("next"));
     assert_eq!(next[0].0, 1);
     assert!(next[0].1 < base[0].1 - 0.2, "{} {}", next[0].1, base[0].1);
+    // At twice the context, positions condensed by two; another width is refused.
+    let linear = "model_config.rope_scaling={rope_type: linear, factor: 2.0}";
+    let long = ["--set", &from, "--set", "train.max_steps=1", "--set", "train.lr_warmup_steps=0"];
+    let long = [&long[..], &["--set", "model_config.block_size=32", "--set", linear]].concat();
+    let long = s.run("long", &long);
+    assert!(long.status.success(), "{}", text(&long));
+    assert!(
+        text(&long).contains("positions   `block_size`: expected 16, got 32"),
+        "{}",
+        text(&long)
+    );
+    let wide = s.run("wide", &["--set", &from, "--set", "model_config.n_embd=64"]);
+    assert!(text(&wide).contains("another architecture"), "{}", text(&wide));
 }
 
 #[test]
