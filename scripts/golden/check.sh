@@ -22,6 +22,7 @@ for set in model train; do
   "$python" scripts/golden/compare.py tests/golden/$set "$out/$set"
 done
 "$python" scripts/golden/schedule.py --check
+"$python" scripts/golden/packed.py --check
 "$python" scripts/golden/tensorboard_check.py --check-golden
 
 # A run of our own, read by the real packages: events by tensorboard, the checkpoint by transformers.

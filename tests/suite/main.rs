@@ -10,6 +10,8 @@ mod golden;
 mod gpu;
 mod metrics;
 mod model;
+mod packed;
+mod prepare;
 mod pretrain;
 mod tokenizer;
 mod train;
