@@ -10,5 +10,6 @@ mod golden;
 mod gpu;
 mod metrics;
 mod model;
+mod presets;
 mod tokenizer;
 mod train;
