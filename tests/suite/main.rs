@@ -7,6 +7,7 @@ mod data;
 mod doctor;
 mod generate;
 mod golden;
+mod golden_train;
 mod gpu;
 mod metrics;
 mod model;

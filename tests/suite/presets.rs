@@ -53,7 +53,10 @@ fn every_kind_of_tensor_starts_with_lit_gpts_deviation_in_both_families() {
                 _ => tensor.clone(),
             };
             let got = init::std_of(&path, &preset);
-            assert!(close(got.unwrap(), std.as_f64().unwrap()), "{name} {path}: {got:?}, want {std}");
+            assert!(
+                close(got.unwrap(), std.as_f64().unwrap()),
+                "{name} {path}: {got:?}, want {std}"
+            );
         }
         let neox = preset.mlp_class == MlpClass::GptNeoxMLP;
         for constant in ["transformer.h.0.norm_1.weight", "transformer.ln_f.weight"] {
