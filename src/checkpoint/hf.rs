@@ -35,6 +35,28 @@ pub fn load_model(dir: &Path, kind: Kind, device: Device) -> Result<GPT> {
 /// once; a damaged file.
 pub fn load_weights(model: &GPT, dir: &Path) -> Result<()> {
     check_architecture(&model.config, dir)?;
+    copy_weights(model, dir)
+}
+
+/// [`load_weights`] for continued pretraining: context length and RoPE may differ from the checkpoint's,
+/// since no tensor depends on them. What differs is said on stderr.
+pub fn load_initial_weights(model: &GPT, dir: &Path) -> Result<()> {
+    let theirs = load_config(dir)?;
+    let ours = &model.config;
+    let positions = ModelConfig {
+        block_size: ours.block_size,
+        rope_base: ours.rope_base,
+        rope_scaling: ours.rope_scaling.clone(),
+        ..theirs.clone()
+    };
+    compare(ours, &positions, dir)?;
+    for change in differences(&theirs, &positions) {
+        eprintln!("positions   {change}");
+    }
+    copy_weights(model, dir)
+}
+
+fn copy_weights(model: &GPT, dir: &Path) -> Result<()> {
     let files = Files::open(dir)?;
     let mut problems = Vec::new();
     let mut wanted = HashMap::new();
@@ -72,24 +94,33 @@ fn load_part(ours: &Tensor, part: &Part, files: &Files, config: &ModelConfig) ->
 
 /// One clear message where the folder holds another model than the run's configuration says.
 fn check_architecture(ours: &ModelConfig, dir: &Path) -> Result<()> {
-    let theirs = load_config(dir)?;
+    compare(ours, &load_config(dir)?, dir)
+}
+
+fn compare(ours: &ModelConfig, theirs: &ModelConfig, dir: &Path) -> Result<()> {
     // Name and the split of the vocabulary are not part of the architecture on disk.
     let same =
         ModelConfig { name: ours.name.clone(), vocab_size: ours.vocab_size, ..theirs.clone() };
     if same == *ours {
         return Ok(());
     }
+    let differing = differences(ours, &same).join("\n  ");
+    Err(anyhow!("`{}` holds another architecture:\n  {differing}", dir.display()))
+        .hint("choose the preset or `model_config` of the checkpoint, or another checkpoint")
+}
+
+/// Fields that differ, as `key: expected a, got b`.
+fn differences(expected: &ModelConfig, got: &ModelConfig) -> Vec<String> {
     let tree = |c: &ModelConfig| serde_json::to_value(c).unwrap_or(Value::Null);
-    let (a, b) = (tree(ours), tree(&same));
-    let mut differing = Vec::new();
+    let (a, b) = (tree(expected), tree(got));
+    let mut out = Vec::new();
     for (key, value) in a.as_object().into_iter().flatten() {
         if b.get(key) != Some(value) {
             let got = b.get(key).unwrap_or(&Value::Null);
-            differing.push(format!("`{key}`: expected {value}, got {got}"));
+            out.push(format!("`{key}`: expected {value}, got {got}"));
         }
     }
-    Err(anyhow!("`{}` holds another architecture:\n  {}", dir.display(), differing.join("\n  ")))
-        .hint("choose the preset or `model_config` of the checkpoint, or another checkpoint")
+    out
 }
 
 /// The weights files of a folder and which tensor lies where.

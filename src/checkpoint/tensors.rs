@@ -94,7 +94,18 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     serialize_to_file(views, Some(metadata), path)
         .map_err(io_error)
+        .and_then(|()| Ok(readable_by_all(path)?))
         .with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// The library creates files that only their owner may read; a checkpoint is meant to be shared.
+fn readable_by_all(path: &Path) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))?;
+    }
+    Ok(())
 }
 
 /// The I/O error inside, so that a full disk can be told from other failures.

@@ -167,8 +167,7 @@ fn check_node(
             }
         }
         value
-            if !accepts(node, kind_of(value))
-                && !(accepts(node, "number") && value.is_number()) =>
+            if !(accepts(node, kind_of(value)) || accepts(node, "number") && value.is_number()) =>
         {
             problems.push(format!(
                 "`{path}`: expected {}, got {}",
@@ -176,10 +175,12 @@ fn check_node(
                 shown(value)
             ));
         }
-        value if accepts(node, "integer") && value.as_i64().is_some_and(|n| n < 0) => {
-            if node.get("minimum").and_then(Value::as_f64) == Some(0.0) {
-                problems.push(format!("`{path}`: expected an integer of at least 0, got {value}"));
-            }
+        value
+            if accepts(node, "integer")
+                && value.as_i64().is_some_and(|n| n < 0)
+                && node.get("minimum").and_then(Value::as_f64) == Some(0.0) =>
+        {
+            problems.push(format!("`{path}`: expected an integer of at least 0, got {value}"));
         }
         _ => {}
     }

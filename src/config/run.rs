@@ -31,6 +31,9 @@ pub struct RunConfig {
     pub attention: AttentionBackend,
     /// Fused kernels of `csrc/` (`true`) or their plain references (`false`).
     pub fused: bool,
+    /// The same losses bit for bit from run to run on a GPU, at the price of speed: attention sums its
+    /// gradients in a fixed order. On the CPU this holds anyway.
+    pub deterministic: bool,
     /// What to train and validate on.
     pub data: DataConfig,
     /// Batch sizes, schedule, stopping, saving.
@@ -272,6 +275,7 @@ impl Default for RunConfig {
             seed: 42,
             attention: AttentionBackend::Auto,
             fused: true,
+            deterministic: false,
             data: DataConfig::default(),
             train: TrainConfig::default(),
             eval: EvalConfig::default(),

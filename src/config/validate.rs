@@ -1,7 +1,7 @@
 //! What is wrong with a well-typed configuration, and the arithmetic that follows from a right one.
 
 use super::check::{self, Schema};
-use super::{ConfigError, LrSchedule, Resume, RunConfig};
+use super::{AttentionBackend, ConfigError, LrSchedule, Resume, RunConfig};
 use crate::model::ModelConfig;
 use serde_json::{Map, Value};
 use std::fmt;
@@ -112,6 +112,9 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_length(config, &mut problems);
     check_optimizer(config, &mut problems);
     check_data(config, &mut problems);
+    if config.deterministic && config.attention == AttentionBackend::Cudnn {
+        problems.push("`attention`: cuDNN's is not deterministic; use `auto` or `flash`".into());
+    }
     if config.initial_checkpoint_dir.is_some()
         && matches!(&config.resume, Resume::Text(path) if path != "auto")
     {

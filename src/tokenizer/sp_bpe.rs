@@ -44,12 +44,15 @@ const NONE: u32 = u32::MAX;
 /// The two symbols an unused piece falls back into, and the length of the left one in bytes.
 type Split = (u32, u32, u32);
 
+/// (rank, left node, right node, joined length, joined id)
+type Candidate = (u32, u32, u32, u32, u32);
+
 /// Buffers kept between words, so that a word costs no allocation.
 #[derive(Default)]
 pub(super) struct Work {
     nodes: Vec<Node>,
-    /// (rank, left node, right node, joined length, joined id), best first.
-    queue: BinaryHeap<Reverse<(u32, u32, u32, u32, u32)>>,
+    /// Joins that are possible, best first.
+    queue: BinaryHeap<Reverse<Candidate>>,
     /// How an unused piece was last put together anywhere in this text.
     splits: HashMap<u32, Split>,
 }

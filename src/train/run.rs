@@ -79,9 +79,14 @@ impl Run {
         let resume_from = find_resume(config)?;
         tch::manual_seed(config.seed as i64);
         let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
-            (Some(dir), _) | (None, Some(dir)) => {
+            (Some(dir), _) => {
                 let model = GPT::empty(&model_config, device);
-                checkpoint::load_weights(&model, &checkpoint::resolve(dir)?)?;
+                checkpoint::load_weights(&model, dir)?;
+                model
+            }
+            (None, Some(dir)) => {
+                let model = GPT::empty(&model_config, device);
+                checkpoint::load_initial_weights(&model, &checkpoint::resolve(dir)?)?;
                 model
             }
             (None, None) => GPT::new(&model_config, device),
@@ -214,9 +219,10 @@ impl Run {
     }
 }
 
-/// Process-wide switches of libtorch. TF32 for fp32 products is the original's choice.
+/// Process-wide switches of libtorch. TF32 for fp32 products is the original's choice. cuDNN's attention
+/// adds its gradients with atomics; FlashAttention-2 has a mode with a fixed order.
 fn set_backends(config: &RunConfig) -> Result<()> {
-    ffi::set_math_mode(true, false)?;
+    ffi::set_math_mode(true, config.deterministic)?;
     let only = |wanted: AttentionBackend| {
         config.attention == AttentionBackend::Auto || config.attention == wanted
     };
@@ -225,7 +231,7 @@ fn set_backends(config: &RunConfig) -> Result<()> {
         math: auto,
         flash: only(AttentionBackend::Flash),
         efficient: auto,
-        cudnn: only(AttentionBackend::Cudnn),
+        cudnn: only(AttentionBackend::Cudnn) && !config.deterministic,
     })
 }
 

@@ -19,8 +19,8 @@ pub fn validate(model: &GPT, set: &ValidationSet, max_iters: Option<u64>) -> Res
     let limit = max_iters.map_or(usize::MAX, |n| n as usize);
     for batch in set.batches().take(limit) {
         let batch = batch?;
-        let input = to_device(&batch.input, model.device()); // (B, T)
-        let target = to_device(&batch.target, model.device()); // (B, T)
+        let input = to_device(&batch.input, model.device())?; // (B, T)
+        let target = to_device(&batch.target, model.device())?; // (B, T)
         let logits = model.forward(&input, None); // (B, T, V)
         let _ = sum.g_add_(&ops::cross_entropy_sum(&logits, &target).to_kind(Kind::Double));
         n_targets += batch.n_targets;

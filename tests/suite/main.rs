@@ -12,5 +12,6 @@ mod gpu;
 mod metrics;
 mod model;
 mod presets;
+mod pretrain;
 mod tokenizer;
 mod train;
