@@ -1,132 +1,245 @@
 //! Builds `csrc/` and links it with libtorch.
 //!
-//! Host C++ is always compiled. CUDA is compiled when pip's `nvcc` lies beside libtorch
-//! (`<site-packages>/nvidia/cu13/bin/nvcc`); it needs no GPU and no system CUDA. What was built is
-//! baked in as `TL_CUDA_ARCHS`, which `tinyllama doctor` prints.
+//! Host C++ (`csrc/torch/*.cpp`) is always compiled. CUDA (`csrc/**/*.cu`) is compiled when pip's
+//! nvcc lies beside libtorch (`<site-packages>/nvidia/cu13/bin/nvcc`); it needs no GPU and no system
+//! CUDA. What was built is baked in as `TL_CUDA_ARCHS`, which `tinyllama doctor` prints.
 //!
-//! Kernel files (`*.cu`) include no torch header: one `torch/torch.h` costs nvcc over a minute.
+//! A new file is found by itself. Only files whose sources, headers or options changed are compiled
+//! again. Kernel files include no torch header: one `torch/torch.h` costs nvcc over a minute.
 
+use std::env;
+use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, exit};
+use std::process::{Child, Command, exit};
 
 /// Compute capabilities compiled in: A100; RTX 30 series; RTX 40 series; H100/H200.
 const CUDA_ARCHS: [&str; 4] = ["80", "86", "89", "90a"];
 
-const TORCH_WRAPPERS: [&str; 2] = ["csrc/torch/runtime.cpp", "csrc/torch/optim.cpp"];
-const KERNELS: [&str; 1] = ["csrc/optim/adamw.cu"];
+/// Where pip put libtorch and NVIDIA's packages.
+struct Layout {
+    torch: PathBuf,
+    nvidia: PathBuf,
+    nvcc: PathBuf,
+    /// This libtorch can use a GPU.
+    torch_cuda: bool,
+}
 
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
-    println!("cargo:rerun-if-env-changed=LIBTORCH");
-    println!("cargo:rerun-if-env-changed=TL_NO_CUDA");
     println!("cargo:rustc-check-cfg=cfg(cuda_kernels)");
+    let layout = find_libtorch();
+    let with_cuda = with_cuda(&layout);
 
-    let torch = std::env::var("LIBTORCH").map(|p| {
-        let p = PathBuf::from(p);
-        p.canonicalize().unwrap_or(p)
-    });
-    let Ok(torch) = torch else { stop("LIBTORCH is not set", "run `./scripts/setup.sh`") };
-    let torch_lib = torch.join("lib");
-    let nvidia = torch.join("../nvidia");
-    let cuda = nvidia.join("cu13");
-    let nvcc = cuda.join("bin/nvcc");
-    let has_torch_cuda = torch_lib.join("libtorch_cuda.so").exists();
-    let with_cuda = has_torch_cuda && nvcc.exists() && std::env::var_os("TL_NO_CUDA").is_none();
-    if has_torch_cuda && !with_cuda {
-        println!(
-            "cargo:warning=no nvcc at {}: GPU kernels are left out; `./scripts/setup.sh` installs it",
-            nvcc.display()
-        );
+    let compiler = cc::Build::new().cpp(true).warnings(false).get_compiler();
+    let mut jobs = vec![];
+    for source in sources("csrc", "cpp") {
+        jobs.push(Job::new(&source, host_command(&compiler, &layout, with_cuda)));
     }
-
-    let includes = [
-        torch.join("include"),
-        torch.join("include/torch/csrc/api/include"),
-        cuda.join("include"),
-        nvidia.join("nccl/include"),
-        nvidia.join("cudnn/include"),
-        PathBuf::from("csrc"),
-    ];
+    let mut archs = String::new();
     if with_cuda {
-        compile_kernels(&nvcc, &includes[5]);
+        for source in sources("csrc", "cu") {
+            jobs.push(Job::new(&source, nvcc_command(&layout, compiler.path())));
+        }
         println!("cargo:rustc-cfg=cuda_kernels");
+        archs = CUDA_ARCHS.join(",");
     }
-    compile_wrappers(&includes, with_cuda);
+    println!("cargo:rustc-env=TL_CUDA_ARCHS={archs}");
+    println!("cargo:rustc-env=TL_TORCH_CUDA={}", u8::from(layout.torch_cuda));
+    println!("cargo:rustc-env=TL_RUSTC={}", rustc_version());
 
-    println!(
-        "cargo:rustc-env=TL_CUDA_ARCHS={}",
-        if with_cuda { CUDA_ARCHS.join(",") } else { String::new() }
-    );
-    link(&torch_lib, &cuda.join("lib"), with_cuda);
+    let toolchain = [layout.torch.join("version.py"), layout.nvcc.clone()];
+    let objects = compile(jobs, &toolchain);
+    cc::Build::new().cpp(true).objects(objects).compile("tinyllama_csrc");
+    link(&layout, with_cuda);
 }
 
-/// nvcc each kernel file into one static library, `libtlkernels.a`.
-fn compile_kernels(nvcc: &Path, include: &Path) {
-    let out = PathBuf::from(std::env::var("OUT_DIR").unwrap_or_default());
-    let mut jobs = Vec::new();
-    for file in KERNELS {
-        let object = out.join(file.replace('/', "_")).with_extension("o");
-        let mut command = Command::new(nvcc);
-        command.args(["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-c", file, "-o"]);
-        command.arg(&object).arg("-I").arg(include);
-        for arch in CUDA_ARCHS {
-            command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
-        }
-        match command.spawn() {
-            Ok(child) => jobs.push((file, object, child)),
-            Err(e) => {
-                stop(&format!("cannot start {}: {e}", nvcc.display()), "run `./scripts/setup.sh`")
-            }
-        }
-    }
-    let mut archive = cc::Build::new();
-    for (file, object, mut child) in jobs {
-        if !child.wait().is_ok_and(|status| status.success()) {
-            stop(
-                &format!("nvcc failed on {file}"),
-                "see its messages above; `TL_NO_CUDA=1` builds without GPU kernels",
-            );
-        }
-        archive.object(object);
-    }
-    archive.compile("tlkernels");
+fn find_libtorch() -> Layout {
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    let torch = env::var_os("LIBTORCH").map(PathBuf::from).unwrap_or_default();
+    let Ok(torch) = torch.canonicalize() else {
+        stop(&format!("no libtorch at LIBTORCH=`{}`", torch.display()), "run `./scripts/setup.sh`")
+    };
+    let nvidia = torch.with_file_name("nvidia");
+    let nvcc = nvidia.join("cu13/bin/nvcc");
+    let torch_cuda = torch.join("lib/libtorch_cuda.so").exists();
+    Layout { torch, nvidia, nvcc, torch_cuda }
 }
 
-/// Host C++ over libtorch: everything in `csrc/torch`, one static library, `libtlwrappers.a`.
-fn compile_wrappers(includes: &[PathBuf], with_cuda: bool) {
-    let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").warnings(false).includes(includes).files(TORCH_WRAPPERS);
-    if with_cuda {
-        build.define("TL_WITH_CUDA", None);
+/// Whether to compile the kernels. Leaving them out is said aloud, unless it was asked for or this
+/// libtorch could not use them.
+fn with_cuda(layout: &Layout) -> bool {
+    println!("cargo:rerun-if-env-changed=TL_NO_CUDA");
+    // Written by scripts/setup.sh when it has installed something, perhaps nvcc. (Cargo takes a
+    // watched file that does not exist for changed, always.)
+    if Path::new(".venv/.setup-done").exists() {
+        println!("cargo:rerun-if-changed=.venv/.setup-done");
     }
-    if let Err(e) = build.try_compile("tlwrappers") {
-        stop(
-            &format!("the C++ compiler failed on csrc/torch: {e}"),
-            "a C++17 compiler is needed, for example `apt-get install g++`",
+    if env::var_os("TL_NO_CUDA").is_some() || !layout.torch_cuda {
+        return false;
+    }
+    if !layout.nvcc.exists() {
+        println!(
+            "cargo:warning=no GPU kernels in this build: there is no nvcc at {}; \
+             `./scripts/setup.sh` installs it, TL_NO_CUDA=1 silences this warning",
+            layout.nvcc.display()
         );
     }
+    layout.nvcc.exists()
 }
 
-fn link(torch_lib: &Path, cuda_lib: &Path, with_cuda: bool) {
-    let linux = std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux");
-    println!("cargo:rustc-link-search=native={}", torch_lib.display());
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", torch_lib.display());
-    let mut libraries = vec!["torch", "torch_cpu", "c10"];
-    if with_cuda {
-        println!("cargo:rustc-link-search=native={}", cuda_lib.display());
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", cuda_lib.display());
-        libraries.extend(["torch_cuda", "c10_cuda"]);
+/// The compiler of the wrappers over libtorch, for cargo's target, with `CXX` and `CXXFLAGS`.
+fn host_command(compiler: &cc::Tool, layout: &Layout, with_cuda: bool) -> Command {
+    let mut command = compiler.to_command();
+    command.args(["-std=c++17", "-MMD", "-Icsrc"]);
+    for folder in ["include", "include/torch/csrc/api/include"] {
+        command.arg("-isystem").arg(layout.torch.join(folder));
     }
-    // The linker would drop libtorch_cuda, which nothing names directly: it registers itself at load.
-    if linux {
+    if with_cuda {
+        command.arg("-DTL_WITH_CUDA=");
+        for folder in ["cu13/include", "nccl/include", "cudnn/include"] {
+            command.arg("-isystem").arg(layout.nvidia.join(folder));
+        }
+    }
+    command
+}
+
+/// nvcc compiles a file's host half with the same C++ compiler; `NVCC_CCBIN` names another.
+fn nvcc_command(layout: &Layout, host_compiler: &Path) -> Command {
+    println!("cargo:rerun-if-env-changed=NVCC_CCBIN");
+    let mut command = Command::new(&layout.nvcc);
+    command.args(["-std=c++17", "-O3", "-lineinfo", "-MMD", "-Icsrc", "-DTL_WITH_CUDA="]);
+    command.args(["-Xcompiler", "-fPIC"]);
+    if env::var_os("NVCC_CCBIN").is_none() {
+        command.arg("-ccbin").arg(host_compiler);
+    }
+    for arch in CUDA_ARCHS {
+        command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+    }
+    command
+}
+
+/// All files below `folder` with this extension, in order of name.
+fn sources(folder: impl AsRef<Path>, extension: &str) -> Vec<PathBuf> {
+    let mut found = vec![];
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(sources(&path, extension));
+        } else if path.extension().is_some_and(|e| e == extension) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// One source file to compile. Beside its object lie the files that it was made from, as the
+/// compiler wrote them down (`.d`), and the command that made it (`.cmd`).
+struct Job {
+    source: PathBuf,
+    object: PathBuf,
+    command: Command,
+}
+
+impl Job {
+    fn new(source: &Path, mut command: Command) -> Self {
+        let name = source.to_string_lossy().replace(['/', '\\'], "_");
+        let object = out_dir().join(name + ".o");
+        command.arg("-c").arg(source).arg("-o").arg(&object);
+        command.arg("-MF").arg(object.with_extension("d"));
+        Self { source: source.to_owned(), object, command }
+    }
+
+    /// Whether the object was made by the same command from files that are all older than it, as is
+    /// the toolchain, whose headers the compiler does not write down.
+    fn is_fresh(&self, toolchain: &[PathBuf]) -> bool {
+        let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+        let same_command = fs::read_to_string(self.object.with_extension("cmd"))
+            .is_ok_and(|text| text == format!("{:?}", self.command));
+        let (Some(made), Ok(rule)) =
+            (modified(&self.object), fs::read_to_string(self.object.with_extension("d")))
+        else {
+            return false;
+        };
+        // A rule of make: `object: file file \` over many lines. No path of ours has a space; one
+        // that has is not found, and its file compiled again.
+        let files = rule.split_once(": ").map_or("", |(_, files)| files).split_whitespace();
+        same_command
+            && files
+                .filter(|word| *word != "\\")
+                .all(|file| modified(Path::new(file)).is_some_and(|time| time < made))
+            && toolchain.iter().all(|file| modified(file).is_none_or(|time| time < made))
+    }
+
+    fn start(&mut self) -> Child {
+        let _ = fs::remove_file(self.object.with_extension("cmd"));
+        self.command.spawn().unwrap_or_else(|e| {
+            let program = self.command.get_program().to_string_lossy();
+            stop(&format!("cannot start `{program}`: {e}"), "run `./scripts/setup.sh`")
+        })
+    }
+
+    fn finish(&self, mut child: Child) {
+        if !child.wait().is_ok_and(|status| status.success()) {
+            let hint = if self.source.extension().is_some_and(|e| e == "cu") {
+                "see nvcc's messages above. Where it refuses the C++ compiler, set NVCC_CCBIN to an \
+                 older one (GCC 15 and Clang 20 are the newest it takes); TL_NO_CUDA=1 builds \
+                 without GPU kernels"
+            } else {
+                "see the compiler's messages above; it needs C++17, and CXX picks another compiler"
+            };
+            stop(&format!("cannot compile {}", self.source.display()), hint);
+        }
+        // Written last: without it the object is not taken for finished.
+        let command = format!("{:?}", self.command);
+        let _ = fs::write(self.object.with_extension("cmd"), command);
+    }
+}
+
+/// Compiles what is not fresh, as many files at a time as cargo allows, and returns all objects.
+fn compile(mut jobs: Vec<Job>, toolchain: &[PathBuf]) -> Vec<PathBuf> {
+    let at_once: usize = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let mut stale: Vec<&mut Job> = jobs.iter_mut().filter(|job| !job.is_fresh(toolchain)).collect();
+    for batch in stale.chunks_mut(at_once.max(1)) {
+        let children: Vec<Child> = batch.iter_mut().map(|job| job.start()).collect();
+        batch.iter().zip(children).for_each(|(job, child)| job.finish(child));
+    }
+    jobs.into_iter().map(|job| job.object).collect()
+}
+
+fn link(layout: &Layout, with_cuda: bool) {
+    let target = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
+    let mut folders = vec![layout.torch.join("lib")];
+    let mut libraries = vec!["-ltorch", "-ltorch_cpu", "-lc10"];
+    if with_cuda {
+        folders.push(layout.nvidia.join("cu13/lib"));
+        // pip's wheel has no `libcudart.so` without a version.
+        libraries.extend(["-ltorch_cuda", "-lc10_cuda", "-l:libcudart.so.13"]);
+    }
+    for folder in folders {
+        println!("cargo:rustc-link-search=native={}", folder.display());
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
+    }
+    // The linker would drop libtorch_cuda, which nothing names directly: it registers itself when
+    // loaded. macOS's linker drops nothing and does not know the option.
+    if target == "linux" {
         println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
     }
     for library in libraries {
-        println!("cargo:rustc-link-arg=-l{library}");
+        println!("cargo:rustc-link-arg={library}");
     }
-    if with_cuda {
-        println!("cargo:rustc-link-arg=-l:libcudart.so.13");
-    }
+}
+
+fn rustc_version() -> String {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| OsString::from("rustc"));
+    let output = Command::new(rustc).arg("--version").output();
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    text.trim().trim_start_matches("rustc ").to_owned()
+}
+
+fn out_dir() -> PathBuf {
+    PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default())
 }
 
 fn stop(problem: &str, hint: &str) -> ! {

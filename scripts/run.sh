@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Sets up what is missing, builds, and runs the program:
+# Sets up and builds what is missing, then runs the program:
 #   ./scripts/run.sh pretrain configs/quickstart.yaml
+# It runs in the repository's root, where the paths in configs/ begin. The program replaces this
+# shell, so its output, exit code and signals are its own; what comes before goes to stderr.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-./scripts/setup.sh --no-build
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+./scripts/setup.sh --no-build --quiet
 cargo build --release --locked
-exec ./target/release/tinyllama "$@"
+exec cargo run --release --locked --quiet -- "$@"

@@ -2,6 +2,8 @@
 //!
 //! Everything here takes and returns [`tch::Tensor`]; a failure carries the C++ exception's full text.
 
+pub mod driver;
+
 use anyhow::{Result, bail};
 use std::ffi::{CStr, c_char, c_int};
 use tch::{Kind, Tensor};
@@ -67,6 +69,11 @@ fn text(buffer: &[u8]) -> String {
 /// Compute capabilities that the CUDA kernels were compiled for, e.g. `["80", "90a"]`; empty without CUDA.
 pub fn compiled_archs() -> Vec<&'static str> {
     env!("TL_CUDA_ARCHS").split(',').filter(|s| !s.is_empty()).collect()
+}
+
+/// Whether the libtorch that this binary was built against can use a GPU.
+pub fn libtorch_has_cuda() -> bool {
+    env!("TL_TORCH_CUDA") == "1"
 }
 
 /// Versions of the libraries this binary runs with; `-` where a library is absent.
@@ -273,16 +280,4 @@ pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Tensor {
 pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
     // SAFETY: the usual caveat of memory maps: another process must not truncate the file meanwhile.
     unsafe { memmap2::Mmap::map(file) }
-}
-
-/// Newest CUDA version of the driver library (13000 is 13.0), or `None` where there is no driver.
-pub fn cuda_driver_version() -> Option<i32> {
-    // SAFETY: only looks for the shared library; cudarc's calls would panic without it.
-    if !unsafe { cudarc::driver::sys::is_culib_present() } {
-        return None;
-    }
-    let mut version = 0;
-    // SAFETY: the library is there and the pointer is to a live local.
-    let code = unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) };
-    (code == cudarc::driver::sys::CUresult::CUDA_SUCCESS).then_some(version)
 }
