@@ -252,3 +252,9 @@ pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Tensor {
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), t.data_ptr() as *mut u8, size) };
     t
 }
+
+/// Maps a file read-only.
+pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
+    // SAFETY: the usual caveat of memory maps: another process must not truncate the file meanwhile.
+    unsafe { memmap2::Mmap::map(file) }
+}
