@@ -21,7 +21,10 @@ fn main() {
     println!("cargo:rerun-if-env-changed=TL_NO_CUDA");
     println!("cargo:rustc-check-cfg=cfg(cuda_kernels)");
 
-    let torch = std::env::var("LIBTORCH").map(PathBuf::from).and_then(|p| Ok(p.canonicalize().unwrap_or(p)));
+    let torch = std::env::var("LIBTORCH").map(|p| {
+        let p = PathBuf::from(p);
+        p.canonicalize().unwrap_or(p)
+    });
     let Ok(torch) = torch else { stop("LIBTORCH is not set", "run `./scripts/setup.sh`") };
     let torch_lib = torch.join("lib");
     let nvidia = torch.join("../nvidia");
@@ -30,7 +33,10 @@ fn main() {
     let has_torch_cuda = torch_lib.join("libtorch_cuda.so").exists();
     let with_cuda = has_torch_cuda && nvcc.exists() && std::env::var_os("TL_NO_CUDA").is_none();
     if has_torch_cuda && !with_cuda {
-        println!("cargo:warning=no nvcc at {}: GPU kernels are left out; `./scripts/setup.sh` installs it", nvcc.display());
+        println!(
+            "cargo:warning=no nvcc at {}: GPU kernels are left out; `./scripts/setup.sh` installs it",
+            nvcc.display()
+        );
     }
 
     let includes = [
@@ -47,7 +53,10 @@ fn main() {
     }
     compile_wrappers(&includes, with_cuda);
 
-    println!("cargo:rustc-env=TL_CUDA_ARCHS={}", if with_cuda { CUDA_ARCHS.join(",") } else { String::new() });
+    println!(
+        "cargo:rustc-env=TL_CUDA_ARCHS={}",
+        if with_cuda { CUDA_ARCHS.join(",") } else { String::new() }
+    );
     link(&torch_lib, &cuda.join("lib"), with_cuda);
 }
 
@@ -65,13 +74,18 @@ fn compile_kernels(nvcc: &Path, include: &Path) {
         }
         match command.spawn() {
             Ok(child) => jobs.push((file, object, child)),
-            Err(e) => stop(&format!("cannot start {}: {e}", nvcc.display()), "run `./scripts/setup.sh`"),
+            Err(e) => {
+                stop(&format!("cannot start {}: {e}", nvcc.display()), "run `./scripts/setup.sh`")
+            }
         }
     }
     let mut archive = cc::Build::new();
     for (file, object, mut child) in jobs {
         if !child.wait().is_ok_and(|status| status.success()) {
-            stop(&format!("nvcc failed on {file}"), "see its messages above; `TL_NO_CUDA=1` builds without GPU kernels");
+            stop(
+                &format!("nvcc failed on {file}"),
+                "see its messages above; `TL_NO_CUDA=1` builds without GPU kernels",
+            );
         }
         archive.object(object);
     }
@@ -86,7 +100,10 @@ fn compile_wrappers(includes: &[PathBuf], with_cuda: bool) {
         build.define("TL_WITH_CUDA", None);
     }
     if let Err(e) = build.try_compile("tlwrappers") {
-        stop(&format!("the C++ compiler failed on csrc/torch: {e}"), "a C++17 compiler is needed, for example `apt-get install g++`");
+        stop(
+            &format!("the C++ compiler failed on csrc/torch: {e}"),
+            "a C++17 compiler is needed, for example `apt-get install g++`",
+        );
     }
 }
 

@@ -35,6 +35,10 @@ int tl_set_math_mode(int allow_tf32, int deterministic);
 // 3 cuDNN.
 int tl_set_sdp_backends(int mask);
 
+// A copy of a CPU tensor in page-locked memory, as a new tensor in *out that the caller owns (tch's own
+// pin_memory passes a deprecated argument and warns at each call).
+int tl_pin_memory(TlTensor tensor, TlTensor* out);
+
 // ---- optimizer (csrc/torch/optim.cpp -> csrc/optim/adamw.cu) -------------------------------------------
 
 // One AdamW update of n tensors on one CUDA device, fp32 state, in place:

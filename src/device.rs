@@ -64,7 +64,7 @@ fn parse(choice: &str) -> Result<Choice> {
 fn check_capability(index: usize) -> Result<()> {
     let card = ffi::cuda_device(index).with_context(|| format!("device `cuda:{index}`"))?;
     let archs = ffi::compiled_archs();
-    if !archs.iter().any(|arch| runs_on(arch, card.capability)) {
+    if !has_kernels(card.capability, &archs) {
         let (major, minor) = card.capability;
         bail_hint!(
             format!(
@@ -78,6 +78,11 @@ fn check_capability(index: usize) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Whether one of the compiled architectures runs on a card of this compute capability.
+pub fn has_kernels(capability: (i32, i32), archs: &[&str]) -> bool {
+    archs.iter().any(|arch| runs_on(arch, capability))
 }
 
 /// Whether machine code for `arch` ("86", "90a") runs on a card: same major version and no newer

@@ -2,9 +2,10 @@
 
 use clap::Parser;
 use std::process::ExitCode;
-use tinyllama::{cli, error};
+use tinyllama::{cli, error, train};
 
 fn main() -> ExitCode {
+    train::guard::install_panic_hook();
     match cli::run(cli::Cli::parse()) {
         Ok(code) => ExitCode::from(code),
         Err(e) => {

@@ -9,9 +9,15 @@
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <cuda_runtime_api.h>
-#include <nccl.h>
 #endif
 #include <cstring>
+
+#ifdef TL_WITH_CUDA
+// From torch/csrc/cuda/nccl.h: the version of the NCCL inside libtorch_cuda, as major.minor.patch in 16 bits each.
+namespace torch::cuda::nccl {
+std::uint64_t version();
+}
+#endif
 
 #include "api.h"
 #include "guard.h"
@@ -32,15 +38,15 @@ extern "C" int tl_versions(char* buffer, size_t capacity) {
   TL_GUARD({
     std::string text = TORCH_VERSION;
 #ifdef TL_WITH_CUDA
-    int cuda = 0, nccl = 0;
+    int cuda = 0;
     cudaRuntimeGetVersion(&cuda);
-    ncclGetVersion(&nccl);
+    auto nccl = torch::cuda::nccl::version();
     text += "\n" + std::to_string(cuda / 1000) + "." + std::to_string(cuda % 1000 / 10);
     long cudnn = at::detail::getCUDAHooks().compiledWithCuDNN() ? at::detail::getCUDAHooks().versionCuDNN() : 0;
     text += "\n" + std::to_string(cudnn / 10000) + "." + std::to_string(cudnn % 10000 / 100) + "." +
             std::to_string(cudnn % 100);
-    text += "\n" + std::to_string(nccl / 10000) + "." + std::to_string(nccl % 10000 / 100) + "." +
-            std::to_string(nccl % 100);
+    text += "\n" + std::to_string(nccl >> 32) + "." + std::to_string(nccl >> 16 & 0xffff) + "." +
+            std::to_string(nccl & 0xffff);
 #else
     text += "\n-\n-\n-";
 #endif
@@ -98,6 +104,10 @@ extern "C" int tl_set_rng_state(int device, TlTensor state) {
     std::lock_guard<std::mutex> lock(gen.mutex());
     gen.set_state(*static_cast<at::Tensor*>(state));
   });
+}
+
+extern "C" int tl_pin_memory(TlTensor tensor, TlTensor* out) {
+  TL_GUARD(*out = new at::Tensor(static_cast<at::Tensor*>(tensor)->pin_memory()));
 }
 
 extern "C" int tl_set_math_mode(int allow_tf32, int deterministic) {

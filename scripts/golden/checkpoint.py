@@ -1,15 +1,14 @@
-"""Checkpoints between this project and Hugging Face transformers, both ways.
+"""Checkpoints between this project and Hugging Face transformers.
 
-    python scripts/golden/checkpoint.py write tests/golden/checkpoint   # transformers -> goldens of the suite
-    python scripts/golden/checkpoint.py check DIR                       # ours -> transformers
+    python scripts/golden/checkpoint.py configs tests/golden/checkpoint
+    python scripts/golden/checkpoint.py check DIR
 
-`write` needs transformers==5.23.0, torch==2.11.0: `save_pretrained` folders of tiny random models, with the
-logits that transformers computes from them. `configs` (run it with transformers==4.46.3 and 5.23.0) writes
-only the `config.json` files, as that version saves them.
+`configs` writes `config.json` of many models as one version of transformers saves them; run it with
+transformers==4.46.3 and with transformers==5.23.0 (torch==2.11.0): the suite holds the two forms to one meaning.
 
 `check` reads what the ignored test `folders_for_transformers` of the suite wrote into DIR
 (`TINYLLAMA_PARITY_DIR=DIR cargo test --release folders_for_transformers -- --ignored`), loads each folder with
-`AutoModelForCausalLM.from_pretrained`, and compares logits. Any transformers from 4.46 on.
+`AutoModelForCausalLM.from_pretrained`, and compares logits.
 """
 
 import json
@@ -55,35 +54,9 @@ def configs():
     return out
 
 
-def randomize(model):
-    """Every parameter random, norms and biases too, so that none can be mistaken for another."""
-    torch.manual_seed(3407)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(0.0, 0.2)
-            if "norm" in name and name.endswith("weight"):
-                p.add_(1.0)
-
-
 def logits_of(model, tokens):
     with torch.no_grad():
         return model(tokens).logits.float()
-
-
-def write(out):
-    """The folders and logits that the suite reads."""
-    tokens = torch.tensor([[(7 * i + 3) % 40 for i in range(24)]])
-    for name in ["llama", "neox", "llama_tied"]:
-        model = AutoModelForCausalLM.from_config(configs()[name]).eval()
-        randomize(model)
-        folder = out / name
-        model.save_pretrained(folder)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        (folder / "model.safetensors").chmod(0o644)
-        logits = logits_of(model, tokens)[0, -4:].tolist()
-        golden = {"tokens": tokens[0].tolist(), "last_4_logits": logits}
-        (folder / "golden.json").write_text(json.dumps(golden) + "\n")
-        print(name, sum(f.stat().st_size for f in folder.iterdir()), "bytes")
 
 
 def write_configs(out):
@@ -129,4 +102,4 @@ AUTO = {"dtype": "auto"} if NEW else {"torch_dtype": "auto"}
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     verb, path = sys.argv[1], Path(sys.argv[2])
-    {"write": write, "configs": write_configs, "check": check}[verb](path)
+    {"configs": write_configs, "check": check}[verb](path)

@@ -12,8 +12,8 @@ use tch::Tensor;
 const HINT: &str =
     "earlier checkpoints are intact; free space, or lower `train.keep_last`, then `--resume auto`";
 
-/// Room for `config.json`, `state.json`, the tokenizer's files and headers.
-const SMALL_FILES: u64 = 8 << 20;
+/// Room for `config.json`, `state.json` and the headers of tensor files.
+const SMALL_FILES: u64 = 1 << 20;
 
 /// Bytes that these tensors take on disk in their own dtype, with a margin for the small files.
 pub fn required_bytes<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> u64 {

@@ -5,7 +5,7 @@ use super::names::{self, Layout, Part};
 use super::tensors::{self, Entry, TensorFile};
 use crate::bail_hint;
 use crate::error::WithHint;
-use crate::model::{GPT, ModelConfig, RopeType};
+use crate::model::{GPT, ModelConfig, RopeScaling, RopeType};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
@@ -44,8 +44,76 @@ pub fn load_model(dir: &Path, kind: Kind, device: Device) -> Result<GPT> {
 /// Another architecture (its differing fields are named); missing, unknown or mis-shaped tensors,
 /// all at once; a damaged file; a missing shard.
 pub fn load_weights(model: &GPT, dir: &Path) -> Result<()> {
+    refuse_architecture(differences(&model.config, &load_config(dir)?), dir)?;
+    copy_weights(model, dir)
+}
+
+/// [`load_weights`] for continued pretraining: context length and RoPE may differ from the
+/// checkpoint's, since no tensor depends on them. What differs is said on stderr.
+pub fn load_initial_weights(model: &GPT, dir: &Path) -> Result<()> {
+    let of_positions = |d: &Difference| POSITIONS.contains(&d.key.as_str());
+    let (positions, other) = differences(&model.config, &load_config(dir)?)
+        .into_iter()
+        .partition::<Vec<_>, _>(of_positions);
+    refuse_architecture(other, dir)?;
+    for Difference { key, ours, theirs } in positions {
+        eprintln!("positions   `{key}`: expected {theirs}, got {ours}");
+    }
+    copy_weights(model, dir)
+}
+
+/// Fields that no tensor depends on.
+const POSITIONS: [&str; 3] = ["block_size", "rope_base", "rope_scaling"];
+
+/// A field in which two configurations differ.
+struct Difference {
+    key: String,
+    ours: Value,
+    theirs: Value,
+}
+
+/// The name and the split of the vocabulary into real and padding ids are no part of it.
+fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<Difference> {
+    let fields = |config: &ModelConfig| {
+        let mut config = config.clone();
+        (config.name, config.vocab_size) = (String::new(), 0);
+        // As `config.json` says it: some keys spelled out, those that a type does not use dropped.
+        if let Some(s) = &mut config.rope_scaling {
+            match s.rope_type {
+                RopeType::Linear | RopeType::Dynamic => {
+                    *s = RopeScaling::new(s.rope_type, s.factor)
+                }
+                RopeType::Yarn | RopeType::Llama3 => {
+                    s.original_max_position_embeddings.get_or_insert(config.block_size);
+                }
+            }
+        }
+        json!(config).as_object().cloned().unwrap_or_default()
+    };
+    let (ours, mut theirs) = (fields(ours), fields(theirs));
+    let pairs = ours.into_iter().map(|(key, ours)| {
+        let theirs = theirs.remove(&key).unwrap_or_default();
+        Difference { key, ours, theirs }
+    });
+    pairs.filter(|d| d.ours != d.theirs).collect()
+}
+
+/// One clear message where the folder holds another model than the run's configuration says.
+fn refuse_architecture(differing: Vec<Difference>, dir: &Path) -> Result<()> {
+    if differing.is_empty() {
+        return Ok(());
+    }
+    let line = |d: Difference| format!("`{}`: expected {}, got {}", d.key, d.ours, d.theirs);
+    let lines: Vec<String> = differing.into_iter().map(line).collect();
+    bail_hint!(
+        "choose the preset or `model_config` of the checkpoint, or another checkpoint";
+        "`{}` holds another architecture than the configuration:\n  {}",
+        dir.display(), lines.join("\n  ")
+    )
+}
+
+fn copy_weights(model: &GPT, dir: &Path) -> Result<()> {
     let config = &model.config;
-    check_architecture(config, dir)?;
     let weights = Weights::open(dir)?;
     let (mut plan, mut known, mut problems) = (Vec::new(), HashSet::new(), Vec::new());
     for (name, ours) in model.named_parameters() {
@@ -67,7 +135,7 @@ pub fn load_weights(model: &GPT, dir: &Path) -> Result<()> {
             problems.push(format!("`{name}`: not expected in this model"));
         }
     }
-    refuse(&problems, dir)?;
+    refuse_tensors(&problems, dir)?;
 
     let _guard = tch::no_grad_guard();
     for (ours, part) in plan {
@@ -77,7 +145,7 @@ pub fn load_weights(model: &GPT, dir: &Path) -> Result<()> {
 }
 
 /// One message for all tensors that do not fit.
-fn refuse(problems: &[String], dir: &Path) -> Result<()> {
+fn refuse_tensors(problems: &[String], dir: &Path) -> Result<()> {
     const SHOWN: usize = 20;
     if problems.is_empty() {
         return Ok(());
@@ -92,50 +160,6 @@ fn refuse(problems: &[String], dir: &Path) -> Result<()> {
         "{} tensor(s) of `{}` do not fit its `config.json`:\n  {}",
         problems.len(), dir.display(), lines.join("\n  ")
     )
-}
-
-/// One clear message where the folder holds another model than the run's configuration says. A
-/// change of length or rotary settings is a choice, so it is only said.
-fn check_architecture(ours: &ModelConfig, dir: &Path) -> Result<()> {
-    let theirs = load_config(dir)?;
-    let (length, other): (Vec<_>, Vec<_>) = differences(ours, &theirs)
-        .into_iter()
-        .partition(|(key, ..)| ["block_size", "rope_base", "rope_scaling"].contains(&key.as_str()));
-    if !other.is_empty() {
-        let line = |(key, ours, theirs)| format!("`{key}`: expected {ours}, got {theirs}");
-        let lines: Vec<String> = other.into_iter().map(line).collect();
-        bail_hint!(
-            "choose the preset or `model_config` of the checkpoint, or another checkpoint";
-            "`{}` holds another architecture than the configuration:\n  {}",
-            dir.display(), lines.join("\n  ")
-        );
-    }
-    for (key, ours, theirs) in length {
-        eprintln!("note        `{key}` is {ours}, `{}` was made with {theirs}", dir.display());
-    }
-    Ok(())
-}
-
-/// Fields that differ: key, ours, theirs. The name and the split of the vocabulary into real and
-/// padding ids are no part of an architecture.
-fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<(String, Value, Value)> {
-    let fields = |config: &ModelConfig| {
-        let mut config = config.clone();
-        (config.name, config.vocab_size) = (String::new(), 0);
-        // `config.json` must spell out what is `block_size` by default.
-        if let Some(s) = &mut config.rope_scaling
-            && matches!(s.rope_type, RopeType::Llama3 | RopeType::Yarn)
-        {
-            s.original_max_position_embeddings.get_or_insert(config.block_size);
-        }
-        json!(config).as_object().cloned().unwrap_or_default()
-    };
-    let (ours, mut theirs) = (fields(ours), fields(theirs));
-    let pairs = ours.into_iter().map(|(key, a)| {
-        let b = theirs.remove(&key).unwrap_or_default();
-        (key, a, b)
-    });
-    pairs.filter(|(_, a, b)| a != b).collect()
 }
 
 /// The open weights files of a folder and which tensor lies where.

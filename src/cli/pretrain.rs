@@ -1,12 +1,30 @@
-//! `tinyllama pretrain`.
+//! `tinyllama pretrain CONFIG`.
 
-use anyhow::{Result, bail};
+use crate::config::{self, Resume};
+use crate::train;
+use anyhow::Result;
+use std::path::PathBuf;
 
 /// Arguments of `pretrain`.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// The run's YAML, e.g. configs/quickstart.yaml
+    config: PathBuf,
+    /// Override a key, e.g. --set train.micro_batch_size=4 (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// `auto` (newest checkpoint in out_dir, or start), `false`, or a checkpoint folder
+    #[arg(long, value_name = "auto|false|PATH")]
+    resume: Option<String>,
+}
 
 /// Runs `pretrain`.
-pub fn run(_args: Args) -> Result<u8> {
-    bail!("`pretrain` is not there yet")
+pub fn run(args: Args) -> Result<u8> {
+    let mut config = config::load(&args.config, &args.sets)?;
+    match args.resume.as_deref() {
+        None => {}
+        Some("false") => config.resume = Resume::Switch(false),
+        Some(text) => config.resume = Resume::Text(text.into()),
+    }
+    train::pretrain(&config)
 }

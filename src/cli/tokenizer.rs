@@ -121,13 +121,10 @@ fn train(args: TrainArgs) -> Result<()> {
     let bar = progress();
     let field = args.text_field.as_deref();
     // Opened one after the other, so that thousands of files need one handle.
-    let documents = args
-        .input
-        .iter()
-        .flat_map(|path| match train::documents(path, field) {
-            Ok(texts) => texts,
-            Err(e) => Box::new(std::iter::once(Err(e))),
-        });
+    let documents = args.input.iter().flat_map(|path| match train::documents(path, field) {
+        Ok(texts) => texts,
+        Err(e) => Box::new(std::iter::once(Err(e))),
+    });
     let counted = documents.inspect(|text| bar.inc(text.as_ref().map_or(0, |t| t.len() as u64)));
     let size = train::train(counted, &options, &args.out)?;
     bar.finish_and_clear();
@@ -137,10 +134,7 @@ fn train(args: TrainArgs) -> Result<()> {
             options.vocab_size
         );
     }
-    eprintln!(
-        "wrote {} ({size} tokens)",
-        args.out.join("tokenizer.json").display()
-    );
+    eprintln!("wrote {} ({size} tokens)", args.out.join("tokenizer.json").display());
     Ok(())
 }
 
@@ -176,11 +170,7 @@ fn encode(args: EncodeArgs) -> Result<()> {
 
 fn decode(args: DecodeArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
-    let text = if args.ids.is_empty() {
-        stdin()?
-    } else {
-        args.ids.join(" ")
-    };
+    let text = if args.ids.is_empty() { stdin()? } else { args.ids.join(" ") };
     let separator = |c: char| c.is_whitespace() || matches!(c, ',' | '[' | ']');
     let ids: Vec<u32> = text
         .split(separator)
@@ -227,9 +217,7 @@ fn info(args: InfoArgs) -> Result<()> {
 
 fn stdin() -> Result<String> {
     let mut text = String::new();
-    std::io::stdin()
-        .read_to_string(&mut text)
-        .context("cannot read UTF-8 from standard input")?;
+    std::io::stdin().read_to_string(&mut text).context("cannot read UTF-8 from standard input")?;
     Ok(text)
 }
 

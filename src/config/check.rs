@@ -40,7 +40,11 @@ impl Schema {
             let properties = at.get("properties").and_then(Value::as_object);
             let Some(properties) = properties else {
                 // A free-form map, such as `model_config`: its fields are checked by their own schema.
-                return if is_free(at) { Ok(at) } else { Err(format!("`{path}` has no keys below it")) };
+                return if is_free(at) {
+                    Ok(at)
+                } else {
+                    Err(format!("`{path}` has no keys below it"))
+                };
             };
             match properties.get(*key) {
                 Some(child) => node = child,
@@ -109,7 +113,13 @@ fn accepts(node: &Value, kind: &str) -> bool {
     }
 }
 
-fn check_node(path: &str, value: &mut Value, node: &Value, schema: &Schema, problems: &mut Vec<String>) {
+fn check_node(
+    path: &str,
+    value: &mut Value,
+    node: &Value,
+    schema: &Schema,
+    problems: &mut Vec<String>,
+) {
     let node = schema.resolve(node);
     if let Some(options) = node.get("anyOf").and_then(Value::as_array) {
         return check_any(path, value, options, schema, problems);
@@ -126,7 +136,9 @@ fn check_node(path: &str, value: &mut Value, node: &Value, schema: &Schema, prob
     normalise(value, node);
     match value {
         Value::Object(map) if accepts(node, "object") => {
-            let Some(properties) = node.get("properties").and_then(Value::as_object) else { return };
+            let Some(properties) = node.get("properties").and_then(Value::as_object) else {
+                return;
+            };
             let required = node.get("required").and_then(Value::as_array);
             for key in required.into_iter().flatten().filter_map(Value::as_str) {
                 if !map.contains_key(key) {
@@ -136,7 +148,9 @@ fn check_node(path: &str, value: &mut Value, node: &Value, schema: &Schema, prob
             for (key, child) in map.iter_mut() {
                 match properties.get(key) {
                     Some(node) => check_node(&join(path, key), child, node, schema, problems),
-                    None => problems.push(unknown(path, key, properties.keys().map(String::as_str))),
+                    None => {
+                        problems.push(unknown(path, key, properties.keys().map(String::as_str)))
+                    }
                 }
             }
         }
@@ -152,13 +166,21 @@ fn check_node(path: &str, value: &mut Value, node: &Value, schema: &Schema, prob
                 check_node(&join(path, &i.to_string()), child, item, schema, problems);
             }
         }
-        value if !accepts(node, kind_of(value)) && !(accepts(node, "number") && value.is_number()) => {
-            problems.push(format!("`{path}`: expected {}, got {}", expected(node, schema), shown(value)));
+        value
+            if !(accepts(node, kind_of(value)) || accepts(node, "number") && value.is_number()) =>
+        {
+            problems.push(format!(
+                "`{path}`: expected {}, got {}",
+                expected(node, schema),
+                shown(value)
+            ));
         }
-        value if accepts(node, "integer") && value.as_i64().is_some_and(|n| n < 0) => {
-            if node.get("minimum").and_then(Value::as_f64) == Some(0.0) {
-                problems.push(format!("`{path}`: expected an integer of at least 0, got {value}"));
-            }
+        value
+            if accepts(node, "integer")
+                && value.as_i64().is_some_and(|n| n < 0)
+                && node.get("minimum").and_then(Value::as_f64) == Some(0.0) =>
+        {
+            problems.push(format!("`{path}`: expected an integer of at least 0, got {value}"));
         }
         _ => {}
     }
@@ -187,7 +209,8 @@ fn check_any(
         }
     }
     if inner.is_empty() {
-        let names: Vec<String> = options.iter().map(|o| expected(schema.resolve(o), schema)).collect();
+        let names: Vec<String> =
+            options.iter().map(|o| expected(schema.resolve(o), schema)).collect();
         inner.push(format!("`{path}`: expected {}, got {}", names.join(" or "), shown(value)));
     }
     problems.extend(inner);

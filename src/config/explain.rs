@@ -1,7 +1,7 @@
 //! What each key means, from the doc comments of the structs.
 
-use super::check::{self, Schema};
 use super::RunConfig;
+use super::check::{self, Schema};
 use crate::bail_hint;
 use crate::model::ModelConfig;
 use anyhow::Result;
@@ -79,4 +79,3 @@ pub fn explain(path: &str) -> Result<Vec<Key>> {
     }
     Ok(found)
 }
-

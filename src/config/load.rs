@@ -81,7 +81,8 @@ fn apply(tree: &mut Value, set: &str, schema: &Schema, problems: &mut Vec<String
             (Value::Array(items), Ok(index)) => match items.len() {
                 n if index < n => &mut items[index],
                 n => {
-                    return problems.push(format!("`--set {set}`: `{key}`, but the list has {n} items"));
+                    return problems
+                        .push(format!("`--set {set}`: `{key}`, but the list has {n} items"));
                 }
             },
             (at, _) => {

@@ -31,6 +31,9 @@ pub struct RunConfig {
     pub attention: AttentionBackend,
     /// Fused kernels of `csrc/` (`true`) or their plain references (`false`).
     pub fused: bool,
+    /// The same losses bit for bit from run to run on a GPU, at the price of speed: attention sums its
+    /// gradients in a fixed order. On the CPU this holds anyway.
+    pub deterministic: bool,
     /// What to train and validate on.
     pub data: DataConfig,
     /// Batch sizes, schedule, stopping, saving.
@@ -135,6 +138,19 @@ pub struct PrepareConfig {
     /// Tokens in one packed file.
     #[serde(default = "chunk_tokens")]
     pub chunk_tokens: u64,
+    /// Key or column that holds the text; default: `text`, or `content` in Parquet.
+    #[serde(default)]
+    pub text_field: Option<String>,
+    /// Begin each document with the beginning-of-text id.
+    #[serde(default)]
+    pub bos: bool,
+    /// End each document with the end-of-text id.
+    #[serde(default = "yes")]
+    pub eos: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn train_split() -> String {
@@ -259,6 +275,7 @@ impl Default for RunConfig {
             seed: 42,
             attention: AttentionBackend::Auto,
             fused: true,
+            deterministic: false,
             data: DataConfig::default(),
             train: TrainConfig::default(),
             eval: EvalConfig::default(),
@@ -299,12 +316,23 @@ impl Default for TrainConfig {
 
 impl Default for EvalConfig {
     fn default() -> Self {
-        Self { interval: Some(1000), max_iters: Some(100), initial_validation: false, final_validation: true }
+        Self {
+            interval: Some(1000),
+            max_iters: Some(100),
+            initial_validation: false,
+            final_validation: true,
+        }
     }
 }
 
 impl Default for OptimizerConfig {
     fn default() -> Self {
-        Self { name: OptimizerName::AdamW, lr: 4e-4, betas: [0.9, 0.95], weight_decay: 0.1, eps: 1e-8 }
+        Self {
+            name: OptimizerName::AdamW,
+            lr: 4e-4,
+            betas: [0.9, 0.95],
+            weight_decay: 0.1,
+            eps: 1e-8,
+        }
     }
 }

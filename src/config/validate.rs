@@ -1,7 +1,7 @@
 //! What is wrong with a well-typed configuration, and the arithmetic that follows from a right one.
 
 use super::check::{self, Schema};
-use super::{ConfigError, LrSchedule, Resume, RunConfig};
+use super::{AttentionBackend, ConfigError, LrSchedule, Resume, RunConfig};
 use crate::model::ModelConfig;
 use serde_json::{Map, Value};
 use std::fmt;
@@ -32,9 +32,8 @@ pub fn model_config(
     let mut overrides = Value::Object(overrides.clone());
     let mut problems = Vec::new();
     check::check(&mut overrides, &Schema::of::<Overrides>(), &mut problems);
-    let prefixed = |p: String| {
-        p.replacen('`', "`model_config.", 1).replace("mean `", "mean `model_config.")
-    };
+    let prefixed =
+        |p: String| p.replacen('`', "`model_config.", 1).replace("mean `", "mean `model_config.");
     let mut problems: Vec<String> = problems.into_iter().map(prefixed).collect();
     if preset.is_none() {
         problems.insert(0, no_preset(name));
@@ -113,6 +112,9 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_length(config, &mut problems);
     check_optimizer(config, &mut problems);
     check_data(config, &mut problems);
+    if config.deterministic && config.attention == AttentionBackend::Cudnn {
+        problems.push("`attention`: cuDNN's is not deterministic; use `auto` or `flash`".into());
+    }
     if config.initial_checkpoint_dir.is_some()
         && matches!(&config.resume, Resume::Text(path) if path != "auto")
     {
@@ -216,7 +218,8 @@ fn check_optimizer(config: &RunConfig, problems: &mut Vec<String>) {
         }
     }
     if o.weight_decay < 0.0 {
-        problems.push(format!("`optimizer.weight_decay`: must be at least 0, got {}", o.weight_decay));
+        problems
+            .push(format!("`optimizer.weight_decay`: must be at least 0, got {}", o.weight_decay));
     }
     if t.lr_schedule != LrSchedule::Constant && t.min_lr > o.lr {
         problems.push(format!("`train.min_lr`: {} is above `optimizer.lr` = {}", t.min_lr, o.lr));
@@ -230,7 +233,8 @@ fn check_data(config: &RunConfig, problems: &mut Vec<String>) {
     }
     for (i, source) in sources.iter().enumerate() {
         if !(source.weight > 0.0 && source.weight.is_finite()) {
-            problems.push(format!("`data.train.{i}.weight`: must be above 0, got {}", source.weight));
+            problems
+                .push(format!("`data.train.{i}.weight`: must be above 0, got {}", source.weight));
         }
     }
     for (i, p) in config.data.prepare.iter().enumerate() {

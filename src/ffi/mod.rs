@@ -24,6 +24,7 @@ unsafe extern "C" {
     ) -> c_int;
     fn tl_rng_state(device: c_int, out: *mut Handle) -> c_int;
     fn tl_set_rng_state(device: c_int, state: Handle) -> c_int;
+    fn tl_pin_memory(tensor: Handle, out: *mut Handle) -> c_int;
     fn tl_set_math_mode(allow_tf32: c_int, deterministic: c_int) -> c_int;
     fn tl_set_sdp_backends(mask: c_int) -> c_int;
     fn tl_adamw(
@@ -159,6 +160,14 @@ pub fn set_rng_state(device: tch::Device, state: &Tensor) -> Result<()> {
     check(unsafe { tl_set_rng_state(device_index(device), handle(state)) })
 }
 
+/// A copy of a CPU tensor in page-locked memory, from which a GPU copies without a CPU wait.
+pub fn pin_memory(tensor: &Tensor) -> Result<Tensor> {
+    let mut out: Handle = std::ptr::null_mut();
+    // SAFETY: on success `out` is a new tensor that this side owns.
+    check(unsafe { tl_pin_memory(handle(tensor), &mut out) })?;
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
 /// `allow_tf32` is `torch.set_float32_matmul_precision("high")`; `deterministic` is
 /// `torch.use_deterministic_algorithms(True, warn_only=True)`.
 pub fn set_math_mode(allow_tf32: bool, deterministic: bool) -> Result<()> {
@@ -206,7 +215,9 @@ pub struct AdamWScalars {
 /// One fused AdamW update in place (formula in `csrc/optim/adamw.cu`). Gradients are multiplied by `clip`,
 /// a 0-dim fp32 CUDA tensor; where it is not finite nothing is written. The CPU does not wait.
 pub fn adamw(tensors: &[AdamWTensors], clip: &Tensor, s: AdamWScalars) -> Result<()> {
-    let column = |f: for<'a, 'b> fn(&'b AdamWTensors<'a>) -> &'a Tensor| -> Vec<Handle> { tensors.iter().map(|t| handle(f(t))).collect() };
+    let column = |f: for<'a, 'b> fn(&'b AdamWTensors<'a>) -> &'a Tensor| -> Vec<Handle> {
+        tensors.iter().map(|t| handle(f(t))).collect()
+    };
     let mut param = column(|t| t.param);
     let mut grad = column(|t| t.grad);
     let mut exp_avg = column(|t| t.exp_avg);
@@ -247,7 +258,12 @@ pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
 pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Tensor {
     let t = Tensor::empty(shape, (kind, tch::Device::Cpu));
     let size = t.numel() * kind.elt_size_in_bytes();
-    assert_eq!(size, bytes.len(), "tensor {shape:?} of {kind:?} needs {size} bytes, got {}", bytes.len());
+    assert_eq!(
+        size,
+        bytes.len(),
+        "tensor {shape:?} of {kind:?} needs {size} bytes, got {}",
+        bytes.len()
+    );
     // SAFETY: sizes were just compared; the regions are distinct allocations.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), t.data_ptr() as *mut u8, size) };
     t
@@ -257,4 +273,16 @@ pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Tensor {
 pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
     // SAFETY: the usual caveat of memory maps: another process must not truncate the file meanwhile.
     unsafe { memmap2::Mmap::map(file) }
+}
+
+/// Newest CUDA version of the driver library (13000 is 13.0), or `None` where there is no driver.
+pub fn cuda_driver_version() -> Option<i32> {
+    // SAFETY: only looks for the shared library; cudarc's calls would panic without it.
+    if !unsafe { cudarc::driver::sys::is_culib_present() } {
+        return None;
+    }
+    let mut version = 0;
+    // SAFETY: the library is there and the pointer is to a live local.
+    let code = unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut version) };
+    (code == cudarc::driver::sys::CUresult::CUDA_SUCCESS).then_some(version)
 }

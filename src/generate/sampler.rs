@@ -143,7 +143,7 @@ pub fn warp(logits: &Tensor, params: &SamplingParams) -> Tensor {
     if let Some(k) = params.top_k {
         logits = top_k(&logits, k);
     }
-    logits = logits / params.temperature;
+    logits /= params.temperature;
     if params.top_p < 1.0 {
         logits = top_p(&logits, params.top_p);
     }

@@ -167,7 +167,9 @@ impl ModelConfig {
     /// Longest sequence that the positions are defined for; `dynamic` scaling reaches beyond `block_size`.
     pub fn max_length(&self) -> i64 {
         match &self.rope_scaling {
-            Some(s) if s.rope_type == RopeType::Dynamic => (self.block_size as f64 * s.factor) as i64,
+            Some(s) if s.rope_type == RopeType::Dynamic => {
+                (self.block_size as f64 * s.factor) as i64
+            }
             _ => self.block_size,
         }
     }
@@ -240,9 +242,15 @@ impl ModelConfig {
             ),
         );
         check(self.norm_eps > 0.0, format!("`norm_eps`: must be above 0, got {}", self.norm_eps));
-        check(self.rope_base > 1.0, format!("`rope_base`: must be above 1, got {}", self.rope_base));
+        check(
+            self.rope_base > 1.0,
+            format!("`rope_base`: must be above 1, got {}", self.rope_base),
+        );
         if let Some(s) = &self.rope_scaling {
-            check(s.factor >= 1.0, format!("`rope_scaling.factor`: must be at least 1, got {}", s.factor));
+            check(
+                s.factor >= 1.0,
+                format!("`rope_scaling.factor`: must be at least 1, got {}", s.factor),
+            );
             check(
                 s.rope_type != RopeType::Llama3
                     || (s.low_freq_factor.is_some() && s.high_freq_factor.is_some()),

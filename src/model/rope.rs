@@ -29,9 +29,7 @@ pub fn frequencies(config: &ModelConfig, seq_len: i64) -> Frequencies {
     };
     let inv_freq = match s.rope_type {
         RopeType::Linear => plain.iter().map(|f| f / s.factor).collect(),
-        RopeType::Dynamic => {
-            inv_freq(n, dynamic_base(base, n, s, config.block_size, seq_len))
-        }
+        RopeType::Dynamic => inv_freq(n, dynamic_base(base, n, s, config.block_size, seq_len)),
         RopeType::Llama3 => plain.iter().map(|&f| llama3(f, s, config.block_size)).collect(),
         RopeType::Yarn => return yarn(plain, n, base, s, config.block_size),
     };

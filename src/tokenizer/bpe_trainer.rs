@@ -44,10 +44,8 @@ pub(super) fn learn(
             }
         }
     }
-    let mut queue: BinaryHeap<(u64, Reverse<(u32, u32)>)> = pairs
-        .iter()
-        .map(|(&pair, entry)| (entry.count, Reverse(pair)))
-        .collect();
+    let mut queue: BinaryHeap<(u64, Reverse<(u32, u32)>)> =
+        pairs.iter().map(|(&pair, entry)| (entry.count, Reverse(pair))).collect();
 
     let mut merges = Vec::new();
     while vocab.len() < vocab_size {
@@ -106,11 +104,7 @@ pub(super) fn learn(
                 }
             }
         }
-        queue.extend(
-            grown
-                .into_iter()
-                .map(|pair| (pairs[&pair].count, Reverse(pair))),
-        );
+        queue.extend(grown.into_iter().map(|pair| (pairs[&pair].count, Reverse(pair))));
     }
     merges
 }

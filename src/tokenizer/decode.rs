@@ -55,11 +55,7 @@ struct State {
 
 impl Detokenizer {
     pub(super) fn new(tokens: Vec<Token>, leading: Leading, invalid: Invalid) -> Self {
-        Self {
-            tokens,
-            leading,
-            invalid,
-        }
+        Self { tokens, leading, invalid }
     }
 
     /// Text of all `ids`; ids without a token add nothing.
@@ -71,10 +67,7 @@ impl Detokenizer {
 
     /// Text of one token in the middle of a text.
     pub(super) fn decode_token(&self, id: u32) -> String {
-        let mut state = State {
-            started: true,
-            pending: Vec::new(),
-        };
+        let mut state = State { started: true, pending: Vec::new() };
         self.append(id, &mut state);
         self.take(&mut state, true)
     }
@@ -118,11 +111,7 @@ impl Detokenizer {
                 Some(len) => len,
             };
             out.push(char::REPLACEMENT_CHARACTER);
-            rest = &rest[if self.invalid == Invalid::EachByte {
-                1
-            } else {
-                bad
-            }..];
+            rest = &rest[if self.invalid == Invalid::EachByte { 1 } else { bad }..];
         }
         let kept = rest.len();
         state.pending.drain(..state.pending.len() - kept);
@@ -143,12 +132,8 @@ pub struct DecodeStream<'a> {
 
 impl<'a> DecodeStream<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Self {
-        let mut stream = Self {
-            tokenizer,
-            state: State::default(),
-            ids: Vec::new(),
-            given: String::new(),
-        };
+        let mut stream =
+            Self { tokenizer, state: State::default(), ids: Vec::new(), given: String::new() };
         for &id in prompt {
             stream.push(id);
         }
@@ -183,15 +168,8 @@ impl<'a> DecodeStream<'a> {
     /// Decodes everything again and gives out what is new: O(n) a token, for rare decoders only.
     fn slow(&mut self, all: bool) -> String {
         let text = self.tokenizer.decode_lossy(&self.ids);
-        let certain = if all {
-            text.as_str()
-        } else {
-            text.trim_end_matches('\u{fffd}')
-        };
-        let new = certain
-            .strip_prefix(self.given.as_str())
-            .unwrap_or_default()
-            .to_string();
+        let certain = if all { text.as_str() } else { text.trim_end_matches('\u{fffd}') };
+        let new = certain.strip_prefix(self.given.as_str()).unwrap_or_default().to_string();
         self.given.push_str(&new);
         new
     }
@@ -203,13 +181,7 @@ mod tests {
 
     fn table(leading: Leading, invalid: Invalid) -> Detokenizer {
         let text = |s: &str| Token::Text(s.as_bytes().into());
-        let mut tokens = vec![
-            Token::Skip,
-            text(" a"),
-            text(" "),
-            text("b"),
-            text("\u{20ac}"),
-        ];
+        let mut tokens = vec![Token::Skip, text(" a"), text(" "), text("b"), text("\u{20ac}")];
         tokens.extend((0..=255u8).map(|b| Token::Verbatim([b].into())));
         Detokenizer::new(tokens, leading, invalid)
     }
@@ -218,10 +190,7 @@ mod tests {
     fn the_dummy_prefix_goes_once_or_wholly_or_not_at_all() {
         let ids = [0, 2, 2, 1];
         assert_eq!(table(Leading::Keep, Invalid::Maximal).decode(&ids), "   a");
-        assert_eq!(
-            table(Leading::DropOne, Invalid::Maximal).decode(&ids),
-            "  a"
-        );
+        assert_eq!(table(Leading::DropOne, Invalid::Maximal).decode(&ids), "  a");
         assert_eq!(table(Leading::DropAll, Invalid::Maximal).decode(&ids), "a");
     }
 
@@ -232,9 +201,6 @@ mod tests {
             table(Leading::Keep, Invalid::EachByte).decode(&ids),
             "\u{fffd}\u{fffd}b\u{fffd}"
         );
-        assert_eq!(
-            table(Leading::Keep, Invalid::Maximal).decode(&ids),
-            "\u{fffd}b\u{fffd}"
-        );
+        assert_eq!(table(Leading::Keep, Invalid::Maximal).decode(&ids), "\u{fffd}b\u{fffd}");
     }
 }

@@ -11,18 +11,12 @@ use tokenizers::normalizers::Precompiled;
 pub(super) fn tokenizer_json(model: &SentencePieceModel, bos: Option<u32>) -> Result<Vec<u8>> {
     let pieces = model.pieces();
     let of_type = |kinds: &'static [Type]| {
-        pieces
-            .iter()
-            .zip(0u32..)
-            .filter(move |(p, _)| kinds.contains(&p.r#type()))
+        pieces.iter().zip(0u32..).filter(move |(p, _)| kinds.contains(&p.r#type()))
     };
     let special = of_type(&[Type::Unknown, Type::Control, Type::UserDefined])
         .map(|(p, id)| added_token(p.piece(), id, p.r#type() != Type::UserDefined));
-    let vocab: serde_json::Map<String, Value> = pieces
-        .iter()
-        .zip(0u32..)
-        .map(|(p, id)| (p.piece().to_string(), id.into()))
-        .collect();
+    let vocab: serde_json::Map<String, Value> =
+        pieces.iter().zip(0u32..).map(|(p, id)| (p.piece().to_string(), id.into())).collect();
     let byte_fallback = model.trainer().is_some_and(|t| t.byte_fallback());
     let unk = of_type(&[Type::Unknown]).next().map(|(p, _)| p.piece());
     let bos = bos.and_then(|id| Some((pieces.get(id as usize)?.piece(), id)));
@@ -102,11 +96,7 @@ pub(super) fn llama_decoder(dummy_prefix: bool) -> Value {
 pub(super) fn llama_normalizer(dummy_prefix: bool) -> Vec<Value> {
     let prefix = json!({"type": "Prepend", "prepend": SPACE});
     let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
-    if dummy_prefix {
-        vec![prefix, spaces]
-    } else {
-        vec![spaces]
-    }
+    if dummy_prefix { vec![prefix, spaces] } else { vec![spaces] }
 }
 
 /// The `model` of a `tokenizer.json`.
@@ -144,13 +134,7 @@ fn normalizer(model: &SentencePieceModel) -> Result<Value> {
 
 /// Every split of a piece into two pieces, best-scored piece first.
 fn merges(model: &SentencePieceModel) -> Vec<[&str; 2]> {
-    let normal = || {
-        model
-            .pieces()
-            .iter()
-            .zip(0u32..)
-            .filter(|(p, _)| p.r#type() == Type::Normal)
-    };
+    let normal = || model.pieces().iter().zip(0u32..).filter(|(p, _)| p.r#type() == Type::Normal);
     let ids: HashMap<&str, u32> = normal().map(|(p, id)| (p.piece(), id)).collect();
     let mut pieces: Vec<_> = normal().collect();
     pieces.sort_by(|(a, a_id), (b, b_id)| b.score().total_cmp(&a.score()).then(a_id.cmp(b_id)));

@@ -24,14 +24,9 @@ impl Json {
     /// Reads the file. `truncation` and `padding` in it are ignored: they would cut documents
     /// short.
     pub(super) fn load(path: &Path) -> Result<Self, TokenizerError> {
-        let source = std::fs::read(path).map_err(|source| TokenizerError::Io {
-            path: path.into(),
-            source,
-        })?;
-        let broken = |problem: String| TokenizerError::BrokenJson {
-            path: path.into(),
-            problem,
-        };
+        let source = std::fs::read(path)
+            .map_err(|source| TokenizerError::Io { path: path.into(), source })?;
+        let broken = |problem: String| TokenizerError::BrokenJson { path: path.into(), problem };
         // Parsed twice: the crate's own errors say neither what is wrong nor where.
         let value: Value = serde_json::from_slice(&source).map_err(|e| broken(e.to_string()))?;
         if !value.get("model").is_some_and(Value::is_object) {
@@ -40,17 +35,9 @@ impl Json {
         let mut tokenizer =
             tokenizers::Tokenizer::from_bytes(&source).map_err(|e| broken(e.to_string()))?;
         tokenizer.with_padding(None);
-        tokenizer
-            .with_truncation(None)
-            .map_err(|e| broken(e.to_string()))?;
-        if let Some(id) = tokenizer
-            .get_vocab(true)
-            .into_values()
-            .find(|&id| id >= MAX_IDS)
-        {
-            return Err(broken(format!(
-                "it has token id {id}, expected ids below {MAX_IDS}"
-            )));
+        tokenizer.with_truncation(None).map_err(|e| broken(e.to_string()))?;
+        if let Some(id) = tokenizer.get_vocab(true).into_values().find(|&id| id >= MAX_IDS) {
+            return Err(broken(format!("it has token id {id}, expected ids below {MAX_IDS}")));
         }
         cut_words(&mut tokenizer);
         Ok(Self { tokenizer, source })
@@ -58,10 +45,8 @@ impl Json {
 
     /// Ids of `text`, without what the post-processor would add.
     pub(super) fn encode(&self, text: &str) -> anyhow::Result<Vec<u32>> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(anyhow::Error::from_boxed)?;
+        let encoding =
+            self.tokenizer.encode_fast(text, false).map_err(anyhow::Error::from_boxed)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -72,10 +57,7 @@ impl Json {
 
     /// Ids the post-processor puts around a text.
     pub(super) fn template(&self) -> Vec<u32> {
-        self.tokenizer
-            .encode_fast("", true)
-            .map(|e| e.get_ids().to_vec())
-            .unwrap_or_default()
+        self.tokenizer.encode_fast("", true).map(|e| e.get_ids().to_vec()).unwrap_or_default()
     }
 
     /// Token -> id, added tokens included.
@@ -110,16 +92,8 @@ impl Json {
                 tokens[id as usize] = Token::Text(rule.bytes(&text).into());
             }
         }
-        let leading = if rule.strip {
-            Leading::DropOne
-        } else {
-            Leading::Keep
-        };
-        let invalid = if rule.byte_fallback {
-            Invalid::EachByte
-        } else {
-            Invalid::Maximal
-        };
+        let leading = if rule.strip { Leading::DropOne } else { Leading::Keep };
+        let invalid = if rule.byte_fallback { Invalid::EachByte } else { Invalid::Maximal };
         Some(Detokenizer::new(tokens, leading, invalid))
     }
 }
@@ -150,14 +124,11 @@ fn cut_words(tokenizer: &mut tokenizers::Tokenizer) {
 /// Type names of a part of a `tokenizer.json`: `Sequence(Prepend, Replace)`.
 fn names(part: &Value) -> String {
     let kind = part["type"].as_str().unwrap_or("none");
-    let inner = ["normalizers", "pretokenizers"]
-        .iter()
-        .find_map(|key| part[*key].as_array());
+    let inner = ["normalizers", "pretokenizers"].iter().find_map(|key| part[*key].as_array());
     match inner {
-        Some(parts) => format!(
-            "{kind}({})",
-            parts.iter().map(names).collect::<Vec<_>>().join(", ")
-        ),
+        Some(parts) => {
+            format!("{kind}({})", parts.iter().map(names).collect::<Vec<_>>().join(", "))
+        }
         None => kind.to_string(),
     }
 }
@@ -179,8 +150,7 @@ impl Rule {
         match decoder["type"].as_str()? {
             "ByteLevel" => rule.byte_level = Some(byte_level_chars()),
             "Metaspace" => {
-                rule.replace
-                    .push((decoder["replacement"].as_str()?.into(), " ".into()));
+                rule.replace.push((decoder["replacement"].as_str()?.into(), " ".into()));
                 rule.strip = decoder["prepend_scheme"].as_str() != Some("never");
             }
             "Sequence" => {
@@ -198,8 +168,7 @@ impl Rule {
             "ByteLevel" if i == 0 => self.byte_level = Some(byte_level_chars()),
             "Replace" if i == self.replace.len() => {
                 let from = step["pattern"]["String"].as_str()?;
-                self.replace
-                    .push((from.into(), step["content"].as_str()?.into()));
+                self.replace.push((from.into(), step["content"].as_str()?.into()));
             }
             "ByteFallback" => self.byte_fallback = true,
             "Fuse" => self.fuse = true,
@@ -238,9 +207,5 @@ fn byte_level_chars() -> HashMap<char, u8> {
         true => Some(char::from(b)),
         false => stand_ins.next(),
     };
-    (0..=255u8)
-        .map(char_of)
-        .zip(0..=255u8)
-        .filter_map(|(c, b)| Some((c?, b)))
-        .collect()
+    (0..=255u8).map(char_of).zip(0..=255u8).filter_map(|(c, b)| Some((c?, b))).collect()
 }

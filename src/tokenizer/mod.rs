@@ -34,15 +34,9 @@ use thiserror::Error;
 #[allow(missing_docs)]
 pub enum TokenizerError {
     #[error("no tokenizer in {}: looked for {}", path.display(), looked_for.join(", "))]
-    NotFound {
-        path: PathBuf,
-        looked_for: Vec<&'static str>,
-    },
+    NotFound { path: PathBuf, looked_for: Vec<&'static str> },
     #[error("cannot read {}", path.display())]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     #[error("{} is broken: {problem}", path.display())]
     BrokenJson { path: PathBuf, problem: String },
     #[error("{} is no usable SentencePiece model: {problem}", path.display())]
@@ -50,19 +44,11 @@ pub enum TokenizerError {
     #[error("{} is {what}; expected a SentencePiece BPE model", path.display())]
     Unsupported { path: PathBuf, what: String },
     #[error("{} names `{key}` {token:?}, a token the tokenizer does not have", path.display())]
-    UnknownSpecial {
-        path: PathBuf,
-        key: String,
-        token: String,
-    },
+    UnknownSpecial { path: PathBuf, key: String, token: String },
     #[error(
         "token id {id} at position {position} is out of range: the vocabulary has {vocab_size} ids"
     )]
-    IdOutOfRange {
-        id: u32,
-        position: usize,
-        vocab_size: usize,
-    },
+    IdOutOfRange { id: u32, position: usize, vocab_size: usize },
 }
 
 /// Files of a tokenizer that travel with a checkpoint.
@@ -106,28 +92,17 @@ impl Tokenizer {
     /// # Errors
     /// A folder without either; a broken file; a SentencePiece model that is not BPE.
     pub fn load(path: &Path) -> Result<Self> {
-        let file = if path.is_dir() {
-            find_in(path)
-        } else {
-            path.is_file().then(|| path.to_path_buf())
-        };
+        let file =
+            if path.is_dir() { find_in(path) } else { path.is_file().then(|| path.to_path_buf()) };
         let Some(file) = file else {
             let looked_for = vec!["tokenizer.json", "tokenizer.model"];
-            return Err(TokenizerError::NotFound {
-                path: path.into(),
-                looked_for,
-            })
-            .hint(
+            return Err(TokenizerError::NotFound { path: path.into(), looked_for }).hint(
                 "name a folder with one of these files; `scripts/fetch_llama_tokenizer.sh` fetches \
                  Llama's, `tinyllama tokenizer train` makes one",
             );
         };
         let json = file.extension().is_some_and(|e| e == "json");
-        let loaded = if json {
-            Self::load_json(&file)
-        } else {
-            Self::load_model(&file)
-        };
+        let loaded = if json { Self::load_json(&file) } else { Self::load_model(&file) };
         match loaded {
             Err(e @ TokenizerError::Unsupported { .. }) => Err(e).hint(
                 "convert it with transformers (`AutoTokenizer.from_pretrained(..).save_pretrained(..)`) \
@@ -143,12 +118,8 @@ impl Tokenizer {
     fn load_json(file: &Path) -> Result<Self, TokenizerError> {
         let json = hf::Json::load(file)?;
         let vocab = Vocab::new(json.vocab().into_iter());
-        let own = special::Own {
-            bos: None,
-            eos: None,
-            template: json.template(),
-            sentencepiece: false,
-        };
+        let own =
+            special::Own { bos: None, eos: None, template: json.template(), sentencepiece: false };
         let special = special::Special::find(dir_of(file), &vocab, &own)?;
         Ok(Self {
             table: json.detokenizer(),
@@ -163,20 +134,10 @@ impl Tokenizer {
         let vocab = model.vocab();
         refuse_added_tokens(file, &vocab)?;
         let (bos, eos) = model.controls();
-        let own = special::Own {
-            bos,
-            eos,
-            template: Vec::new(),
-            sentencepiece: true,
-        };
+        let own = special::Own { bos, eos, template: Vec::new(), sentencepiece: true };
         let special = special::Special::find(dir_of(file), &vocab, &own)?;
         let table = Some(model.detokenizer());
-        Ok(Self {
-            table,
-            backend: Backend::SentencePiece(Box::new(model)),
-            vocab,
-            special,
-        })
+        Ok(Self { table, backend: Backend::SentencePiece(Box::new(model)), vocab, special })
     }
 
     /// Number of ids, added tokens included: the largest id + 1. A model's vocabulary may be padded
@@ -211,19 +172,13 @@ impl Tokenizer {
             Backend::SentencePiece(model) => model.encode(text),
         };
         if bos {
-            let id = self
-                .special
-                .bos
-                .context("this tokenizer has no bos token")?;
+            let id = self.special.bos.context("this tokenizer has no bos token")?;
             if ids.first() != Some(&id) {
                 ids.insert(0, id);
             }
         }
         if eos {
-            let id = self
-                .special
-                .eos
-                .context("this tokenizer has no eos token")?;
+            let id = self.special.eos.context("this tokenizer has no eos token")?;
             if ids.last() != Some(&id) {
                 ids.push(id);
             }
@@ -278,11 +233,7 @@ impl Tokenizer {
 
     /// Files of the tokenizer in `dir` that a checkpoint must carry (those that exist).
     pub fn files(dir: &Path) -> Vec<PathBuf> {
-        FILES
-            .iter()
-            .map(|name| dir.join(name))
-            .filter(|path| path.is_file())
-            .collect()
+        FILES.iter().map(|name| dir.join(name)).filter(|path| path.is_file()).collect()
     }
 
     /// Writes `tokenizer.json` and a minimal `tokenizer_config.json` that `transformers` loads.
@@ -319,23 +270,17 @@ impl Tokenizer {
             Backend::Json(json) => json.describe(),
             Backend::SentencePiece(model) => model.describe(),
         };
-        Description {
-            kind,
-            normalizer,
-            pre_tokenizer,
-        }
+        Description { kind, normalizer, pre_tokenizer }
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {
         let vocab_size = self.vocab_size();
         match ids.iter().position(|&id| id as usize >= vocab_size) {
             None => Ok(()),
-            Some(position) => Err(TokenizerError::IdOutOfRange {
-                id: ids[position],
-                position,
-                vocab_size,
-            })
-            .hint("are these ids from another tokenizer?"),
+            Some(position) => {
+                Err(TokenizerError::IdOutOfRange { id: ids[position], position, vocab_size })
+                    .hint("are these ids from another tokenizer?")
+            }
         }
     }
 
@@ -375,10 +320,7 @@ impl Vocab {
 }
 
 fn find_in(dir: &Path) -> Option<PathBuf> {
-    FILES[..2]
-        .iter()
-        .map(|name| dir.join(name))
-        .find(|path| path.is_file())
+    FILES[..2].iter().map(|name| dir.join(name)).find(|path| path.is_file())
 }
 
 fn dir_of(file: &Path) -> &Path {
@@ -392,22 +334,14 @@ fn refuse_added_tokens(file: &Path, vocab: &Vocab) -> Result<(), TokenizerError>
     let Ok(text) = std::fs::read(&path) else {
         return Ok(());
     };
-    let added: HashMap<String, u32> =
-        serde_json::from_slice(&text).map_err(|e| TokenizerError::BrokenJson {
-            path: path.clone(),
-            problem: e.to_string(),
-        })?;
-    let unknown = added
-        .iter()
-        .filter(|(token, id)| vocab.id_of(token) != Some(**id));
+    let added: HashMap<String, u32> = serde_json::from_slice(&text)
+        .map_err(|e| TokenizerError::BrokenJson { path: path.clone(), problem: e.to_string() })?;
+    let unknown = added.iter().filter(|(token, id)| vocab.id_of(token) != Some(**id));
     match unknown.min_by_key(|(_, id)| **id) {
         None => Ok(()),
         Some((token, id)) => Err(TokenizerError::Unsupported {
             path: file.into(),
-            what: format!(
-                "a model extended by {} (id {id}, {token:?})",
-                path.display()
-            ),
+            what: format!("a model extended by {} (id {id}, {token:?})", path.display()),
         }),
     }
 }

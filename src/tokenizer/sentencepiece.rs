@@ -31,14 +31,9 @@ pub(super) struct SentencePiece {
 impl SentencePiece {
     /// Reads a model; refuses what cannot be reproduced exactly.
     pub(super) fn load(path: &Path) -> Result<Self, TokenizerError> {
-        let data = std::fs::read(path).map_err(|source| TokenizerError::Io {
-            path: path.into(),
-            source,
-        })?;
-        let broken = |problem: String| TokenizerError::BrokenModel {
-            path: path.into(),
-            problem,
-        };
+        let data = std::fs::read(path)
+            .map_err(|source| TokenizerError::Io { path: path.into(), source })?;
+        let broken = |problem: String| TokenizerError::BrokenModel { path: path.into(), problem };
         let model = SentencePieceModel::from_slice(&data).map_err(|e| broken(e.to_string()))?;
         check_pieces(&model).map_err(broken)?;
         check_supported(path, &model)?;
@@ -67,14 +62,10 @@ impl SentencePiece {
             })
             .collect();
         let bytes = byte_ids(&model).map_err(broken)?;
-        let unk = pieces()
-            .find(|(p, _)| p.r#type() == Type::Unknown)
-            .map(|(_, id)| id);
+        let unk = pieces().find(|(p, _)| p.r#type() == Type::Unknown).map(|(_, id)| id);
         let unk = unk.ok_or_else(|| broken("it has no unknown piece".into()))?;
         Ok(Self {
-            cut_words: mergeable
-                .iter()
-                .all(|p| !p.unused && cuts_are_exact(&p.text)),
+            cut_words: mergeable.iter().all(|p| !p.unused && cuts_are_exact(&p.text)),
             merger: Merger::new(&mergeable, model.pieces().len() as u32),
             normalizer,
             unk,
@@ -109,24 +100,17 @@ impl SentencePiece {
     }
 
     fn merge(&self, text: &str, work: &mut Work, ids: &mut Vec<u32>) {
-        self.merger
-            .encode(text, work, |id, piece| match (id, &self.bytes) {
-                (Some(id), _) => ids.push(id),
-                (None, Some(bytes)) => ids.extend(piece.bytes().map(|b| bytes[b as usize])),
-                (None, None) if ids.last() == Some(&self.unk) => {}
-                (None, None) => ids.push(self.unk),
-            });
+        self.merger.encode(text, work, |id, piece| match (id, &self.bytes) {
+            (Some(id), _) => ids.push(id),
+            (None, Some(bytes)) => ids.extend(piece.bytes().map(|b| bytes[b as usize])),
+            (None, None) if ids.last() == Some(&self.unk) => {}
+            (None, None) => ids.push(self.unk),
+        });
     }
 
     /// Every piece in order of its id.
     pub(super) fn vocab(&self) -> Vocab {
-        Vocab::new(
-            self.model
-                .pieces()
-                .iter()
-                .zip(0..)
-                .map(|(p, id)| (p.piece().to_string(), id)),
-        )
+        Vocab::new(self.model.pieces().iter().zip(0..).map(|(p, id)| (p.piece().to_string(), id)))
     }
 
     /// Ids of the bos and eos control pieces the model declares.
@@ -134,65 +118,41 @@ impl SentencePiece {
         let trainer = self.model.trainer().cloned().unwrap_or_default();
         let find = |name: &str| {
             let is_it = |p: &SentencePieceProto| p.r#type() == Type::Control && p.piece() == name;
-            self.model
-                .pieces()
-                .iter()
-                .position(is_it)
-                .map(|id| id as u32)
+            self.model.pieces().iter().position(is_it).map(|id| id as u32)
         };
         (find(trainer.bos_piece()), find(trainer.eos_piece()))
     }
 
     /// Model, normaliser and cut, for `tokenizer info`.
     pub(super) fn describe(&self) -> (String, String, String) {
-        let fallback = if self.bytes.is_some() {
-            "byte fallback"
-        } else {
-            "<unk> for unknown characters"
-        };
+        let fallback =
+            if self.bytes.is_some() { "byte fallback" } else { "<unk> for unknown characters" };
         let spec = self.model.normalizer().cloned().unwrap_or_default();
         let normalizer = format!(
             "{} (add_dummy_prefix {}, remove_extra_whitespaces {})",
-            if spec.name().is_empty() {
-                "unnamed"
-            } else {
-                spec.name()
-            },
+            if spec.name().is_empty() { "unnamed" } else { spec.name() },
             spec.add_dummy_prefix(),
             spec.remove_extra_whitespaces()
         );
-        let cut = if self.cut_words {
-            "none (cut before U+2581, same ids)"
-        } else {
-            "none"
-        };
-        (
-            format!("tokenizer.model, SentencePiece BPE, {fallback}"),
-            normalizer,
-            cut.into(),
-        )
+        let cut = if self.cut_words { "none (cut before U+2581, same ids)" } else { "none" };
+        (format!("tokenizer.model, SentencePiece BPE, {fallback}"), normalizer, cut.into())
     }
 
     /// Byte table for decoding, with SentencePiece's rules.
     pub(super) fn detokenizer(&self) -> Detokenizer {
-        let unk_surface = self
-            .model
-            .trainer()
-            .map_or(" \u{2047} ", |t| t.unk_surface());
+        let unk_surface = self.model.trainer().map_or(" \u{2047} ", |t| t.unk_surface());
         let tokens = self.model.pieces().iter().map(|p| match p.r#type() {
             Type::Control => Token::Skip,
             Type::Unknown => Token::Verbatim(unk_surface.as_bytes().into()),
             Type::Byte => Token::Verbatim([byte_of(p.piece()).unwrap_or(b'?')].into()),
             _ => Token::Text(p.piece().replace(SPACE, " ").into_bytes().into()),
         });
-        let leading = match (
-            self.normalizer.remove_extra_whitespaces,
-            self.normalizer.add_dummy_prefix,
-        ) {
-            (true, _) => Leading::DropAll,
-            (false, true) => Leading::DropOne,
-            (false, false) => Leading::Keep,
-        };
+        let leading =
+            match (self.normalizer.remove_extra_whitespaces, self.normalizer.add_dummy_prefix) {
+                (true, _) => Leading::DropAll,
+                (false, true) => Leading::DropOne,
+                (false, false) => Leading::Keep,
+            };
         Detokenizer::new(tokens.collect(), leading, Invalid::EachByte)
     }
 }
@@ -207,9 +167,7 @@ pub(super) fn cuts_are_exact(piece: &str) -> bool {
 /// `0x41` of `<0x41>`.
 pub(super) fn byte_of(piece: &str) -> Option<u8> {
     let hex = piece.strip_prefix("<0x")?.strip_suffix('>')?;
-    (hex.len() == 2)
-        .then(|| u8::from_str_radix(hex, 16).ok())
-        .flatten()
+    (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }
 
 fn byte_ids(model: &SentencePieceModel) -> Result<Option<[u32; 256]>, String> {
@@ -217,38 +175,24 @@ fn byte_ids(model: &SentencePieceModel) -> Result<Option<[u32; 256]>, String> {
         return Ok(None);
     }
     let mut ids = [u32::MAX; 256];
-    for (piece, id) in model
-        .pieces()
-        .iter()
-        .zip(0..)
-        .filter(|(p, _)| p.r#type() == Type::Byte)
-    {
+    for (piece, id) in model.pieces().iter().zip(0..).filter(|(p, _)| p.r#type() == Type::Byte) {
         match byte_of(piece.piece()) {
             Some(byte) => ids[byte as usize] = id,
             None => {
-                return Err(format!(
-                    "byte piece {:?} is not of the form <0xNN>",
-                    piece.piece()
-                ));
+                return Err(format!("byte piece {:?} is not of the form <0xNN>", piece.piece()));
             }
         }
     }
     match ids.iter().position(|&id| id == u32::MAX) {
-        Some(byte) => Err(format!(
-            "it declares byte fallback but has no piece <0x{byte:02X}>"
-        )),
+        Some(byte) => Err(format!("it declares byte fallback but has no piece <0x{byte:02X}>")),
         None => Ok(Some(ids)),
     }
 }
 
 /// Refuses what has no exact counterpart here, with the reason.
 fn check_supported(path: &Path, model: &SentencePieceModel) -> Result<(), TokenizerError> {
-    let refuse = |what: &str| {
-        Err(TokenizerError::Unsupported {
-            path: path.into(),
-            what: what.into(),
-        })
-    };
+    let refuse =
+        |what: &str| Err(TokenizerError::Unsupported { path: path.into(), what: what.into() });
     let trainer = model.trainer().cloned().unwrap_or_default();
     match trainer.model_type() {
         ModelType::Bpe => {}
@@ -262,10 +206,7 @@ fn check_supported(path: &Path, model: &SentencePieceModel) -> Result<(), Tokeni
     if model.normalizer().is_some_and(|n| !n.escape_whitespaces()) {
         return refuse("a SentencePiece model without `escape_whitespaces`");
     }
-    if model
-        .denormalizer()
-        .is_some_and(|d| !d.precompiled_charsmap().is_empty())
-    {
+    if model.denormalizer().is_some_and(|d| !d.precompiled_charsmap().is_empty()) {
         return refuse("a SentencePiece model with a denormaliser");
     }
     Ok(())

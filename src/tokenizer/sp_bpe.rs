@@ -44,12 +44,15 @@ const NONE: u32 = u32::MAX;
 /// The two symbols an unused piece falls back into, and the length of the left one in bytes.
 type Split = (u32, u32, u32);
 
+/// (rank, left node, right node, joined length, joined id)
+type Candidate = (u32, u32, u32, u32, u32);
+
 /// Buffers kept between words, so that a word costs no allocation.
 #[derive(Default)]
 pub(super) struct Work {
     nodes: Vec<Node>,
-    /// (rank, left node, right node, joined length, joined id), best first.
-    queue: BinaryHeap<Reverse<(u32, u32, u32, u32, u32)>>,
+    /// Joins that are possible, best first.
+    queue: BinaryHeap<Reverse<Candidate>>,
     /// How an unused piece was last put together anywhere in this text.
     splits: HashMap<u32, Split>,
 }
@@ -85,12 +88,7 @@ impl Merger {
         for piece in pieces.iter().filter(|p| p.unused) {
             unused[piece.id as usize] = true;
         }
-        Self {
-            chars,
-            pairs,
-            unused,
-            n_ids,
-        }
+        Self { chars, pairs, unused, n_ids }
     }
 
     /// Calls `emit(Some(id), text)` for each piece of `text`, `emit(None, char)` for characters
@@ -107,12 +105,7 @@ impl Merger {
             if l.len == 0 || r.len == 0 || l.len + r.len != len {
                 continue; // one side has been merged away since
             }
-            work.nodes[left as usize] = Node {
-                symbol: id,
-                len,
-                next: r.next,
-                ..l
-            };
+            work.nodes[left as usize] = Node { symbol: id, len, next: r.next, ..l };
             work.nodes[right as usize].len = 0;
             if r.next != NONE {
                 work.nodes[r.next as usize].prev = left;
@@ -158,8 +151,7 @@ impl Merger {
         }
         let (l, r) = (work.nodes[left as usize], work.nodes[right as usize]);
         if let Some(&(rank, id)) = self.pairs.get(&(l.symbol, r.symbol)) {
-            work.queue
-                .push(Reverse((rank, left, right, l.len + r.len, id)));
+            work.queue.push(Reverse((rank, left, right, l.len + r.len, id)));
             if self.unused[id as usize] {
                 work.splits.insert(id, (l.symbol, r.symbol, l.len));
             }
@@ -202,21 +194,14 @@ mod tests {
 
     fn merger(pieces: &[(&str, f32, bool)]) -> Merger {
         let pieces: Vec<Piece> = (pieces.iter().zip(0..))
-            .map(|(&(text, score, unused), id)| Piece {
-                text: text.into(),
-                id,
-                score,
-                unused,
-            })
+            .map(|(&(text, score, unused), id)| Piece { text: text.into(), id, score, unused })
             .collect();
         Merger::new(&pieces, pieces.len() as u32)
     }
 
     fn split(merger: &Merger, text: &str) -> Vec<String> {
         let mut out = Vec::new();
-        merger.encode(text, &mut Work::default(), |_, piece| {
-            out.push(piece.to_string())
-        });
+        merger.encode(text, &mut Work::default(), |_, piece| out.push(piece.to_string()));
         out
     }
 
@@ -229,11 +214,7 @@ mod tests {
             ("ba", -1.0, false),
         ]);
         assert_eq!(split(&m, "aba"), ["a", "ba"]);
-        let m = merger(&[
-            ("a", -9.0, false),
-            ("aa", -1.0, false),
-            ("aaa", -1.0, false),
-        ]);
+        let m = merger(&[("a", -9.0, false), ("aa", -1.0, false), ("aaa", -1.0, false)]);
         assert_eq!(split(&m, "aaaaa"), ["aaa", "aa"]);
     }
 

@@ -58,10 +58,7 @@ impl CharsMap {
         let (units, tail) = trie.as_chunks::<4>();
         let units: Vec<u32> = units.iter().map(|unit| u32::from_le_bytes(*unit)).collect();
         let replacements = String::from_utf8(replacements.to_vec()).ok()?;
-        (tail.is_empty() && !units.is_empty()).then_some(Self {
-            units,
-            replacements,
-        })
+        (tail.is_empty() && !units.is_empty()).then_some(Self { units, replacements })
     }
 
     fn is_empty(&self) -> bool {
@@ -86,10 +83,7 @@ impl CharsMap {
             }
             node ^= offset(unit);
             if unit & (1 << 8) != 0 && text.is_char_boundary(i + 1) {
-                let value = self
-                    .units
-                    .get(node)
-                    .map(|leaf| (leaf & 0x7fff_ffff) as usize);
+                let value = self.units.get(node).map(|leaf| (leaf & 0x7fff_ffff) as usize);
                 let tail = value.and_then(|start| self.replacements.get(start..));
                 if let Some(tail) = tail {
                     best = Some((i + 1, tail.split('\0').next().unwrap_or("")));
@@ -171,23 +165,14 @@ mod tests {
 
     #[test]
     fn spaces_become_u2581_after_one_dummy_prefix() {
-        let n = Normalizer {
-            add_dummy_prefix: true,
-            ..Default::default()
-        };
-        assert_eq!(
-            n.normalize(" a  b\n"),
-            "\u{2581}\u{2581}a\u{2581}\u{2581}b\n"
-        );
+        let n = Normalizer { add_dummy_prefix: true, ..Default::default() };
+        assert_eq!(n.normalize(" a  b\n"), "\u{2581}\u{2581}a\u{2581}\u{2581}b\n");
         assert_eq!(n.normalize(""), "");
     }
 
     #[test]
     fn extra_spaces_go_when_the_model_says_so() {
-        let n = Normalizer {
-            remove_extra_whitespaces: true,
-            ..Default::default()
-        };
+        let n = Normalizer { remove_extra_whitespaces: true, ..Default::default() };
         assert_eq!(n.normalize("  a   b "), "a\u{2581}b");
         assert_eq!(n.normalize("   "), "");
     }

@@ -6,14 +6,8 @@ use std::path::Path;
 
 /// Names tried where no file says which token is which.
 const USUAL_BOS: [&str; 4] = ["<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"];
-const USUAL_EOS: [&str; 6] = [
-    "</s>",
-    "<|end_of_text|>",
-    "<eos>",
-    "<|endoftext|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-];
+const USUAL_EOS: [&str; 6] =
+    ["</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>"];
 
 /// Begin and end of a text.
 #[derive(Clone, Copy, Default, Debug, PartialEq)]
@@ -41,12 +35,8 @@ impl Special {
         let config = read(&dir.join("tokenizer_config.json"))?;
         let generation = read(&dir.join("generation_config.json"))?;
         let no_files = config.is_none() && generation.is_none();
-        let usual = |names: &[&str]| {
-            names
-                .iter()
-                .find_map(|name| vocab.id_of(name))
-                .filter(|_| no_files)
-        };
+        let usual =
+            |names: &[&str]| names.iter().find_map(|name| vocab.id_of(name)).filter(|_| no_files);
 
         let named = |key: &str| -> Result<Option<u32>, TokenizerError> {
             let Some(name) = config.as_ref().and_then(|c| token_name(&c[key])) else {
@@ -62,12 +52,8 @@ impl Special {
             }
         };
         let numbered = |key: &str| generation.as_ref().and_then(|g| first_id(&g[key]));
-        let bos = named("bos_token")?
-            .or_else(|| numbered("bos_token_id"))
-            .or(own.bos);
-        let eos = named("eos_token")?
-            .or_else(|| numbered("eos_token_id"))
-            .or(own.eos);
+        let bos = named("bos_token")?.or_else(|| numbered("bos_token_id")).or(own.bos);
+        let eos = named("eos_token")?.or_else(|| numbered("eos_token_id")).or(own.eos);
         let bos = bos.or_else(|| usual(&USUAL_BOS));
         let eos = eos.or_else(|| usual(&USUAL_EOS));
 
@@ -89,18 +75,12 @@ fn read(path: &Path) -> Result<Option<Value>, TokenizerError> {
         Ok(text) => text,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(source) => {
-            return Err(TokenizerError::Io {
-                path: path.into(),
-                source,
-            });
+            return Err(TokenizerError::Io { path: path.into(), source });
         }
     };
     serde_json::from_slice(&text)
         .map(Some)
-        .map_err(|e| TokenizerError::BrokenJson {
-            path: path.into(),
-            problem: e.to_string(),
-        })
+        .map_err(|e| TokenizerError::BrokenJson { path: path.into(), problem: e.to_string() })
 }
 
 /// `"<s>"` or `{"content": "<s>", ..}`.
@@ -110,9 +90,7 @@ fn token_name(value: &Value) -> Option<&str> {
 
 /// `2` or the first of `[2, 32007]`.
 fn first_id(value: &Value) -> Option<u32> {
-    let value = value
-        .as_array()
-        .map_or(value, |list| list.first().unwrap_or(&Value::Null));
+    let value = value.as_array().map_or(value, |list| list.first().unwrap_or(&Value::Null));
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }
 
@@ -122,26 +100,16 @@ mod tests {
 
     fn find(config: Option<&str>, generation: Option<&str>, template: &[u32]) -> Special {
         let dir = tempfile::tempdir().unwrap();
-        for (name, text) in [
-            ("tokenizer_config.json", config),
-            ("generation_config.json", generation),
-        ] {
+        for (name, text) in
+            [("tokenizer_config.json", config), ("generation_config.json", generation)]
+        {
             if let Some(text) = text {
                 std::fs::write(dir.path().join(name), text).unwrap();
             }
         }
-        let vocab = Vocab::new(
-            ["<unk>", "<s>", "</s>", "<pad>"]
-                .map(String::from)
-                .into_iter()
-                .zip(0..),
-        );
-        let own = Own {
-            bos: None,
-            eos: None,
-            template: template.to_vec(),
-            sentencepiece: false,
-        };
+        let vocab =
+            Vocab::new(["<unk>", "<s>", "</s>", "<pad>"].map(String::from).into_iter().zip(0..));
+        let own = Own { bos: None, eos: None, template: template.to_vec(), sentencepiece: false };
         Special::find(dir.path(), &vocab, &own).unwrap()
     }
 
@@ -150,27 +118,14 @@ mod tests {
         let config = r#"{"bos_token": {"content": "<pad>"}, "eos_token": null}"#;
         let generation = r#"{"bos_token_id": 1, "eos_token_id": [2, 3]}"#;
         let got = find(Some(config), Some(generation), &[]);
-        assert_eq!(
-            got,
-            Special {
-                bos: Some(3),
-                eos: Some(2),
-                use_bos: false
-            }
-        );
+        assert_eq!(got, Special { bos: Some(3), eos: Some(2), use_bos: false });
     }
 
     #[test]
     fn bos_is_used_if_asked_for_or_for_the_llama_class_or_by_the_template() {
         let use_bos = |config: &str, template: &[u32]| find(Some(config), None, template).use_bos;
-        assert!(use_bos(
-            r#"{"bos_token": "<s>", "add_bos_token": true}"#,
-            &[]
-        ));
-        assert!(use_bos(
-            r#"{"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}"#,
-            &[]
-        ));
+        assert!(use_bos(r#"{"bos_token": "<s>", "add_bos_token": true}"#, &[]));
+        assert!(use_bos(r#"{"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer"}"#, &[]));
         let off =
             r#"{"bos_token": "<s>", "tokenizer_class": "LlamaTokenizer", "add_bos_token": false}"#;
         assert!(!use_bos(off, &[1]));
@@ -181,14 +136,7 @@ mod tests {
 
     #[test]
     fn usual_names_are_tried_only_without_both_files() {
-        assert_eq!(
-            find(None, None, &[]),
-            Special {
-                bos: Some(1),
-                eos: Some(2),
-                use_bos: false
-            }
-        );
+        assert_eq!(find(None, None, &[]), Special { bos: Some(1), eos: Some(2), use_bos: false });
         assert_eq!(find(Some("{}"), None, &[]), Special::default());
     }
 }

@@ -78,10 +78,9 @@ pub fn train(
         Some(options.eos.clone()),
         options.use_bos,
     )?;
-    for (name, bytes) in [
-        ("tokenizer.json", export::to_bytes(&json)?),
-        ("tokenizer_config.json", config),
-    ] {
+    for (name, bytes) in
+        [("tokenizer.json", export::to_bytes(&json)?), ("tokenizer_config.json", config)]
+    {
         let path = out.join(name);
         std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -90,13 +89,7 @@ pub fn train(
 
 /// The tokens every vocabulary starts with: special ones, then the 256 bytes.
 fn base_tokens(options: &Options) -> Result<Vec<String>> {
-    let Options {
-        kind,
-        vocab_size,
-        bos,
-        eos,
-        ..
-    } = options;
+    let Options { kind, vocab_size, bos, eos, .. } = options;
     if bos.is_empty() || eos.is_empty() {
         return Err(anyhow!("`--bos` and `--eos` must not be empty"))
             .usage("leave them out: <s>, </s>");
@@ -160,9 +153,7 @@ fn count_words(
         drop(sender);
         let mut total: HashMap<String, u64> = HashMap::new();
         for thread in threads {
-            let counts = thread
-                .join()
-                .map_err(|_| anyhow!("a counting thread panicked"))??;
+            let counts = thread.join().map_err(|_| anyhow!("a counting thread panicked"))??;
             for (word, count) in counts {
                 *total.entry(word).or_default() += count;
             }
@@ -186,8 +177,7 @@ fn byte_level() -> Value {
 /// Words in the byte alphabet, cut by the very code that encoding will run.
 fn byte_words(cut: &PreTokenizerWrapper, text: &str, add: &mut dyn FnMut(&str)) -> Result<()> {
     let mut pieces = PreTokenizedString::from(text);
-    cut.pre_tokenize(&mut pieces)
-        .map_err(anyhow::Error::from_boxed)?;
+    cut.pre_tokenize(&mut pieces).map_err(anyhow::Error::from_boxed)?;
     let splits = pieces.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
     splits.into_iter().for_each(|(word, ..)| add(word));
     Ok(())
@@ -267,9 +257,8 @@ fn learn_llama(
     let alphabet = alphabet(&words, (options.vocab_size - base.len()).div_ceil(2));
     let mut kept: HashMap<String, u64> = HashMap::new();
     for (word, count) in words {
-        for part in word
-            .split(|c| alphabet.binary_search(&c).is_err())
-            .filter(|part| !part.is_empty())
+        for part in
+            word.split(|c| alphabet.binary_search(&c).is_err()).filter(|part| !part.is_empty())
         {
             *kept.entry(part.to_string()).or_default() += count;
         }
@@ -296,8 +285,7 @@ fn learn_llama(
 fn alphabet(words: &HashMap<String, u64>, room: usize) -> Vec<char> {
     let mut counts: HashMap<char, u64> = HashMap::from([(SPACE, 0)]);
     for (word, count) in words {
-        word.chars()
-            .for_each(|c| *counts.entry(c).or_default() += count);
+        word.chars().for_each(|c| *counts.entry(c).or_default() += count);
     }
     let total: u64 = counts.values().sum();
     let mut order: Vec<(char, u64)> = counts.into_iter().collect();
@@ -309,12 +297,8 @@ fn alphabet(words: &HashMap<String, u64>, room: usize) -> Vec<char> {
         covered += count;
         more
     };
-    let mut chars: Vec<char> = order
-        .into_iter()
-        .take_while(enough)
-        .take(room)
-        .map(|(c, _)| c)
-        .collect();
+    let mut chars: Vec<char> =
+        order.into_iter().take_while(enough).take(room).map(|(c, _)| c).collect();
     chars.sort_unstable();
     chars
 }
@@ -337,12 +321,7 @@ fn learn(
     words.sort_unstable();
     let words: Vec<Word> = (words.iter())
         .map(|(word, count)| {
-            (
-                word.chars()
-                    .filter_map(|c| single.get(&c).copied())
-                    .collect(),
-                *count,
-            )
+            (word.chars().filter_map(|c| single.get(&c).copied()).collect(), *count)
         })
         .collect();
     let merges = bpe_trainer::learn(words, &mut vocab, vocab_size, max_chars);
@@ -350,28 +329,17 @@ fn learn(
 }
 
 fn model(unk: Option<&str>, byte_fallback: bool, vocab: &[String], merges: &[(u32, u32)]) -> Value {
-    let ids = vocab
-        .iter()
-        .zip(0u32..)
-        .map(|(token, id)| (token.clone(), id.into()))
-        .collect();
-    let pairs = merges
-        .iter()
-        .map(|&(a, b)| [vocab[a as usize].as_str(), &vocab[b as usize]])
-        .collect();
+    let ids = vocab.iter().zip(0u32..).map(|(token, id)| (token.clone(), id.into())).collect();
+    let pairs =
+        merges.iter().map(|&(a, b)| [vocab[a as usize].as_str(), &vocab[b as usize]]).collect();
     export::bpe(unk, byte_fallback, ids, pairs)
 }
 
 /// Everything before the first byte token.
 fn special_tokens(vocab: &[String]) -> Vec<Value> {
     let is_byte = |token: &&String| *token == "<0x00>" || token.chars().count() == 1;
-    let special = vocab
-        .iter()
-        .zip(0u32..)
-        .take_while(|(token, _)| !is_byte(token));
-    special
-        .map(|(token, id)| export::added_token(token, id, true))
-        .collect()
+    let special = vocab.iter().zip(0u32..).take_while(|(token, _)| !is_byte(token));
+    special.map(|(token, id)| export::added_token(token, id, true)).collect()
 }
 
 fn id_in(vocab: &[String], token: &str) -> u32 {
@@ -390,10 +358,7 @@ mod tests {
 
     #[test]
     fn llama_words_keep_one_space_before_and_stand_digits_alone() {
-        assert_eq!(
-            words("the cat, 12x"),
-            ["_the", "_cat", ",", "_", "1", "2", "x"]
-        );
+        assert_eq!(words("the cat, 12x"), ["_the", "_cat", ",", "_", "1", "2", "x"]);
         assert_eq!(words("    if x:\n"), ["____", "_if", "_x", ":\n"]);
         assert_eq!(words("a  1  "), ["_a", "__", "1", "__"]);
         assert_eq!(words(""), ["_"]);
@@ -410,10 +375,8 @@ mod tests {
 
     #[test]
     fn rare_characters_are_left_to_the_byte_fallback() {
-        let counts = HashMap::from([
-            ("\u{2581}aaaa".to_string(), 10_000),
-            ("\u{4e2d}".to_string(), 1),
-        ]);
+        let counts =
+            HashMap::from([("\u{2581}aaaa".to_string(), 10_000), ("\u{4e2d}".to_string(), 1)]);
         assert_eq!(alphabet(&counts, 100), ['a', '\u{2581}']);
         assert_eq!(alphabet(&counts, 1), ['\u{2581}']);
     }

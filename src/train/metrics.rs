@@ -387,7 +387,7 @@ mod tests {
             step: 1200,
             iter: 9600,
             tokens: 1_258_291_200,
-            loss: 3.14159,
+            loss: 3.24159,
             lr: 4e-4,
             grad_norm: 0.82,
             tokens_per_sec: 430_400.0,
@@ -408,7 +408,7 @@ mod tests {
     fn the_log_line_is_the_house_style() {
         assert_eq!(
             log_line(&record(), &totals(), Some(9.0 * 86400.0 + 3.0 * 3600.0)),
-            "step   1200/715256 |  1.26B/1.50T tok | loss 3.1416 | lr 4.00e-4 | gnorm 0.82 \
+            "step   1200/715256 |  1.26B/1.50T tok | loss 3.2416 | lr 4.00e-4 | gnorm 0.82 \
              | 312 ms | 26.9k tok/s/gpu | mfu 58.1% | 31.2 GiB | eta 9d 03h"
         );
         let val = ValRecord::new(5000, 10_485_760_000, 2.5);
@@ -436,7 +436,7 @@ mod tests {
         let cpu = StepRecord { mfu: None, peak_memory_gib: None, ..record() };
         assert_eq!(
             log_line(&cpu, &Totals::default(), None),
-            "step   1200 |  1.26B tok | loss 3.1416 | lr 4.00e-4 | gnorm 0.82 | 312 ms \
+            "step   1200 |  1.26B tok | loss 3.2416 | lr 4.00e-4 | gnorm 0.82 | 312 ms \
              |  430k tok/s | mfu     - |    - GiB | eta -"
         );
     }

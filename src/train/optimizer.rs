@@ -176,7 +176,8 @@ impl AdamW {
     /// # Sync
     /// The CPU waits once a parameter; for the message of a run that stops.
     pub fn non_finite(&self) -> Vec<&str> {
-        let bad = |p: &&ParamState| p.grad.defined() && !p.grad.norm().double_value(&[]).is_finite();
+        let bad =
+            |p: &&ParamState| p.grad.defined() && !p.grad.norm().double_value(&[]).is_finite();
         self.params.iter().filter(bad).map(|p| p.name.as_str()).collect()
     }
 

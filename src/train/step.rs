@@ -2,6 +2,7 @@
 
 use super::optimizer::AdamW;
 use crate::data::Batch;
+use crate::ffi;
 use crate::model::GPT;
 use crate::ops;
 use anyhow::Result;
@@ -37,8 +38,8 @@ pub fn train_step(
     let mut step_loss = Tensor::zeros([], (Kind::Float, model.device()));
 
     for batch in batches {
-        let input = to_device(&batch.input, model.device()); // (B, T)
-        let target = to_device(&batch.target, model.device()); // (B, T)
+        let input = to_device(&batch.input, model.device())?; // (B, T)
+        let target = to_device(&batch.target, model.device())?; // (B, T)
         let logits = model.forward(&input, None); // (B, T, V)
         let loss = ops::cross_entropy_sum(&logits, &target) / n_targets.max(1) as f64;
         drop(logits);
@@ -52,11 +53,11 @@ pub fn train_step(
 }
 
 /// Copies a batch to the GPU from pinned memory, without a CPU wait; on the CPU, the tensor itself.
-pub fn to_device(tokens: &Tensor, device: Device) -> Tensor {
+pub fn to_device(tokens: &Tensor, device: Device) -> Result<Tensor> {
     match device {
         Device::Cuda(_) => {
-            tokens.pin_memory(device).to_device_(device, Kind::Int64, true, false)
+            Ok(ffi::pin_memory(tokens)?.to_device_(device, Kind::Int64, true, false))
         }
-        _ => tokens.shallow_clone(),
+        _ => Ok(tokens.shallow_clone()),
     }
 }

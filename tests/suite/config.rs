@@ -82,7 +82,10 @@ model_config: {n_head: 30, n_query_groups: 4}
     assert!(batch.contains("set it to 8 or 12, or `train.micro_batch_size` to 2"), "{batch}");
 
     let long = problems(BASE, &["train.max_seq_length=4096"]);
-    assert!(long[0].contains("between 1 and the model's `block_size` = 2048, got 4096"), "{long:?}");
+    assert!(
+        long[0].contains("between 1 and the model's `block_size` = 2048, got 4096"),
+        "{long:?}"
+    );
     let endless = problems("data: {train: [{path: x}]}", &[]);
     assert!(endless[0].contains("nothing stops the run"), "{endless:?}");
 }
@@ -90,7 +93,10 @@ model_config: {n_head: 30, n_query_groups: 4}
 #[test]
 fn numbers_may_be_written_as_people_write_them() {
     let c = parse(BASE, &["train.max_tokens=3e12", "optimizer.lr=4e-4", "train.min_lr=0"]);
-    assert_eq!((c.train.max_tokens, c.optimizer.lr, c.train.min_lr), (Some(3_000_000_000_000), 4e-4, 0.0));
+    assert_eq!(
+        (c.train.max_tokens, c.optimizer.lr, c.train.min_lr),
+        (Some(3_000_000_000_000), 4e-4, 0.0)
+    );
     for (text, want) in [("3_000_000", 3_000_000), ("3T", 3_000_000_000_000), ("1.5M", 1_500_000)] {
         let c = parse(BASE, &[&format!("train.max_tokens={text}")]);
         assert_eq!(c.train.max_tokens, Some(want), "{text}");

@@ -44,7 +44,8 @@ fn attention_kernels_agree_with_the_plain_formula() {
     for (backend, flash, cudnn) in
         [(AttentionBackend::Flash, true, false), (AttentionBackend::Cudnn, false, true)]
     {
-        ffi::set_sdp_backends(ffi::SdpBackends { math: false, flash, efficient: false, cudnn }).unwrap();
+        ffi::set_sdp_backends(ffi::SdpBackends { math: false, flash, efficient: false, cudnn })
+            .unwrap();
         let run = |backend| {
             tch::manual_seed(1);
             let random = |h: i64| {
@@ -60,8 +61,13 @@ fn attention_kernels_agree_with_the_plain_formula() {
             assert!(error < 2e-2, "{backend:?}: relative error {error:.2e}");
         }
     }
-    ffi::set_sdp_backends(ffi::SdpBackends { math: true, flash: true, efficient: true, cudnn: true })
-        .unwrap();
+    ffi::set_sdp_backends(ffi::SdpBackends {
+        math: true,
+        flash: true,
+        efficient: true,
+        cudnn: true,
+    })
+    .unwrap();
 }
 
 #[test]
@@ -122,7 +128,8 @@ fn fused_adamw_writes_nothing_where_the_gradient_is_not_finite() {
     for bad in [f64::NAN, f64::INFINITY] {
         tch::manual_seed(4);
         let mut model = GPT::new(&small_llama(), device);
-        let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, &OptimizerConfig::default());
+        let mut optimizer =
+            AdamW::new(&mut model, Precision::Bf16Mixed, &OptimizerConfig::default());
         for p in &mut optimizer.params {
             p.grad = Tensor::randn_like(&p.master);
         }

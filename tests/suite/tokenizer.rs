@@ -12,9 +12,7 @@ use tinyllama::tokenizer::train::{self, Kind, Options};
 const MODELS: [&str; 4] = ["llama", "rules", "loose", "unused"];
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/tokenizer")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer").join(name)
 }
 
 fn load(name: &str) -> Tokenizer {
@@ -26,12 +24,7 @@ fn goldens() -> Value {
 }
 
 fn ids(value: &Value) -> Vec<u32> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|id| id.as_u64().unwrap() as u32)
-        .collect()
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
 /// A few kilobytes of prose and code to train on.
@@ -39,23 +32,13 @@ fn corpus() -> String {
     let prose = "It was the best of times, it was the worst of times, it was the age of wisdom. ";
     let code = "def area(width, height):\n    if width < 0:\n        return 0\n    return width * height\n";
     let other = "Stra\u{df}e caf\u{e9} \u{4f60}\u{597d} 12345 \u{1f600}\n";
-    [
-        [prose, code, other].concat().repeat(20).as_str(),
-        include_str!("tokenizer.rs"),
-    ]
-    .concat()
+    [[prose, code, other].concat().repeat(20).as_str(), include_str!("tokenizer.rs")].concat()
 }
 
 fn trained(kind: Kind, vocab_size: usize) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let (bos, eos) = ("<s>".to_string(), "</s>".to_string());
-    let options = Options {
-        kind,
-        vocab_size,
-        bos,
-        eos,
-        use_bos: kind == Kind::Llama,
-    };
+    let options = Options { kind, vocab_size, bos, eos, use_bos: kind == Kind::Llama };
     train::train(std::iter::once(Ok(corpus())), &options, dir.path()).unwrap();
     dir
 }
@@ -81,29 +64,16 @@ fn ids_of_tokenizer_model_equal_sentencepieces_on_every_golden_text() {
     for name in MODELS {
         let (tokenizer, golden) = (load(name), &goldens["models"][name]);
         let mut wrong = Vec::new();
-        for (text, expected) in golden["texts"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .zip(golden["ids"].as_array().unwrap())
+        for (text, expected) in
+            golden["texts"].as_array().unwrap().iter().zip(golden["ids"].as_array().unwrap())
         {
-            let got = tokenizer
-                .encode(text.as_str().unwrap(), false, false)
-                .unwrap();
+            let got = tokenizer.encode(text.as_str().unwrap(), false, false).unwrap();
             if got != ids(expected) {
                 wrong.push((text.clone(), got, ids(expected)));
             }
         }
-        assert!(
-            wrong.is_empty(),
-            "{name}: {} wrong, first {:?}",
-            wrong.len(),
-            wrong[0]
-        );
-        assert_eq!(
-            tokenizer.vocab_size() as u64,
-            golden["vocab_size"].as_u64().unwrap()
-        );
+        assert!(wrong.is_empty(), "{name}: {} wrong, first {:?}", wrong.len(), wrong[0]);
+        assert_eq!(tokenizer.vocab_size() as u64, golden["vocab_size"].as_u64().unwrap());
         assert_eq!(tokenizer.bos_id().map(u64::from), golden["bos"].as_u64());
         assert_eq!(tokenizer.eos_id().map(u64::from), golden["eos"].as_u64());
     }
@@ -128,12 +98,7 @@ fn text_of_ids_equals_sentencepieces_even_for_half_characters_and_control_ids() 
 #[test]
 fn a_literal_control_symbol_is_text_to_a_model_and_special_to_a_json() {
     let eos = SENTENCEPIECE.eos_id().unwrap();
-    assert!(
-        !SENTENCEPIECE
-            .encode("a</s>b", false, false)
-            .unwrap()
-            .contains(&eos)
-    );
+    assert!(!SENTENCEPIECE.encode("a</s>b", false, false).unwrap().contains(&eos));
     let eos = LLAMA.eos_id().unwrap();
     assert!(LLAMA.encode("a</s>b", false, false).unwrap().contains(&eos));
 }
@@ -215,10 +180,7 @@ fn a_stream_holds_back_half_a_character_and_keeps_the_space_after_a_prompt() {
     let word = t.id_of("\u{2581}the").unwrap();
     assert_eq!(t.decode(&[word]).unwrap(), "the");
     assert_eq!(t.decode_token(word).unwrap(), " the");
-    assert_eq!(
-        t.decode_stream_after(&[word]).push(word).as_deref(),
-        Some(" the")
-    );
+    assert_eq!(t.decode_stream_after(&[word]).push(word).as_deref(), Some(" the"));
     let mut padded_row = t.decode_stream();
     assert_eq!(padded_row.push(1_000_000), None);
 }
@@ -231,17 +193,12 @@ fn a_stream_equals_the_whole_for_decoders_without_a_byte_table_too() {
     json["decoder"] = serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": false});
     std::fs::write(&path, json.to_string()).unwrap();
     let tokenizer = Tokenizer::load(&path).unwrap();
-    let ids = tokenizer
-        .encode("if width < 0: return", true, true)
-        .unwrap();
+    let ids = tokenizer.encode("if width < 0: return", true, true).unwrap();
     let mut stream = tokenizer.decode_stream();
     let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
     text.extend(stream.finish());
     assert_eq!(text, tokenizer.decode(&ids).unwrap());
-    assert!(
-        text.starts_with("i f ") || text.starts_with("if "),
-        "{text}"
-    );
+    assert!(text.starts_with("i f ") || text.starts_with("if "), "{text}");
 }
 
 #[test]
@@ -250,37 +207,21 @@ fn bos_and_eos_are_put_once_where_asked_and_nowhere_else() {
     assert!(LLAMA.use_bos() && !BYTES.use_bos());
     let plain = LLAMA.encode("hello", false, false).unwrap();
     assert!(!plain.contains(&bos) && !plain.contains(&eos)); // the file's post-processor adds bos
-    assert_eq!(
-        LLAMA.encode_default("hello").unwrap(),
-        [&[bos], plain.as_slice()].concat()
-    );
+    assert_eq!(LLAMA.encode_default("hello").unwrap(), [&[bos], plain.as_slice()].concat());
     let both = LLAMA.encode("<s>hello</s>", true, true).unwrap();
     assert_eq!((both[0], both[both.len() - 1]), (bos, eos));
     assert_eq!(both.iter().filter(|&&id| id == bos || id == eos).count(), 2);
     assert_eq!(LLAMA.encode("", true, true).unwrap(), [bos, eos]);
-    assert_eq!(
-        BYTES.encode_default("hi").unwrap(),
-        BYTES.encode("hi", false, false).unwrap()
-    );
+    assert_eq!(BYTES.encode_default("hi").unwrap(), BYTES.encode("hi", false, false).unwrap());
 }
 
 #[test]
 fn a_tokenizer_without_bos_says_so() {
     let dir = trained(Kind::ByteBpe, 300);
-    std::fs::write(
-        dir.path().join("tokenizer_config.json"),
-        r#"{"eos_token": "</s>"}"#,
-    )
-    .unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "</s>"}"#).unwrap();
     let tokenizer = Tokenizer::load(dir.path()).unwrap();
     assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (None, Some(1)));
-    assert!(
-        tokenizer
-            .encode("a", true, false)
-            .unwrap_err()
-            .to_string()
-            .contains("no bos token")
-    );
+    assert!(tokenizer.encode("a", true, false).unwrap_err().to_string().contains("no bos token"));
 }
 
 #[test]
@@ -327,11 +268,7 @@ fn the_json_written_for_a_model_gives_the_same_ids_and_bos_rule() {
         ];
         for text in same {
             let ids = tokenizer.encode(text, true, true).unwrap();
-            assert_eq!(
-                json.encode(text, true, true).unwrap(),
-                ids,
-                "{name} {text:?}"
-            );
+            assert_eq!(json.encode(text, true, true).unwrap(), ids, "{name} {text:?}");
             assert_eq!(
                 json.decode(&ids).unwrap(),
                 tokenizer.decode(&ids).unwrap(),
@@ -350,10 +287,7 @@ fn a_json_wins_over_a_model_in_one_folder_and_its_files_are_listed() {
         .iter()
         .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
         .collect();
-    assert_eq!(
-        names,
-        ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
-    );
+    assert_eq!(names, ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]);
     let model = Tokenizer::load(&dir.path().join("tokenizer.model")).unwrap();
     assert_eq!(model.vocab_size(), 620);
 }
@@ -371,25 +305,15 @@ fn many_threads_encode_as_one() {
 
 /// Message and hint of a refused tokenizer.
 fn refusal(path: &Path) -> String {
-    format!(
-        "{:#}",
-        Tokenizer::load(path).err().expect("must be refused")
-    )
+    format!("{:#}", Tokenizer::load(path).err().expect("must be refused"))
 }
 
 #[test]
 fn a_missing_tokenizer_is_refused_with_the_names_looked_for() {
     let dir = tempfile::tempdir().unwrap();
-    for path in [
-        dir.path(),
-        &dir.path().join("nothing"),
-        &dir.path().join("nothing.json"),
-    ] {
+    for path in [dir.path(), &dir.path().join("nothing"), &dir.path().join("nothing.json")] {
         let text = refusal(path);
-        assert!(
-            text.contains("looked for tokenizer.json, tokenizer.model"),
-            "{text}"
-        );
+        assert!(text.contains("looked for tokenizer.json, tokenizer.model"), "{text}");
         assert!(text.contains(&path.display().to_string()), "{text}");
     }
 }
@@ -407,17 +331,10 @@ fn broken_files_are_refused_with_path_and_place() {
     ] {
         std::fs::write(&json, bytes).unwrap();
         let text = refusal(&json);
-        assert!(
-            text.contains(problem) && text.contains("tokenizer.json"),
-            "{text}"
-        );
+        assert!(text.contains(problem) && text.contains("tokenizer.json"), "{text}");
     }
     let whole = std::fs::read(golden("llama.model")).unwrap();
-    for bytes in [
-        &whole[..4001],
-        b"",
-        b"version https://git-lfs.github.com/spec/v1",
-    ] {
+    for bytes in [&whole[..4001], b"", b"version https://git-lfs.github.com/spec/v1"] {
         std::fs::write(&model, bytes).unwrap();
         assert!(
             refusal(&model).contains("is no usable SentencePiece model"),
@@ -442,26 +359,16 @@ fn a_unigram_model_is_refused_by_name() {
 fn a_model_with_added_tokens_beside_it_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(golden("llama.model"), dir.path().join("tokenizer.model")).unwrap();
-    std::fs::write(
-        dir.path().join("added_tokens.json"),
-        r#"{"</s>": 2, "<pad>": 620}"#,
-    )
-    .unwrap();
+    std::fs::write(dir.path().join("added_tokens.json"), r#"{"</s>": 2, "<pad>": 620}"#).unwrap();
     let text = refusal(dir.path());
-    assert!(
-        text.contains("added_tokens.json (id 620, \"<pad>\")"),
-        "{text}"
-    );
+    assert!(text.contains("added_tokens.json (id 620, \"<pad>\")"), "{text}");
 }
 
 #[test]
 fn a_config_that_names_a_token_the_tokenizer_lacks_is_refused() {
     let dir = trained(Kind::ByteBpe, 300);
-    std::fs::write(
-        dir.path().join("tokenizer_config.json"),
-        r#"{"bos_token": "<|none|>"}"#,
-    )
-    .unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"bos_token": "<|none|>"}"#)
+        .unwrap();
     let text = refusal(dir.path());
     assert!(text.contains("`bos_token` \"<|none|>\""), "{text}");
 }
@@ -480,63 +387,31 @@ fn an_id_out_of_range_is_refused_with_its_position() {
 /// Runs `tinyllama tokenizer ARGS` with `stdin`: exit code, stdout, stderr.
 fn cli(args: &[&str], stdin: &str) -> (i32, String, String) {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin!("tinyllama"));
-    let out = command
-        .arg("tokenizer")
-        .args(args)
-        .write_stdin(stdin)
-        .output()
-        .unwrap();
+    let out = command.arg("tokenizer").args(args).write_stdin(stdin).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    (
-        out.status.code().unwrap(),
-        text(out.stdout),
-        text(out.stderr),
-    )
+    (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
 }
 
 #[test]
 fn the_command_line_trains_on_every_format_and_encodes_and_decodes() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
-    let lines: String = corpus()
-        .lines()
-        .map(|line| format!("{}\n", serde_json::json!({"text": line})))
-        .collect();
+    let lines: String =
+        corpus().lines().map(|line| format!("{}\n", serde_json::json!({"text": line}))).collect();
     std::fs::write(path("a.txt"), corpus()).unwrap();
     std::fs::write(path("b.jsonl"), &lines).unwrap();
-    std::fs::write(
-        path("c.jsonl.zst"),
-        zstd::encode_all(lines.as_bytes(), 3).unwrap(),
-    )
-    .unwrap();
+    std::fs::write(path("c.jsonl.zst"), zstd::encode_all(lines.as_bytes(), 3).unwrap()).unwrap();
     write_parquet(&path("d.parquet"), &corpus());
-    let (a, b, c, d) = (
-        path("a.txt"),
-        path("b.jsonl"),
-        path("c.jsonl.zst"),
-        path("d.parquet"),
-    );
-    let mut train = vec![
-        "train",
-        "--vocab-size",
-        "420",
-        "--input",
-        &a,
-        &b,
-        &c,
-        &d,
-        "--out",
-    ];
+    let (a, b, c, d) = (path("a.txt"), path("b.jsonl"), path("c.jsonl.zst"), path("d.parquet"));
+    let mut train = vec!["train", "--vocab-size", "420", "--input", &a, &b, &c, &d, "--out"];
     let out = path("out");
     train.push(&out);
     let (code, stdout, stderr) = cli(&train, "");
     assert_eq!((code, stdout.as_str()), (0, ""), "{stderr}");
     assert!(stderr.contains("420 tokens"), "{stderr}");
 
-    let (code, stdout, _) = cli(
-        &["encode", "--tokenizer", &out, "--bos", "--eos"],
-        "the worst  of times\n",
-    );
+    let (code, stdout, _) =
+        cli(&["encode", "--tokenizer", &out, "--bos", "--eos"], "the worst  of times\n");
     assert_eq!(code, 0);
     let (_, back, _) = cli(&["decode", "--tokenizer", &out], &stdout);
     assert_eq!(back, "the worst  of times\n\n");
@@ -544,10 +419,7 @@ fn the_command_line_trains_on_every_format_and_encodes_and_decodes() {
     let object: Value = serde_json::from_str(&cli(&encode, "").1).unwrap();
     assert_eq!(object["tokens"], serde_json::json!(["a"]));
     let (_, info, _) = cli(&["info", "--tokenizer", &out], "");
-    assert!(
-        info.contains("vocab size     420") && info.contains("bos            0 <s>"),
-        "{info}"
-    );
+    assert!(info.contains("vocab size     420") && info.contains("bos            0 <s>"), "{info}");
     let info: Value =
         serde_json::from_str(&cli(&["info", "--json", "--tokenizer", &out], "").1).unwrap();
     assert_eq!(info["eos"], serde_json::json!({"id": 1, "token": "</s>"}));
@@ -559,49 +431,19 @@ fn the_command_line_says_what_is_wrong_and_what_to_do() {
     let text = dir.path().join("x.jsonl");
     std::fs::write(&text, "{\"text\": \"a\"}\n{\"body\": \"b\"}\n").unwrap();
     let (text, out) = (text.to_str().unwrap(), dir.path().to_str().unwrap());
-    let small = [
-        "train",
-        "--vocab-size",
-        "200",
-        "--input",
-        text,
-        "--out",
-        out,
-    ];
+    let small = ["train", "--vocab-size", "200", "--input", text, "--out", out];
     let (code, _, stderr) = cli(&small, "");
     assert_eq!(code, 2);
-    assert!(
-        stderr.contains("200 is too small") && stderr.contains("259 or more"),
-        "{stderr}"
-    );
-    let no_key = [
-        "train",
-        "--vocab-size",
-        "300",
-        "--input",
-        text,
-        "--out",
-        out,
-    ];
+    assert!(stderr.contains("200 is too small") && stderr.contains("259 or more"), "{stderr}");
+    let no_key = ["train", "--vocab-size", "300", "--input", text, "--out", out];
     let (code, _, stderr) = cli(&no_key, "");
     assert_eq!(code, 2);
-    assert!(
-        stderr.contains("line 2 has no text under \"text\""),
-        "{stderr}"
-    );
+    assert!(stderr.contains("no text under `text` (first at line 2)"), "{stderr}");
     assert!(stderr.contains("--text-field"), "{stderr}");
-    let missing = [
-        "train",
-        "--vocab-size",
-        "300",
-        "--input",
-        "none.txt",
-        "--out",
-        out,
-    ];
+    let missing = ["train", "--vocab-size", "300", "--input", "none.txt", "--out", out];
     let (code, _, stderr) = cli(&missing, "");
     assert_eq!(code, 1);
-    assert!(stderr.contains("cannot open none.txt"), "{stderr}");
+    assert!(stderr.contains("cannot open `none.txt`"), "{stderr}");
 
     let model = golden("llama.model");
     let model = model.to_str().unwrap();
@@ -610,10 +452,7 @@ fn the_command_line_says_what_is_wrong_and_what_to_do() {
     assert!(stderr.contains("\"x\" is no token id"), "{stderr}");
     let (code, stdout, stderr) = cli(&["decode", "--tokenizer", model, "620"], "");
     assert_eq!((code, stdout.as_str()), (1, ""));
-    assert!(
-        stderr.contains("token id 620 at position 0 is out of range"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("token id 620 at position 0 is out of range"), "{stderr}");
 }
 
 /// One column `content`, as StarCoderData has it.
@@ -631,10 +470,7 @@ fn write_parquet(path: &str, text: &str) {
     for value in ["id", text] {
         let mut column = group.next_column().unwrap().unwrap();
         let values = [ByteArray::from(value)]; // two rows, the second null
-        column
-            .typed::<ByteArrayType>()
-            .write_batch(&values, Some(&[1, 0]), None)
-            .unwrap();
+        column.typed::<ByteArrayType>().write_batch(&values, Some(&[1, 0]), None).unwrap();
         column.close().unwrap();
     }
     group.close().unwrap();

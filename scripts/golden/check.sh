@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Remakes a sample of the golden vectors with the real PyTorch, transformers, sentencepiece and
+# tensorboard, and compares them with the committed ones. Reuses libtorch's Python from .venv.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+VENV=.venv-golden
+if ! cmp -s scripts/golden/requirements.txt "$VENV/requirements.txt"; then
+  echo "golden: installing the pinned packages into $VENV" >&2
+  rm -rf "$VENV"
+  python3 -m venv "$VENV"
+  realpath .venv/lib/python3.*/site-packages >"$(echo "$VENV"/lib/python3.*/site-packages)/libtorch.pth"
+  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -r scripts/golden/requirements.txt
+  cp scripts/golden/requirements.txt "$VENV/requirements.txt"
+fi
+python="$VENV/bin/python"
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+
+for set in model train; do
+  "$python" scripts/golden/$set.py --out "$out/$set" 2>/dev/null
+  "$python" scripts/golden/compare.py tests/golden/$set "$out/$set"
+done
+"$python" scripts/golden/schedule.py --check
+"$python" scripts/golden/tensorboard_check.py --check-golden
+
+# A run of our own, read by the real packages: events by tensorboard, the checkpoint by transformers.
+run="$out/run"
+./target/release/tinyllama pretrain configs/quickstart.yaml --set "out_dir=$run" \
+  --set train.max_steps=4 --set train.lr_warmup_steps=2 --set train.log_interval=1 \
+  --set eval.interval=2 --set eval.max_iters=2 --set eval.final_validation=false \
+  --set eval.initial_validation=false --set train.sample_prompt=null 2>"$out/log" ||
+  { cat "$out/log"; exit 1; }
+"$python" scripts/golden/tensorboard_check.py "$run"
+tokens=0,17,300,42,7,1999,8
+./target/release/tinyllama score --checkpoint "$run" --tokens "$tokens" --json >"$out/ours.json"
+"$python" scripts/golden/score.py "$run/final" "$tokens" >"$out/theirs.json" 2>/dev/null
+"$python" - "$out/ours.json" "$out/theirs.json" <<'PY'
+import json, sys
+ours, theirs = (json.load(open(path)) for path in sys.argv[1:])
+assert ours["tokens"] == theirs["tokens"]
+pairs = zip(ours["logprobs"][1:], theirs["logprobs"][1:])
+error = max(abs(a - b) for a, b in pairs)
+assert error < 2e-4 and abs(ours["nll"] - theirs["nll"]) < 2e-4, (ours, theirs)
+print(f"score of a trained checkpoint equals transformers: max difference {error:.1e}")
+PY

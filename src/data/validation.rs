@@ -1,0 +1,70 @@
+//! Validation batches: the whole set in order, the same every time.
+
+use super::Batch;
+use super::packed::PackedSet;
+use crate::bail_hint;
+use anyhow::Result;
+use std::path::Path;
+use tch::Tensor;
+
+/// A packed set cut into rows of T inputs; each token but the first is a target exactly once.
+pub struct ValidationSet {
+    set: PackedSet,
+    block_size: u64,
+    micro_batch_size: u64,
+    vocab_size: usize,
+}
+
+impl ValidationSet {
+    /// Opens a folder or prefix of packed files.
+    pub fn open(
+        path: &Path,
+        block_size: usize,
+        micro_batch_size: usize,
+        vocab_size: usize,
+    ) -> Result<Self> {
+        let set = PackedSet::open(path)?;
+        if set.len() < 2 {
+            bail_hint!(
+                "prepare a larger validation set, or leave `data.val` out";
+                "`{}` has {} tokens, validation needs at least 2", path.display(), set.len()
+            );
+        }
+        let (block_size, micro_batch_size) = (block_size as u64, micro_batch_size as u64);
+        Ok(Self { set, block_size, micro_batch_size, vocab_size })
+    }
+
+    /// Targets in the set.
+    pub fn n_targets(&self) -> u64 {
+        self.set.len() - 1
+    }
+
+    /// All batches in order. The last may have fewer rows; its last row is padded with targets of -100.
+    pub fn batches(&self) -> impl Iterator<Item = Result<Batch>> + '_ {
+        let rows = self.n_targets().div_ceil(self.block_size);
+        (0..rows)
+            .step_by(self.micro_batch_size as usize)
+            .map(move |first| self.read(first, rows.min(first + self.micro_batch_size)))
+    }
+
+    fn read(&self, first: u64, end: u64) -> Result<Batch> {
+        let (b, t) = ((end - first) as i64, self.block_size as i64);
+        let (mut input, mut target, mut n_targets) = (Vec::new(), Vec::new(), 0);
+        for row in first..end {
+            let from = row * self.block_size;
+            let n = (self.n_targets() - from).min(self.block_size);
+            let tokens = self.set.read(from, n + 1, self.vocab_size)?;
+            let padding = (self.block_size - n) as usize;
+            input.extend(&tokens[..n as usize]);
+            input.extend(std::iter::repeat_n(0, padding));
+            target.extend(&tokens[1..]);
+            target.extend(std::iter::repeat_n(-100, padding));
+            n_targets += n as i64;
+        }
+        Ok(Batch {
+            input: Tensor::from_slice(&input).view([b, t]), // (B, T)
+            target: Tensor::from_slice(&target).view([b, t]), // (B, T)
+            n_targets,
+        })
+    }
+}

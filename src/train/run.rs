@@ -1,0 +1,300 @@
+//! Everything a run needs, put together in one visible order.
+
+use super::flops::{self, FlopsPerToken};
+use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
+use super::optimizer::AdamW;
+use super::{saver, validate};
+use crate::config::{AttentionBackend, BatchPlan, Precision, Resume, RunConfig};
+use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
+use crate::error::WithHint;
+use crate::model::{GPT, ModelConfig};
+use crate::tokenizer::Tokenizer;
+use crate::{bail_hint, checkpoint, config, device, ffi};
+use anyhow::{Context, Result, anyhow};
+use std::path::PathBuf;
+use std::time::Instant;
+use tch::Device;
+
+/// Counters that a checkpoint carries.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Micro-batches done on this rank.
+    pub iter: u64,
+    /// Tokens seen over all ranks.
+    pub tokens: u64,
+    /// Seconds of training, over all resumes.
+    pub elapsed: f64,
+}
+
+/// A run in progress.
+pub struct Run {
+    /// Its configuration.
+    pub config: RunConfig,
+    /// Batch arithmetic.
+    pub plan: BatchPlan,
+    /// Where the model lives.
+    pub device: Device,
+    /// The network.
+    pub model: GPT,
+    /// Optimizer with the exact weights.
+    pub optimizer: AdamW,
+    /// Training batches.
+    pub loader: DataLoader,
+    /// Validation set, if any.
+    pub val: Option<ValidationSet>,
+    /// Tokenizer, if any.
+    pub tokenizer: Option<Tokenizer>,
+    /// metrics.jsonl, TensorBoard, log lines, progress bar.
+    pub log: RunLog,
+    /// Counters.
+    pub progress: Progress,
+    /// Newest checkpoint written or read.
+    pub last_checkpoint: Option<PathBuf>,
+    flops: FlopsPerToken,
+    peak_flops: Option<f64>,
+    started: Instant,
+    elapsed_before: f64,
+}
+
+impl Run {
+    /// Prepares data where the configuration says so, builds model, optimizer and readers, and resumes.
+    pub fn assemble(config: &RunConfig) -> Result<Self> {
+        let model_config = config.model()?;
+        let device = device::resolve(&config.device.0)?;
+        let sequence = config.sequence_length(&model_config);
+        let plan = BatchPlan::new(config, sequence, 1)?;
+        set_backends(config)?;
+
+        // 1. Tokenizer and data.
+        let tokenizer = config.tokenizer_dir.as_deref().map(Tokenizer::load).transpose()?;
+        if let Some(tokenizer) = &tokenizer {
+            crate::generate::check_vocabulary(tokenizer, &model_config)?;
+        }
+        prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref())?;
+        let (mut loader, val) = open_data(config, &model_config, sequence)?;
+
+        // 2. Model: random, or from a checkpoint's weights.
+        let resume_from = find_resume(config)?;
+        tch::manual_seed(config.seed as i64);
+        let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
+            (Some(dir), _) => {
+                let model = GPT::empty(&model_config, device);
+                checkpoint::load_weights(&model, dir)?;
+                model
+            }
+            (None, Some(dir)) => {
+                let model = GPT::empty(&model_config, device);
+                checkpoint::load_initial_weights(&model, &checkpoint::resolve(dir)?)?;
+                model
+            }
+            (None, None) => GPT::new(&model_config, device),
+        };
+        model.attention = config.attention;
+        model.fused = config.fused;
+
+        // 3. Optimizer: takes the fp32 weights over as masters.
+        let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer);
+
+        // 4. Resume: optimizer, random generators, data cursor, counters.
+        let progress = match &resume_from {
+            Some(dir) => saver::restore(dir, config, &mut optimizer, &mut loader, device)?,
+            None => Progress::default(),
+        };
+
+        // 5. The run's folder and its log.
+        std::fs::create_dir_all(&config.out_dir)
+            .with_context(|| format!("cannot create `{}`", config.out_dir.display()))?;
+        config::save_resolved(config, &config.out_dir.join("config.yaml"))?;
+        let totals = Totals { steps: plan.total_steps, tokens: plan.total_tokens() };
+        let resumed = resume_from.is_some().then_some(progress.step);
+        let log = RunLog::open(&config.out_dir, resumed, totals, false)?;
+
+        let width = model_config.n_head * model_config.head_size;
+        let flops = flops::flops_per_token(
+            model_config.n_matmul_params(),
+            model_config.n_layer as u64,
+            width as u64,
+            sequence as u64,
+        );
+        let run = Self {
+            peak_flops: peak_flops(device),
+            elapsed_before: progress.elapsed,
+            last_checkpoint: resume_from,
+            started: Instant::now(),
+            config: config.clone(),
+            plan,
+            device,
+            model,
+            optimizer,
+            loader,
+            val,
+            tokenizer,
+            log,
+            progress,
+            flops,
+        };
+        run.announce()?;
+        Ok(run)
+    }
+
+    /// What will run, before it runs.
+    fn announce(&self) -> Result<()> {
+        let name = match self.device {
+            Device::Cuda(i) => ffi::cuda_device(i)?.name,
+            _ => format!("CPU, {} threads", tch::get_num_threads()),
+        };
+        let millions = self.model.n_params() as f64 / 1e6;
+        eprintln!("model       {} with {millions:.1}M parameters", self.model.config.name);
+        eprintln!("device      {name}, {}", self.config.precision);
+        eprintln!("batch       {}", self.plan);
+        if let Some(steps) = self.plan.total_steps {
+            eprintln!("length      {steps} steps");
+        }
+        eprintln!("out_dir     {}", self.config.out_dir.display());
+        if self.progress.step > 0 {
+            let from = self.last_checkpoint.as_ref().map(|p| p.display().to_string());
+            eprintln!("resume      step {} from {}", self.progress.step, from.unwrap_or_default());
+        }
+        if self.peak_flops.is_none() {
+            eprintln!("mfu         n/a (no peak known for {name})");
+        }
+        Ok(())
+    }
+
+    /// Whether one of the stopping criteria is met.
+    pub fn finished(&self) -> bool {
+        let t = &self.config.train;
+        self.plan.total_steps.is_some_and(|n| self.progress.step >= n)
+            || t.max_time.is_some_and(|limit| self.elapsed() >= limit)
+    }
+
+    /// Seconds of training so far, over all resumes.
+    pub fn elapsed(&self) -> f64 {
+        self.elapsed_before + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Counts a finished step.
+    pub fn advance(&mut self) {
+        self.progress.step += 1;
+        self.progress.iter += self.plan.accumulation;
+        self.progress.tokens += self.plan.tokens_per_step;
+        self.progress.elapsed = self.elapsed();
+    }
+
+    /// Logs a step that took `seconds`.
+    pub fn log_step(&mut self, loss: f64, lr: f64, grad_norm: f64, seconds: f64) -> Result<()> {
+        let rate = self.plan.tokens_per_step as f64 / seconds;
+        let peak_memory = match self.device {
+            Device::Cuda(i) => {
+                Some(ffi::cuda_memory(i)?.peak_allocated as f64 / (1u64 << 30) as f64)
+            }
+            _ => None,
+        };
+        self.log.step(&StepRecord {
+            step: self.progress.step,
+            iter: self.progress.iter,
+            tokens: self.progress.tokens,
+            loss,
+            lr,
+            grad_norm,
+            tokens_per_sec: rate,
+            tokens_per_sec_per_gpu: rate / self.plan.world as f64,
+            mfu: self.peak_flops.map(|peak| rate * self.flops.full / peak),
+            mfu_causal: self.peak_flops.map(|peak| rate * self.flops.causal / peak),
+            peak_memory_gib: peak_memory,
+            iter_time_ms: seconds * 1e3 / self.plan.accumulation as f64,
+            time: unix_time(),
+        })
+    }
+
+    /// Validates and logs the result, where there is a validation set.
+    pub fn validate(&mut self, max_iters: Option<u64>) -> Result<Option<f64>> {
+        let Some(set) = &self.val else { return Ok(None) };
+        let model = &self.model;
+        let loss = super::guard::catch("validation", || validate::validate(model, set, max_iters))?;
+        self.log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;
+        Ok(Some(loss))
+    }
+}
+
+/// Process-wide switches of libtorch. TF32 for fp32 products is the original's choice. cuDNN's attention
+/// adds its gradients with atomics; FlashAttention-2 has a mode with a fixed order.
+fn set_backends(config: &RunConfig) -> Result<()> {
+    ffi::set_math_mode(true, config.deterministic)?;
+    let only = |wanted: AttentionBackend| {
+        config.attention == AttentionBackend::Auto || config.attention == wanted
+    };
+    let auto = config.attention == AttentionBackend::Auto;
+    ffi::set_sdp_backends(ffi::SdpBackends {
+        math: auto,
+        flash: only(AttentionBackend::Flash),
+        efficient: auto,
+        cudnn: only(AttentionBackend::Cudnn) && !config.deterministic,
+    })
+}
+
+fn open_data(
+    config: &RunConfig,
+    model: &ModelConfig,
+    sequence: i64,
+) -> Result<(DataLoader, Option<ValidationSet>)> {
+    let micro_batch_size = config.train.micro_batch_size as usize;
+    let vocab_size = model.padded_vocab_size as usize;
+    let loader = DataLoader::train(LoaderOptions {
+        sources: config.data.train.clone(),
+        micro_batch_size,
+        block_size: sequence as usize,
+        rank: 0,
+        world: 1,
+        seed: config.seed,
+        vocab_size,
+        prefetch: config.data.prefetch,
+    })?;
+    let open =
+        |path: &PathBuf| ValidationSet::open(path, sequence as usize, micro_batch_size, vocab_size);
+    Ok((loader, config.data.val.as_ref().map(open).transpose()?))
+}
+
+/// The checkpoint to resume from, by `resume:`; refuses to mix a new run into an old one's folder.
+fn find_resume(config: &RunConfig) -> Result<Option<PathBuf>> {
+    let newest = checkpoint::latest(&config.out_dir)?;
+    match &config.resume {
+        Resume::Switch(false) => match newest {
+            Some(found) => bail_hint!(
+                "continue it with `--resume auto`, or choose another `out_dir`";
+                "`out_dir` holds a run already: found `{}`", found.display()
+            ),
+            None => Ok(None),
+        },
+        Resume::Switch(true) => Ok(newest),
+        Resume::Text(text) if text == "auto" => Ok(newest),
+        Resume::Text(path) => {
+            let dir = checkpoint::resolve(path.as_ref())?;
+            if dir.join("train_state").is_dir() {
+                return Ok(Some(dir));
+            }
+            Err(anyhow!("`{}` has no `train_state/` to resume from", dir.display()))
+                .hint("start from its weights alone with `initial_checkpoint_dir`")
+        }
+    }
+}
+
+/// Dense bf16 peak of the device in FLOP/s, where known.
+fn peak_flops(device: Device) -> Option<f64> {
+    match device {
+        Device::Cuda(i) => flops::peak_bf16_flops(&ffi::cuda_device(i).ok()?.name),
+        _ => None,
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bf16Mixed => "bf16-mixed",
+            Self::Bf16True => "bf16-true",
+            Self::Fp32True => "32-true",
+        })
+    }
+}

@@ -1,0 +1,110 @@
+//! What a checkpoint of a run holds, and how a run takes it up again.
+
+use super::optimizer::AdamW;
+use super::run::{Progress, Run};
+use crate::checkpoint::{self, TrainState};
+use crate::config::{Precision, RunConfig};
+use crate::data::DataLoader;
+use crate::ffi;
+use crate::tokenizer::Tokenizer;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use tch::Device;
+
+/// Writes `out_dir/name` as a whole or not at all: a Hugging Face folder with the exact weights, and
+/// `train_state/` with moments, random generators, data cursor and counters.
+///
+/// # Sync
+/// The CPU waits for the GPU and copies one tensor at a time.
+pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
+    let config = &run.model.config;
+    let masters = run.optimizer.masters();
+    let moments = run.optimizer.state();
+
+    let state = TrainState {
+        step: run.progress.step,
+        iter: run.progress.iter,
+        tokens: run.progress.tokens,
+        elapsed_seconds: run.progress.elapsed,
+        world_size: run.plan.world,
+        seed: run.config.seed,
+        precision: run.config.precision.to_string(),
+        data: serde_json::to_value(run.loader.state())?,
+    };
+    let tokenizer_files = run.config.tokenizer_dir.as_deref().map(Tokenizer::files);
+
+    let all = masters.iter().chain(&moments).map(|(_, t)| t);
+    let needed = checkpoint::required_bytes(all);
+    checkpoint::check_space(&run.config.out_dir, needed)?;
+    let path = checkpoint::save_atomically(&run.config.out_dir, name, |dir| {
+        checkpoint::save_model(dir, config, &masters, run.tokenizer.as_ref())?;
+        checkpoint::copy_files(tokenizer_files.as_deref().unwrap_or_default(), dir)?;
+        checkpoint::save_train_state(dir, &state, &moments, &rng_states(run.device)?)
+    })?;
+    run.last_checkpoint = Some(path.clone());
+    if let Some(keep) = run.config.train.keep_last {
+        checkpoint::prune(&run.config.out_dir, keep as usize)?;
+    }
+    Ok(path)
+}
+
+/// Loads `train_state/` of a checkpoint whose weights already sit in the model.
+pub fn restore(
+    dir: &Path,
+    config: &RunConfig,
+    optimizer: &mut AdamW,
+    loader: &mut DataLoader,
+    device: Device,
+) -> Result<Progress> {
+    let (state, moments, generators) = checkpoint::load_train_state(dir)?;
+    check_precision(&state, config.precision)?;
+    optimizer.load_state(state.step as i64, &moments)?;
+    let cursor = serde_json::from_value(state.data.clone())
+        .with_context(|| format!("data cursor of `{}`", dir.display()))?;
+    loader.restore(&cursor)?;
+    for (name, generator) in &generators {
+        match (name.as_str(), device) {
+            ("cpu", _) => ffi::set_rng_state(Device::Cpu, generator)?,
+            ("cuda", Device::Cuda(_)) => ffi::set_rng_state(device, generator)?,
+            _ => {}
+        }
+    }
+    report_changes(dir, config);
+    Ok(Progress {
+        step: state.step,
+        iter: state.iter,
+        tokens: state.tokens,
+        elapsed: state.elapsed_seconds,
+    })
+}
+
+/// Moments are stored in the dtype of the masters: bf16 and fp32 states do not continue each other.
+fn check_precision(state: &TrainState, precision: Precision) -> Result<()> {
+    let is_bf16 = |p: &str| p == Precision::Bf16True.to_string();
+    if is_bf16(&state.precision) != (precision == Precision::Bf16True) {
+        bail!(
+            "the checkpoint was trained in `{}`, the configuration says `{precision}`",
+            state.precision
+        );
+    }
+    Ok(())
+}
+
+/// Says which settings differ from those the run was started with.
+fn report_changes(dir: &Path, config: &RunConfig) {
+    let before = dir.parent().map(|run| run.join("config.yaml"));
+    let Some(Ok(before)) = before.map(|path| crate::config::load(&path, &[])) else { return };
+    for change in crate::config::diff(&before, config) {
+        if !change.starts_with("resume") {
+            eprintln!("changed     {change}");
+        }
+    }
+}
+
+fn rng_states(device: Device) -> Result<Vec<(String, tch::Tensor)>> {
+    let mut states = vec![("cpu".to_owned(), ffi::rng_state(Device::Cpu)?)];
+    if device.is_cuda() {
+        states.push(("cuda".to_owned(), ffi::rng_state(device)?));
+    }
+    Ok(states)
+}

@@ -1,0 +1,29 @@
+//! Validation loss.
+
+use super::step::to_device;
+use crate::data::ValidationSet;
+use crate::model::GPT;
+use crate::ops;
+use anyhow::Result;
+use tch::{Kind, Tensor};
+
+/// Mean loss over the targets of the first `max_iters` batches of the set (`None`: all of it). The set is
+/// read in order, so two calls see the same tokens.
+///
+/// # Sync
+/// The CPU waits once, at the end.
+pub fn validate(model: &GPT, set: &ValidationSet, max_iters: Option<u64>) -> Result<f64> {
+    let _guard = tch::no_grad_guard();
+    let mut sum = Tensor::zeros([], (Kind::Double, model.device()));
+    let mut n_targets = 0;
+    let limit = max_iters.map_or(usize::MAX, |n| n as usize);
+    for batch in set.batches().take(limit) {
+        let batch = batch?;
+        let input = to_device(&batch.input, model.device())?; // (B, T)
+        let target = to_device(&batch.target, model.device())?; // (B, T)
+        let logits = model.forward(&input, None); // (B, T, V)
+        let _ = sum.g_add_(&ops::cross_entropy_sum(&logits, &target).to_kind(Kind::Double));
+        n_targets += batch.n_targets;
+    }
+    Ok(sum.double_value(&[]) / n_targets.max(1) as f64)
+}

@@ -1,0 +1,274 @@
+//! Whole runs through the program: resume, signals, and what it says when it cannot go on.
+
+use assert_cmd::cargo::cargo_bin_cmd;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// A small run on 4,000 tokens of a known pattern, without a tokenizer.
+struct Setup {
+    dir: tempfile::TempDir,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, salt) in [("train", 7), ("val", 13)] {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            let mut writer = tinyllama::data::packed::PackedWriter::new(&path, name, 1000, 90);
+            let tokens: Vec<u32> = (0..4000u32).map(|i| (i * i / salt + i) % 90).collect();
+            writer.add(&tokens).unwrap();
+            writer.finish().unwrap();
+        }
+        let yaml = "
+model_name: tiny-llama-120m
+model_config: {n_layer: 2, n_head: 4, n_query_groups: 2, n_embd: 32, intermediate_size: 48,
+               vocab_size: 96, block_size: 16}
+precision: 32-true
+device: cpu
+data: {train: [{path: DIR/train}], val: DIR/val}
+train: {global_batch_size: 8, micro_batch_size: 4, max_steps: 20, lr_warmup_steps: 3, min_lr: 1e-4,
+        save_interval: 5, log_interval: 1}
+eval: {interval: 10, max_iters: 4}
+optimizer: {lr: 3e-3}
+";
+        let yaml = yaml.replace("DIR", &dir.path().display().to_string());
+        fs::write(dir.path().join("run.yaml"), yaml).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn args(&self, out: &str, more: &[&str]) -> Vec<String> {
+        let config = self.path("run.yaml").display().to_string();
+        let out = format!("out_dir={}", self.path(out).display());
+        let mut args = vec!["pretrain".into(), config, "--set".into(), out];
+        args.extend(more.iter().map(|s| s.to_string()));
+        args
+    }
+
+    fn run(&self, out: &str, more: &[&str]) -> Output {
+        cargo_bin_cmd!("tinyllama").args(self.args(out, more)).output().unwrap()
+    }
+
+    fn start(&self, out: &str, more: &[&str]) -> std::process::Child {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tinyllama"));
+        let command = command.args(self.args(out, more)).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    /// (step, loss, grad_norm, lr) of every logged step, exact.
+    fn losses(&self, out: &str) -> Vec<(u64, f64, f64, f64)> {
+        let text = fs::read_to_string(self.path(out).join("metrics.jsonl")).unwrap_or_default();
+        let rows = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let float = |v: &Value, key: &str| v[key].as_f64();
+        rows.filter_map(|v| {
+            let step = v["step"].as_u64()?;
+            Some((step, float(&v, "loss")?, float(&v, "grad_norm")?, float(&v, "lr")?))
+        })
+        .collect()
+    }
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(60), "waited a minute for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn weights(dir: &Path) -> Vec<u8> {
+    fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_killed_at_step_seven_and_resumed_equals_one_that_was_not_bit_for_bit() {
+    for precision in ["32-true", "bf16-mixed"] {
+        let s = Setup::new();
+        let precision = format!("precision={precision}");
+        let more = ["--set", precision.as_str()];
+        let straight = s.run("straight", &more);
+        assert!(straight.status.success(), "{}", text(&straight));
+
+        let mut child = s.start("killed", &more);
+        wait_for("step 7", || s.losses("killed").iter().any(|row| row.0 >= 7));
+        child.kill().unwrap(); // SIGKILL
+        child.wait().unwrap();
+        let resumed = s.run("killed", &["--set", precision.as_str(), "--resume", "auto"]);
+        assert!(resumed.status.success(), "{}", text(&resumed));
+
+        assert_eq!(s.losses("straight").len(), 20);
+        assert_eq!(s.losses("straight"), s.losses("killed"));
+        let (a, b) = (s.path("straight/final"), s.path("killed/final"));
+        assert_eq!(weights(&a), weights(&b));
+        let optimizer = "train_state/optimizer.safetensors";
+        assert_eq!(fs::read(a.join(optimizer)).unwrap(), fs::read(b.join(optimizer)).unwrap());
+    }
+}
+
+#[test]
+fn a_signal_saves_and_exits_with_its_code_and_the_run_goes_on_from_there() {
+    let s = Setup::new();
+    let straight = s.run("straight", &[]);
+    assert!(straight.status.success());
+    for (signal, code) in [("-TERM", 143), ("-INT", 130)] {
+        let out = format!("stopped{signal}");
+        let child = s.start(&out, &["--set", "train.save_interval=null"]);
+        wait_for("step 3", || s.losses(&out).iter().any(|row| row.0 >= 3));
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        // A fast machine may have finished before the signal came.
+        if output.status.code() != Some(0) {
+            assert_eq!(output.status.code(), Some(code), "{}", text(&output));
+            assert!(text(&output).contains("--resume auto"), "{}", text(&output));
+        }
+        let more = ["--set", "train.save_interval=null", "--resume", "auto"];
+        assert!(s.run(&out, &more).status.success());
+        assert_eq!(s.losses("straight"), s.losses(&out));
+    }
+}
+
+#[test]
+fn a_finished_run_keeps_its_newest_checkpoints_and_validates_over_the_whole_set() {
+    let s = Setup::new();
+    let output = s.run("run", &["--set", "train.keep_last=2"]);
+    let stderr = text(&output);
+    assert!(output.status.success(), "{stderr}");
+    let out = s.path("run");
+    let exists = |name: &str| out.join(name).exists();
+    assert!(!exists("step-00000005") && exists("step-00000010") && exists("step-00000015"));
+    for file in ["config.yaml", "metrics.jsonl", "loss.png", "final/config.json"] {
+        assert!(exists(file), "{file}");
+    }
+    for word in ["2 accumulation = 128 tokens/step", "checkpoint", "loss curve", "try next"] {
+        assert!(stderr.contains(word), "{word}: {stderr}");
+    }
+    let first = s.losses("run")[0].1;
+    let last = s.losses("run")[19].1;
+    assert!(last < first - 0.2, "{first} -> {last}");
+
+    // The same again: refused, nothing lost; `auto` finds it finished.
+    let again = s.run("run", &[]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(text(&again).contains("--resume auto"), "{}", text(&again));
+    assert!(s.run("run", &["--resume", "auto"]).status.success());
+}
+
+#[test]
+fn continued_pretraining_starts_from_the_weights_with_a_fresh_optimizer() {
+    let s = Setup::new();
+    assert!(s.run("base", &[]).status.success());
+    let from = format!("initial_checkpoint_dir={}", s.path("base").display());
+    let next = s.run("next", &["--set", &from, "--set", "train.max_steps=3"]);
+    assert!(next.status.success(), "{}", text(&next));
+    let (base, next) = (s.losses("base"), s.losses("next"));
+    assert_eq!(next[0].0, 1);
+    assert!(next[0].1 < base[0].1 - 0.2, "{} {}", next[0].1, base[0].1);
+    // At twice the context, positions condensed by two; another width is refused.
+    let linear = "model_config.rope_scaling={rope_type: linear, factor: 2.0}";
+    let long = ["--set", &from, "--set", "train.max_steps=1", "--set", "train.lr_warmup_steps=0"];
+    let long = [&long[..], &["--set", "model_config.block_size=32", "--set", linear]].concat();
+    let long = s.run("long", &long);
+    assert!(long.status.success(), "{}", text(&long));
+    assert!(
+        text(&long).contains("positions   `block_size`: expected 16, got 32"),
+        "{}",
+        text(&long)
+    );
+    let wide = s.run("wide", &["--set", &from, "--set", "model_config.n_embd=64"]);
+    assert!(text(&wide).contains("another architecture"), "{}", text(&wide));
+}
+
+#[test]
+fn wrong_input_is_told_in_one_message_with_the_next_action_and_loses_nothing() {
+    let s = Setup::new();
+    assert!(s.run("good", &["--set", "train.max_steps=5"]).status.success());
+    let before = weights(&s.path("good/final"));
+    let other = format!("resume={}", s.path("good/final").display());
+    let val = format!("data.val={}", s.path("broken").display());
+    fs::create_dir(s.path("broken")).unwrap();
+    fs::write(s.path("broken/x.bin"), b"LITPKDS\x01\0\0").unwrap();
+
+    let tokenizer =
+        concat!("tokenizer_dir=", env!("CARGO_MANIFEST_DIR"), "/data/quickstart/tokenizer");
+    let cases: [(&[&str], i32, &[&str]); 8] = [
+        (&["--set", "train.max_step=3"], 2, &["unknown key", "`train.max_steps`"]),
+        (&["--set", "train.micro_batch_size=3"], 2, &["8 is not divisible", "set it to 6 or 9"]),
+        (&["--set", "train.max_seq_length=17"], 2, &["`block_size` = 16, got 17"]),
+        (&["--set", "data.train.0.path=/no/such"], 1, &["no packed `.bin` files", "prepare"]),
+        (&["--set", &val], 1, &["begins with `LITPKDS`, got 10 bytes"]),
+        (&["--set", tokenizer], 2, &["4096", "96"]),
+        (&["--set", "model_config.vocab_size=40"], 1, &["outside the model's vocabulary of 40"]),
+        (
+            &["--set", &other, "--set", "model_config.n_layer=3"],
+            1,
+            &["another architecture", "`n_layer`: expected 3, got 2"],
+        ),
+    ];
+    for (args, code, words) in cases {
+        let output = s.run("bad", args);
+        let stderr = text(&output);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+        assert!(stderr.starts_with("error: ") || stderr.contains("\nerror: "), "{stderr}");
+        assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
+        for word in words {
+            assert!(stderr.contains(word), "{args:?}: `{word}` not in {stderr}");
+        }
+    }
+    let missing = cargo_bin_cmd!("tinyllama").args(["pretrain", "/no/such.yaml"]).output().unwrap();
+    assert_eq!(missing.status.code(), Some(2));
+    assert_eq!(weights(&s.path("good/final")), before);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_names_step_group_and_checkpoint() {
+    let s = Setup::new();
+    let output = s.run("nan", &["--set", "optimizer.lr=1e30", "--set", "train.lr_warmup_steps=0"]);
+    let stderr = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("error: step ") && stderr.contains("not finite in"), "{stderr}");
+    assert!(stderr.contains("transformer.") || stderr.contains("no parameter alone"), "{stderr}");
+    assert!(stderr.contains("hint: ") && stderr.contains("checkpoint"), "{stderr}");
+}
+
+#[test]
+fn a_full_disk_stops_the_run_or_not_as_configured_and_spares_the_previous_checkpoint() {
+    let s = Setup::new();
+    let disk = s.path("disk");
+    fs::create_dir(&disk).unwrap();
+    // A checkpoint takes 0.3 MiB and wants 1.3 free: two fit, the third does not.
+    let mount = ["-t", "tmpfs", "-o", "size=1800k", "tmpfs"];
+    let mounted = Command::new("mount").args(mount).arg(&disk).output();
+    if !mounted.is_ok_and(|o| o.status.success()) {
+        eprintln!("skipped: this user may not mount a small file system");
+        return;
+    }
+    let stop = s.run("disk/run", &[]);
+    let more = ["--resume", "auto", "--set", "train.on_save_error=continue"];
+    let goes_on = s.run("disk/run", &more);
+    let last = s.losses("disk/run").last().map(|row| row.0);
+    let survives = s.path("disk/run/step-00000010/train_state/state.json").is_file();
+    let names = fs::read_dir(s.path("disk/run")).unwrap().flatten().map(|e| e.file_name());
+    let unfinished = names.into_iter().any(|name| name.to_string_lossy().starts_with(".tmp-"));
+    Command::new("umount").arg(&disk).status().unwrap();
+
+    assert_eq!(stop.status.code(), Some(1), "{}", text(&stop));
+    assert!(text(&stop).contains("out of disk: a checkpoint needs"), "{}", text(&stop));
+    assert!(text(&stop).contains("earlier checkpoints are intact"), "{}", text(&stop));
+    assert!(survives && !unfinished);
+    // Told and gone on; the last checkpoint cannot be written either, which is an error.
+    let stderr = text(&goes_on);
+    assert!(stderr.contains("checkpoint of step 15 not written"), "{stderr}");
+    assert_eq!((goes_on.status.code(), last), (Some(1), Some(20)), "{stderr}");
+}
