@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <cuda_runtime_api.h>
 #endif
+#include <cstdlib>
 #include <cstring>
 
 #ifdef TL_WITH_CUDA
@@ -113,7 +114,9 @@ extern "C" int tl_pin_memory(TlTensor tensor, TlTensor* out) {
 extern "C" int tl_set_math_mode(int allow_tf32, int deterministic) {
   TL_GUARD({
     at::globalContext().setFloat32MatmulPrecision(allow_tf32 ? "high" : "highest");
-    at::globalContext().setDeterministicAlgorithms(deterministic != 0, /*warn_only=*/true);
+    // cuBLAS is deterministic with a fixed workspace, which it reads from the environment at first use.
+    if (deterministic) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+    at::globalContext().setDeterministicAlgorithms(deterministic != 0, /*warn_only=*/false);
   });
 }
 

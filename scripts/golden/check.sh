@@ -17,10 +17,14 @@ python="$VENV/bin/python"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
+"$python" scripts/golden/init.py --out "$out" 2>/dev/null
 for set in model train; do
   "$python" scripts/golden/$set.py --out "$out/$set" 2>/dev/null
+done
+for set in init model train; do
   "$python" scripts/golden/compare.py tests/golden/$set "$out/$set"
 done
+"$python" scripts/golden/packed.py --check
 "$python" scripts/golden/schedule.py --check
 "$python" scripts/golden/tensorboard_check.py --check-golden
 

@@ -1,7 +1,8 @@
 """Logits and gradients of small random models, from transformers (fp32, CPU, eager attention).
 
 Writes into --out (default tests/golden/model):
-  cases.json           [{name, config (a config.json), weights, io}]
+  cases.json           [{name, config (a config.json), weights, io}]; NAME.v4 is NAME in the older
+                       spelling, `rope_theta` + `rope_scaling`, that most published models have
   *.safetensors        weights under Hugging Face's names, shared by cases that differ in RoPE only
   *.io.safetensors     input_ids (B, T), logits (B, T, V); for some also loss (1,) and grad.NAME
   rope.json            inv_freq and attention factor of full-size RoPE scalings
@@ -22,6 +23,7 @@ LLAMA = dict(hidden_size=72, intermediate_size=96, num_hidden_layers=2, num_atte
 NEOX = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
             vocab_size=96, max_position_embeddings=64, rotary_pct=0.25, layer_norm_eps=1e-5,
             use_parallel_residual=True, tie_word_embeddings=False)
+SMALL = dict(hidden_size=36, intermediate_size=48, num_hidden_layers=1)
 
 # name, base, changed keys, rope parameters, weights shared with, T, gradients too
 CASES = [
@@ -47,6 +49,18 @@ CASES = [
     ("neox", NEOX, {}, None, None, 24, True),
     ("neox_sequential", NEOX, dict(use_parallel_residual=False), None, "neox", 24, False),
     ("neox_full_rotary", NEOX, dict(rotary_pct=1.0), None, "neox", 24, False),
+    ("llama_bias", LLAMA, dict(attention_bias=True, mlp_bias=True, **SMALL), None, None, 24, True),
+    ("rope_yarn_mscale", LLAMA, {},
+     dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0,
+          mscale_all_dim=0.5), "llama_gqa", 48, False),
+    ("rope_yarn_no_truncate", LLAMA, {},
+     dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0,
+          truncate=False), "llama_gqa", 48, False),
+    ("neox_theta", NEOX, dict(rotary_pct=0.5), dict(rope_theta=1000000.0), "neox", 24, False),
+    ("neox_dynamic_long", NEOX, dict(rotary_pct=0.5, max_position_embeddings=32),
+     dict(rope_type="dynamic", factor=2.0), "neox", 48, False),
+    ("neox_yarn", NEOX, dict(rotary_pct=0.5),
+     dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16), "neox", 48, False),
 ]
 
 ROPE = [
@@ -87,6 +101,20 @@ def config_json(config):
     return json.loads(config.to_json_string(use_diff=False))
 
 
+def older_json(config):
+    """The same config.json as transformers 4 wrote it."""
+    keys = config_json(config)
+    rope = keys.pop("rope_parameters")
+    partial = rope.pop("partial_rotary_factor", None)
+    keys["rope_theta"] = rope.pop("rope_theta")
+    if partial is not None:  # GPT-NeoX had its own names
+        keys["rotary_pct"], keys["rotary_emb_base"] = partial, keys.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    kind_key = "type" if kind in ("linear", "dynamic") else "rope_type"  # `type` is older still
+    keys["rope_scaling"] = None if kind == "default" else {kind_key: kind, **rope}
+    return keys
+
+
 def weights_of(model):
     tied = model.config.tie_word_embeddings
     return {k: v.contiguous() for k, v in model.state_dict().items()
@@ -113,10 +141,24 @@ def run(out):
             io["loss"] = loss.detach().reshape(1)
             io.update({f"grad.{k}": p.grad for k, p in model.named_parameters()})
         save_file({k: v.contiguous() for k, v in io.items()}, f"{out}/{name}.io.safetensors")
-        cases.append({"name": name, "config": config_json(config),
-                      "weights": f"{shared or name}.safetensors", "io": f"{name}.io.safetensors"})
+        files = {"weights": f"{shared or name}.safetensors", "io": f"{name}.io.safetensors"}
+        cases.append({"name": name, "config": config_json(config), **files})
+        if rope or base is NEOX:
+            older = older_json(config)
+            assert_same_logits(older, model, ids)
+            cases.append({"name": f"{name}.v4", "config": older, **files})
     write(f"{out}/cases.json", cases)
     write(f"{out}/rope.json", [rope_case(*case) for case in ROPE])
+
+
+def assert_same_logits(keys, model, ids):
+    """The real transformers reads this config.json as it reads the current spelling."""
+    config = type(model.config)(**json.loads(json.dumps(keys)))
+    config._attn_implementation = "eager"
+    other = type(model)(config).float().eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def rope_case(name, theta, dim, max_position, seq_len, rope):

@@ -3,15 +3,25 @@
 Writes into --out (default tests/golden/train), a folder a family:
   config.json, model.safetensors   where training starts
   data.safetensors                 tokens (steps, accumulation, micro, T + 1)
-  expected.json                    settings; loss, grad_norm and lr of each step; final L2 norms
+  expected.json                    settings; loss, grad_norm and lr of each step; of each final
+                                   parameter, summed in fp64: l2, sum and abs_sum; bf16_mixed: loss and
+                                   grad_norm of each step, to be met loosely
+and for both families
+  packed/train_0000000000.bin      the same tokens as a LITPKDS v1 file of uint16: blocks of T + 1
+  packed/order.json                block of each sequence, (steps, accumulation, micro)
 The loss of a step is the mean over all its targets; the gradient norm is that before clipping.
+`bf16_mixed` keeps fp32 masters and moments, computes with a bf16 copy of the weights made once a step,
+and adds the micro-batches' bf16 gradients in fp32; logits go to the loss in fp32.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
+import struct
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -37,32 +47,86 @@ def lr_at(step):
     return s["min_lr"] + 0.5 * (1 + math.cos(math.pi * ratio)) * (s["lr_peak"] - s["min_lr"])
 
 
-def train(model, tokens):
+def accumulate(model, micros):
+    """Backward over the micro-batches of a step; returns the step's loss."""
+    total = 0.0
+    for micro in micros:
+        logits = model(input_ids=micro[:, :-1]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, V), micro[:, 1:].reshape(-1),
+                                                 reduction="sum") / (ACCUMULATION * MICRO * T)
+        loss.backward()
+        total += loss.item()
+        yield total
+
+
+def train(model, tokens, mixed=False):
+    """`mixed`: `model` holds the fp32 masters, a bf16 twin of it computes."""
     s = SETTINGS
     optimizer = torch.optim.AdamW(model.parameters(), lr=s["lr_peak"], betas=s["betas"], eps=s["eps"],
                                   weight_decay=s["weight_decay"], foreach=False, fused=False)
+    worker = copy.deepcopy(model).bfloat16() if mixed else model
     out = {"loss": [], "grad_norm": [], "lr": []}
     for step in range(1, STEPS + 1):
         lr = lr_at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total = 0.0
-        for micro in tokens[step - 1]:
-            logits = model(input_ids=micro[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.reshape(-1, V), micro[:, 1:].reshape(-1),
-                                                     reduction="sum") / (ACCUMULATION * MICRO * T)
-            loss.backward()
-            total += loss.item()
+        for total in accumulate(worker, tokens[step - 1]):
+            if mixed:
+                move_gradients(worker, model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["max_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if mixed:
+            refresh(worker, model)
         for key, value in (("loss", total), ("grad_norm", norm.item()), ("lr", lr)):
             out[key].append(value)
-    out["l2"] = {name: p.detach().double().norm().item() for name, p in model.named_parameters()}
     return out
 
 
+def move_gradients(worker, master):
+    """Adds a micro-batch's bf16 gradients to the fp32 sums and clears them."""
+    for p, m in zip(worker.parameters(), master.parameters()):
+        m.grad = p.grad.float() if m.grad is None else m.grad + p.grad.float()
+        p.grad = None
+
+
+def refresh(worker, master):
+    """The bf16 copy of the weights, once a step."""
+    with torch.no_grad():
+        for p, m in zip(worker.parameters(), master.parameters()):
+            p.copy_(m)
+
+
+def checksums(model):
+    """fp64 sums over each parameter."""
+    tensors = {name: p.detach().double() for name, p in model.named_parameters()}
+    return {"l2": {name: t.norm().item() for name, t in tensors.items()},
+            "sum": {name: t.sum().item() for name, t in tensors.items()},
+            "abs_sum": {name: t.abs().sum().item() for name, t in tensors.items()}}
+
+
+def random_walk():
+    """Text-like data (steps, accumulation, micro, T + 1): there is something to learn."""
+    generator = torch.Generator().manual_seed(8)
+    steps = torch.randint(-2, 4, (STEPS, ACCUMULATION, MICRO, T + 1), generator=generator)
+    return steps.cumsum(-1).remainder(V)
+
+
+def write_packed(folder, tokens):
+    """Magic, version 1, dtype code 8 (uint16), number of tokens; then the tokens, little-endian."""
+    os.makedirs(folder, exist_ok=True)
+    flat = tokens.reshape(-1).numpy().astype("<u2")
+    with open(f"{folder}/train_0000000000.bin", "wb") as f:
+        f.write(b"LITPKDS" + struct.pack("<QBQ", 1, 8, flat.size) + flat.tobytes())
+    order = np.arange(STEPS * ACCUMULATION * MICRO).reshape(STEPS, ACCUMULATION, MICRO)
+    with open(f"{folder}/order.json", "w") as f:
+        json.dump({"block": T + 1, "order": order.tolist()}, f)
+        f.write("\n")
+
+
 def run(out):
+    tokens = random_walk()
+    write_packed(f"{out}/packed", tokens)
     for family, (kind, config) in FAMILIES.items():
         folder = f"{out}/{family}"
         os.makedirs(folder, exist_ok=True)
@@ -77,13 +141,12 @@ def run(out):
             f.write(config.to_json_string(use_diff=False))
         save_file({k: v.contiguous() for k, v in model.state_dict().items()},
                   f"{folder}/model.safetensors")
-        # Text-like data: a random walk, so that there is something to learn.
-        generator = torch.Generator().manual_seed(8)
-        steps = torch.randint(-2, 4, (STEPS, ACCUMULATION, MICRO, T + 1), generator=generator)
-        tokens = steps.cumsum(-1).remainder(V)
         save_file({"tokens": tokens.contiguous()}, f"{folder}/data.safetensors")
+        mixed = train(copy.deepcopy(model), tokens, mixed=True)
+        expected = {**SETTINGS, **train(model, tokens), **checksums(model),
+                    "bf16_mixed": {key: mixed[key] for key in ("loss", "grad_norm")}}
         with open(f"{folder}/expected.json", "w") as f:
-            json.dump({**SETTINGS, **train(model, tokens)}, f, indent=1)
+            json.dump(expected, f, indent=1)
             f.write("\n")
 
 

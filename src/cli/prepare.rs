@@ -23,7 +23,7 @@ pub struct Args {
     /// Key or column of the text
     #[arg(long)]
     text_field: Option<String>,
-    /// Prefix of the files
+    /// Prefix of the files; of SlimPajama also the folder that is read
     #[arg(long, default_value = "train")]
     split: String,
     /// Share of documents that goes to --validation-out, by a checksum of the text
@@ -41,6 +41,12 @@ pub struct Args {
     /// Do not end each document with the end-of-text id
     #[arg(long)]
     no_eos: bool,
+    /// Share of documents to use, above 0 and up to 1.0 (all)
+    #[arg(long, default_value_t = 1.0)]
+    percentage: f64,
+    /// Picks the documents of a --percentage below 1.0
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
     /// Threads; default: every core
     #[arg(long)]
     workers: Option<usize>,
@@ -60,10 +66,12 @@ pub fn run(args: Args) -> Result<u8> {
             split: args.split,
             validation_fraction: args.validation_fraction,
             validation_out: args.validation_out,
-            chunk_tokens: args.chunk_tokens.max(1),
+            chunk_tokens: args.chunk_tokens,
             text_field: args.text_field,
             bos: args.bos,
             eos: !args.no_eos,
+            percentage: args.percentage,
+            seed: args.seed,
         },
         &tokenizer,
     )?;

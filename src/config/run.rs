@@ -147,6 +147,12 @@ pub struct PrepareConfig {
     /// End each document with the end-of-text id.
     #[serde(default = "yes")]
     pub eos: bool,
+    /// Share of documents to use, above 0 and up to 1.0 (all); chosen by `seed` and a hash of the document.
+    #[serde(default = "one")]
+    pub percentage: f64,
+    /// Picks the documents of a `percentage` below 1.0.
+    #[serde(default)]
+    pub seed: u64,
 }
 
 fn yes() -> bool {

@@ -249,6 +249,12 @@ fn check_data(config: &RunConfig, problems: &mut Vec<String>) {
                 "`data.prepare.{i}`: `validation_fraction` and `validation_out` go together"
             ));
         }
+        if !(p.percentage > 0.0 && p.percentage <= 1.0) {
+            problems.push(format!(
+                "`data.prepare.{i}.percentage`: must be above 0 and at most 1.0 (all), got {}",
+                p.percentage
+            ));
+        }
         if config.tokenizer_dir.is_none() {
             problems.push(format!("`data.prepare.{i}`: preparing needs `tokenizer_dir`"));
         }

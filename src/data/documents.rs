@@ -1,9 +1,9 @@
-//! Documents of a corpus: plain text, JSON lines, Parquet; plain, `.gz` or `.zst`.
+//! Documents of a corpus: plain text, JSON lines, Parquet; plain, gzip or zstd, told by the first bytes.
 
-use crate::bail_hint;
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
 use flate2::read::MultiGzDecoder;
+use indicatif::ProgressBar;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::RowAccessor;
 use parquet::schema::types::Type;
@@ -18,8 +18,13 @@ use std::sync::Arc;
 pub enum Row {
     /// A document.
     Text(String),
-    /// A row left out, and why.
-    Skipped(String),
+    /// A row left out.
+    Skipped {
+        /// Why; one of a few texts, to count by.
+        why: String,
+        /// Which row of the file, from 1.
+        row: usize,
+    },
 }
 
 /// Rows, one at a time.
@@ -49,64 +54,81 @@ impl Schema {
             "parquet" => Self::Parquet,
             "slimpajama" => Self::SlimPajama,
             "starcoder" => Self::StarCoder,
-            other => bail_hint!(
-                "choose one of `text`, `jsonl`, `parquet`, `slimpajama`, `starcoder`";
-                "`{other}` is no kind of corpus"
-            ),
+            other => {
+                return Err(anyhow!("`{other}` is no kind of corpus"))
+                    .usage("choose one of `text`, `jsonl`, `parquet`, `slimpajama`, `starcoder`");
+            }
         })
     }
 
-    /// The schema that a file's name suggests.
+    /// The schema that a file's name suggests; plain text where it suggests nothing.
     pub fn of_file(path: &Path) -> Self {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        let plain = name.trim_end_matches(".zst").trim_end_matches(".gz");
-        match plain.rsplit('.').next() {
-            Some("jsonl" | "ndjson") => Self::JsonLines,
-            Some("parquet") => Self::Parquet,
+        match extension(path).as_str() {
+            "jsonl" | "ndjson" => Self::JsonLines,
+            "parquet" => Self::Parquet,
             _ => Self::Text,
         }
     }
 
-    /// The field of the text, unless another is asked for.
-    fn default_field(self) -> &'static str {
+    /// Fields of the text, unless another is asked for: the first that is there.
+    fn default_fields(self) -> &'static [&'static str] {
         match self {
-            Self::Parquet | Self::StarCoder => "content",
-            _ => "text",
+            Self::Parquet => &["content", "text"],
+            Self::StarCoder => &["content"],
+            _ => &["text"],
         }
     }
 
-    /// Whether a file of a folder belongs to a corpus of this kind.
+    /// Whether a file of a folder belongs to a corpus of this kind, by its name.
     fn takes(self, path: &Path) -> bool {
-        let found = Self::of_file(path);
         match self {
-            Self::JsonLines | Self::SlimPajama => found == Self::JsonLines,
-            Self::Parquet | Self::StarCoder => found == Self::Parquet,
-            Self::Text => found == Self::Text,
+            Self::Text => extension(path) == "txt",
+            Self::JsonLines | Self::SlimPajama => Self::of_file(path) == Self::JsonLines,
+            Self::Parquet | Self::StarCoder => Self::of_file(path) == Self::Parquet,
         }
     }
 }
 
-/// The files of a source, sorted: a file, a folder (with the folders in it), or a pattern with `*`.
-pub fn files(source: &str, schema: Schema) -> Result<Vec<PathBuf>> {
+/// Extension in lower case, without `.gz` or `.zst` after it.
+fn extension(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let plain = name.trim_end_matches(".zst").trim_end_matches(".gz");
+    plain.rsplit_once('.').map_or("", |(_, extension)| extension).to_owned()
+}
+
+/// The files of a source, sorted: a file, a folder (with the folders in it; files of this kind, none
+/// hidden), or a pattern with `*`.
+///
+/// SlimPajama lies in folders `train`, `validation` and `test`: where the source is the folder above them,
+/// only the files of `split` are taken.
+pub fn files(source: &str, schema: Schema, split: &str) -> Result<Vec<PathBuf>> {
     let path = Path::new(source);
     let mut found = Vec::new();
     if path.is_file() {
         found.push(path.to_owned());
     } else if path.is_dir() {
-        walk(path, &mut found)?;
+        let of_split = path.join(split);
+        let whole = schema != Schema::SlimPajama || !of_split.is_dir();
+        walk(if whole { path } else { &of_split }, &mut found)?;
         found.retain(|p| schema.takes(p));
     } else if source.contains('*') {
         let fixed = source.split('*').next().unwrap_or("");
-        let root = Path::new(fixed.rsplit_once('/').map_or(".", |(dir, _)| dir));
-        walk(root, &mut found)?;
-        found.retain(|p| matches(source.trim_start_matches("./"), &p.to_string_lossy()));
+        let root =
+            fixed.rsplit_once('/').map_or(".", |(dir, _)| if dir.is_empty() { "/" } else { dir });
+        if Path::new(root).is_dir() {
+            walk(Path::new(root), &mut found)?;
+        }
+        found.retain(|p| matches(source, &p.to_string_lossy()));
     }
     found.sort();
     if found.is_empty() {
-        bail_hint!(
-            "name a file, a folder or a pattern such as 'corpus/*.jsonl.zst'";
-            "no {schema:?} files at `{source}`"
-        );
+        let there = match path.exists() || source.contains('*') {
+            true => "",
+            false => "the path does not exist: ",
+        };
+        return Err(anyhow!("no {schema:?} files at `{source}`")).usage(format!(
+            "{there}name a file, a folder or a pattern such as 'corpus/*.jsonl.zst'"
+        ));
     }
     Ok(found)
 }
@@ -115,7 +137,11 @@ fn walk(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     let entries = std::fs::read_dir(dir)
         .with_context(|| format!("cannot read the folder `{}`", dir.display()))?;
     for entry in entries {
-        let path = entry?.path();
+        let entry = entry.with_context(|| format!("cannot read `{}`", dir.display()))?;
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
+        let path = entry.path();
         if path.is_dir() { walk(&path, found)? } else { found.push(path) }
     }
     Ok(())
@@ -123,7 +149,7 @@ fn walk(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
 
 /// Whether a path matches a pattern in which `*` stands for any run of characters.
 fn matches(pattern: &str, path: &str) -> bool {
-    let path = path.trim_start_matches("./");
+    let (pattern, path) = (pattern.trim_start_matches("./"), path.trim_start_matches("./"));
     let mut pieces = pattern.split('*');
     let Some(mut rest) = path.strip_prefix(pieces.next().unwrap_or("")) else { return false };
     let pieces: Vec<&str> = pieces.collect();
@@ -142,75 +168,123 @@ fn matches(pattern: &str, path: &str) -> bool {
 /// The rows of one file.
 ///
 /// # Errors
-/// An unreadable file, a Parquet file without the column (its columns are named), damaged compression. A
-/// broken JSON line is a skipped row.
+/// An unreadable file, a Parquet file without the column (its columns are named), damaged compression. A row
+/// without a text - broken JSON, another type, no UTF-8 - is a skipped row.
 pub fn rows(path: &Path, schema: Schema, field: Option<&str>) -> Result<Rows> {
-    let field = field.unwrap_or(schema.default_field()).to_owned();
+    rows_with_bar(path, schema, field, &ProgressBar::hidden())
+}
+
+/// The same; `bar` counts the bytes read of the file.
+pub fn rows_with_bar(
+    path: &Path,
+    schema: Schema,
+    field: Option<&str>,
+    bar: &ProgressBar,
+) -> Result<Rows> {
     let file = File::open(path).with_context(|| format!("cannot open `{}`", path.display()))?;
     match schema {
-        Schema::Parquet | Schema::StarCoder => parquet_rows(path, file, &field),
+        Schema::Parquet | Schema::StarCoder => parquet_rows(path, file, schema, field, bar.clone()),
         Schema::Text => {
-            let mut text = String::new();
-            let read = decompress(path, file)?.read_to_string(&mut text);
-            read.with_context(|| format!("cannot read `{}` as UTF-8 text", path.display()))?;
-            Ok(Box::new(std::iter::once(Ok(Row::Text(text)))))
+            let mut bytes = Vec::new();
+            let read = decompress(bar.wrap_read(file)).and_then(|mut f| f.read_to_end(&mut bytes));
+            read.with_context(|| format!("cannot read `{}`", path.display()))?;
+            let row = match String::from_utf8(bytes) {
+                Ok(text) => Row::Text(text),
+                Err(_) => skipped("not UTF-8", 1),
+            };
+            Ok(Box::new(std::iter::once(Ok(row))))
         }
         Schema::JsonLines | Schema::SlimPajama => {
-            let reader = BufReader::with_capacity(1 << 16, decompress(path, file)?);
-            let slim = schema == Schema::SlimPajama;
-            let path = path.to_owned();
-            Ok(Box::new(reader.lines().enumerate().filter_map(move |(i, line)| match line {
-                Ok(line) if line.trim().is_empty() => None,
-                Ok(line) => Some(Ok(json_row(&line, i + 1, &field, slim))),
-                Err(e) => Some(Err(e).with_context(|| format!("cannot read `{}`", path.display()))),
-            })))
+            let field = field.unwrap_or(schema.default_fields()[0]);
+            json_rows(path, bar.wrap_read(file), field.to_owned(), schema == Schema::SlimPajama)
         }
     }
 }
 
-fn decompress(path: &Path, file: File) -> Result<Box<dyn Read>> {
-    Ok(match path.extension().and_then(|e| e.to_str()) {
-        Some("zst") => Box::new(
-            zstd::stream::read::Decoder::new(file)
-                .with_context(|| format!("cannot decompress `{}`", path.display()))?,
-        ),
-        Some("gz") => Box::new(MultiGzDecoder::new(file)),
+fn skipped(why: impl Into<String>, row: usize) -> Row {
+    Row::Skipped { why: why.into(), row }
+}
+
+/// Undoes the compression that the first bytes tell of; all members and frames of a file are read.
+fn decompress(file: impl Read + 'static) -> std::io::Result<Box<dyn Read>> {
+    let mut file = BufReader::with_capacity(1 << 16, file);
+    Ok(match file.fill_buf()? {
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(file)?;
+            decoder.window_log_max(31)?; // `zstd --long=31`; the memory is taken only where it was used
+            Box::new(decoder)
+        }
+        [0x1f, 0x8b, ..] => Box::new(MultiGzDecoder::new(file)),
         _ => Box::new(file),
     })
 }
 
-fn json_row(line: &str, number: usize, field: &str, slim: bool) -> Row {
-    let Ok(value) = serde_json::from_str::<Value>(line) else {
-        return Row::Skipped(format!("no JSON (first at line {number})"));
+fn json_rows(path: &Path, file: impl Read + 'static, field: String, slim: bool) -> Result<Rows> {
+    let path = path.to_owned();
+    let reader = decompress(file).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let lines = BufReader::with_capacity(1 << 16, reader).split(b'\n').enumerate();
+    Ok(Box::new(lines.filter_map(move |(i, line)| match line {
+        Ok(line) if line.iter().all(u8::is_ascii_whitespace) => None,
+        Ok(line) => Some(Ok(json_row(&line, i + 1, &field, slim))),
+        Err(e) => {
+            let place = format!("cannot read `{}` after line {i}", path.display());
+            Some(Err(e).context(place).hint("copy the file again, or leave it out"))
+        }
+    })))
+}
+
+fn json_row(line: &[u8], row: usize, field: &str, slim: bool) -> Row {
+    let Ok(mut value) = serde_json::from_slice::<Value>(line) else {
+        return skipped("no JSON", row);
     };
     if slim && value.pointer("/meta/redpajama_set_name").is_some_and(|n| n == "RedPajamaGithub") {
-        return Row::Skipped("RedPajamaGithub".into());
+        return skipped("RedPajamaGithub", row);
     }
-    match value.get(field).and_then(Value::as_str) {
-        Some(text) => Row::Text(text.to_owned()),
-        None => Row::Skipped(format!("no text under `{field}` (first at line {number})")),
+    match value.get_mut(field).map(Value::take) {
+        Some(Value::String(text)) => Row::Text(text),
+        _ => skipped(format!("no text under `{field}`"), row),
     }
 }
 
-fn parquet_rows(path: &Path, file: File, column: &str) -> Result<Rows> {
+fn parquet_rows(
+    path: &Path,
+    file: File,
+    schema: Schema,
+    field: Option<&str>,
+    bar: ProgressBar,
+) -> Result<Rows> {
+    let size = file.metadata().map_or(0, |m| m.len());
     let reader = SerializedFileReader::new(file)
         .with_context(|| format!("cannot read `{}` as Parquet", path.display()))?;
     let root = reader.metadata().file_metadata().schema_descr().root_schema_ptr();
     let fields = root.get_fields();
-    let Some(field) = fields.iter().find(|f| f.name() == column) else {
+    let wanted = field.as_ref().map_or(schema.default_fields(), std::slice::from_ref);
+    let find = |name: &&str| fields.iter().find(|f| f.name() == *name);
+    let Some(column) = wanted.iter().find_map(find) else {
         let names: Vec<&str> = fields.iter().map(|f| f.name()).collect();
-        return Err(anyhow!("`{}` has no column `{column}`", path.display()))
-            .hint(format!("its columns are {}; name one with `--text-field`", names.join(", ")));
+        return Err(anyhow!("`{}` has no column `{}`", path.display(), wanted.join("` or `")))
+            .usage(format!("its columns are {}; name one with `--text-field`", names.join(", ")));
     };
     // Only this column is decoded.
     let projection =
-        Type::group_type_builder(root.name()).with_fields(vec![Arc::clone(field)]).build()?;
+        Type::group_type_builder(root.name()).with_fields(vec![Arc::clone(column)]).build()?;
+    let name = column.name().to_owned();
     let path = path.to_owned();
-    let rows = reader.into_iter().project(Some(projection))?.map(move |row| {
-        let row = row.with_context(|| format!("`{}` is damaged", path.display()))?;
-        Ok(match row.get_string(0) {
-            Ok(text) => Row::Text(text.clone()),
-            Err(_) => Row::Skipped("no text in the column".into()),
+    let n_rows = reader.metadata().file_metadata().num_rows().max(1) as u64;
+    let bytes_before = move |row: u64| (size as u128 * row as u128 / n_rows as u128) as u64;
+    let rows = reader.into_iter().project(Some(projection))?.enumerate().map(move |(i, row)| {
+        let row = row
+            .with_context(|| format!("cannot read `{}` after row {i}", path.display()))
+            .hint("copy the file again, or leave it out")?;
+        bar.inc(bytes_before(i as u64 + 1) - bytes_before(i as u64));
+        // Strings without the UTF8 annotation come as bytes.
+        Ok(match (row.get_string(0), row.get_bytes(0)) {
+            (Ok(text), _) => Row::Text(text.clone()),
+            (_, Ok(bytes)) => match String::from_utf8(bytes.data().to_vec()) {
+                Ok(text) => Row::Text(text),
+                Err(_) => skipped("not UTF-8", i + 1),
+            },
+            _ => skipped(format!("no text under `{name}`"), i + 1),
         })
     });
     Ok(Box::new(rows))
@@ -226,6 +300,7 @@ mod tests {
             ("a/*.jsonl", "a/b.jsonl", true),
             ("a/*.jsonl", "a/b.json", false),
             ("a/*/c*.zst", "./a/x/y/c1.zst", true),
+            ("./a*", "ab", true),
             ("a*", "b", false),
         ] {
             assert_eq!(matches(pattern, path), want, "{pattern} {path}");
@@ -233,12 +308,17 @@ mod tests {
     }
 
     #[test]
-    fn github_rows_of_slimpajama_are_dropped_and_broken_ones_counted() {
-        let github = r#"{"text": "x", "meta": {"redpajama_set_name": "RedPajamaGithub"}}"#;
-        assert_eq!(json_row(github, 1, "text", true), Row::Skipped("RedPajamaGithub".into()));
+    fn github_rows_of_slimpajama_are_dropped_and_rows_without_text_say_why() {
+        let github = br#"{"text": "x", "meta": {"redpajama_set_name": "RedPajamaGithub"}}"#;
+        assert_eq!(json_row(github, 1, "text", true), skipped("RedPajamaGithub", 1));
         assert_eq!(json_row(github, 1, "text", false), Row::Text("x".into()));
-        assert!(
-            matches!(json_row("{", 4, "text", true), Row::Skipped(why) if why.contains("line 4"))
-        );
+        for (line, why) in [
+            (&b"{"[..], "no JSON"),
+            (b"{\"text\": \"\xff\"}", "no JSON"),
+            (b"{\"text\": 3}", "no text under `text`"),
+            (b"[1]", "no text under `text`"),
+        ] {
+            assert_eq!(json_row(line, 4, "text", true), skipped(why, 4));
+        }
     }
 }

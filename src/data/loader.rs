@@ -6,15 +6,16 @@
 //! ranks on the same one. The cursor is k and one counter a source: restored in constant time.
 
 use super::Batch;
-use super::packed::PackedSet;
+use super::packed::{self, PackedSet};
 use super::permutation::{Permutation, mix};
 use crate::bail_hint;
 use crate::config::DataSource;
 use crate::error::WithHint;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
 use tch::Tensor;
 
 /// What to read and how.
@@ -38,7 +39,8 @@ pub struct LoaderOptions {
     pub prefetch: usize,
 }
 
-/// Where a loader stands: after the last batch that `next` gave out.
+/// Where a loader stands: after the last batch that `next` gave out. Every rank's is the same, and it holds
+/// for any world size and micro-batch.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 pub struct DataState {
     /// Global samples consumed by all ranks.
@@ -47,6 +49,10 @@ pub struct DataState {
     pub drawn: Vec<u64>,
     /// Blocks of each source, to notice that the data changed.
     pub blocks: Vec<u64>,
+    /// T, which the blocks depend on.
+    pub block_size: usize,
+    /// Seed of the order.
+    pub seed: u64,
 }
 
 /// One source: its blocks of T+1 tokens.
@@ -65,43 +71,40 @@ struct Shared {
 pub struct DataLoader {
     shared: Arc<Shared>,
     state: DataState,
-    batches: Receiver<Result<(Batch, DataState)>>,
+    ahead: ReadAhead,
 }
 
 impl DataLoader {
     /// Opens the sources and starts reading ahead.
     ///
     /// # Errors
-    /// A missing or damaged file; a source shorter than one block of T+1 tokens.
+    /// A missing or damaged file; a source shorter than one block of T+1 tokens; weights that are no shares.
     pub fn train(options: LoaderOptions) -> Result<Self> {
-        let total: f64 = options.sources.iter().map(|s| s.weight).sum();
-        let mut sources = Vec::new();
-        for source in &options.sources {
-            let set = PackedSet::open(&source.path)?;
-            let blocks = set.len() / (options.block_size as u64 + 1);
-            if blocks == 0 {
-                bail_hint!(
-                    "prepare more text, or lower `train.max_seq_length`";
-                    "`{}` has {} tokens, a training sequence needs {}",
-                    source.path.display(), set.len(), options.block_size + 1
-                );
-            }
-            sources.push(Source { set, weight: source.weight / total, blocks });
-        }
+        let o = &options;
+        ensure!(o.micro_batch_size > 0 && o.block_size > 0, "a batch of no tokens: {o:?}");
+        ensure!(o.rank < o.world, "rank {} of {} ranks", o.rank, o.world);
+        let sources = open_sources(o)?;
         let state = DataState {
             sample: 0,
             drawn: vec![0; sources.len()],
             blocks: sources.iter().map(|s| s.blocks).collect(),
+            block_size: o.block_size,
+            seed: o.seed,
         };
         let shared = Arc::new(Shared { sources, options });
-        let batches = read_ahead(shared.clone(), state.clone());
-        Ok(Self { shared, state, batches })
+        let ahead = ReadAhead::start(shared.clone(), state.clone());
+        Ok(Self { shared, state, ahead })
     }
 
-    /// The next micro-batch of this rank.
-    #[allow(clippy::should_implement_trait)]
+    /// The next micro-batch of this rank. Never ends: epoch follows epoch, each in an order of its own.
+    ///
+    /// # Errors
+    /// A file that went away or was cut; an id outside the vocabulary. No batch follows an error.
+    #[allow(clippy::should_implement_trait)] // endless and fallible: `Option` would say nothing
     pub fn next(&mut self) -> Result<Batch> {
-        let (batch, state) = self.batches.recv().context("the data thread ended")??;
+        let read = self.ahead.batches.as_ref().and_then(|batches| batches.recv().ok());
+        let (batch, state) =
+            read.context("the data thread ended, after the error it reported")??;
         self.state = state;
         Ok(batch)
     }
@@ -114,35 +117,80 @@ impl DataLoader {
     /// Goes to a cursor in constant time.
     ///
     /// # Errors
-    /// The sources changed since.
+    /// The sources, the sequence length or the seed are not those of the cursor: it would point elsewhere.
     pub fn restore(&mut self, state: &DataState) -> Result<()> {
-        if state.blocks != self.state.blocks {
+        let identity = |s: &DataState| (s.blocks.clone(), s.block_size, s.seed);
+        if identity(state) != identity(&self.state) || state.drawn.len() != state.blocks.len() {
+            let show = |s: &DataState| {
+                let (blocks, block_size, seed) = identity(s);
+                format!("{blocks:?} blocks of {block_size} by source, seed {seed}")
+            };
             return Err(anyhow!(
-                "the training data changed: expected {:?} blocks a source, got {:?}",
-                state.blocks,
-                self.state.blocks
+                "the training data changed: expected {}, got {}",
+                show(state),
+                show(&self.state)
             ))
-            .hint("resume with the data and `max_seq_length` of the run, or start a new one from its weights");
+            .hint(
+                "resume with the run's data, `max_seq_length` and `seed`, or start a new run from \
+                 its weights",
+            );
         }
         self.state = state.clone();
-        self.batches = read_ahead(self.shared.clone(), state.clone());
+        self.ahead = ReadAhead::start(self.shared.clone(), state.clone());
         Ok(())
     }
 }
 
-/// A thread that reads from `state` on, until its receiver is gone.
-fn read_ahead(shared: Arc<Shared>, mut state: DataState) -> Receiver<Result<(Batch, DataState)>> {
-    let (sender, receiver) = sync_channel(shared.options.prefetch.max(1));
-    std::thread::spawn(move || {
-        loop {
-            let batch = shared.read_batch(&mut state);
-            let failed = batch.is_err();
-            if sender.send(batch.map(|b| (b, state.clone()))).is_err() || failed {
-                return;
-            }
+fn open_sources(o: &LoaderOptions) -> Result<Vec<Source>> {
+    let total: f64 = o.sources.iter().map(|s| s.weight).sum();
+    let are_shares = o.sources.iter().all(|s| s.weight >= 0.0) && total > 0.0 && total.is_finite();
+    ensure!(are_shares, "weights must be 0 or more and some above: {:?}", o.sources);
+    let mut sources = Vec::new();
+    for source in &o.sources {
+        let set = packed::explain(PackedSet::open(&source.path))?;
+        let blocks = set.len() / (o.block_size as u64 + 1);
+        if blocks == 0 {
+            bail_hint!(
+                "prepare more text, or lower `train.max_seq_length`";
+                "`{}` has {} tokens, a training sequence needs {}",
+                source.path.display(), set.len(), o.block_size + 1
+            );
         }
-    });
-    receiver
+        sources.push(Source { set, weight: source.weight / total, blocks });
+    }
+    Ok(sources)
+}
+
+/// A thread that reads batches until its receiver is gone or one fails.
+struct ReadAhead {
+    batches: Option<Receiver<Result<(Batch, DataState)>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ReadAhead {
+    fn start(shared: Arc<Shared>, mut state: DataState) -> Self {
+        let (sender, receiver) = sync_channel(shared.options.prefetch.max(1));
+        let thread = std::thread::spawn(move || {
+            loop {
+                let batch = shared.read_batch(&mut state);
+                let failed = batch.is_err();
+                if sender.send(batch.map(|b| (b, state.clone()))).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Self { batches: Some(receiver), thread: Some(thread) }
+    }
+}
+
+impl Drop for ReadAhead {
+    /// Waits for the thread, one batch at most: it must not use libtorch while the process exits.
+    fn drop(&mut self) {
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
 }
 
 impl Shared {
@@ -188,6 +236,6 @@ impl Shared {
         let key = mix(mix(mix(o.seed) ^ source as u64) ^ epoch);
         let block = Permutation::new(s.blocks, key).at(i);
         let size = o.block_size as u64 + 1;
-        s.set.read(block * size, size, o.vocab_size)
+        packed::explain(s.set.read(block * size, size, o.vocab_size))
     }
 }

@@ -1,8 +1,11 @@
 //! Data: corpora to packed files ([`prepare`]), packed files to batches ([`loader`], [`validation`]).
 //!
 //! Packed files are `LITPKDS` v1, byte for byte the original's ([`packed`]). A set is its files in sorted
-//! order, read as one stream of tokens and cut into blocks of T+1, so that no file and no tail is lost; files
-//! of 2049 * 1024 tokens give the original's very blocks at T = 2048.
+//! order, read as one stream of tokens and cut into blocks of T+1: files of 2049 * 1024 tokens give the
+//! original's very blocks at T = 2048. What the original loses is read here: it cuts within each file and
+//! drops the rest of it, shuffles within windows of 8 files, never reads the files after the last whole
+//! window, and fails on fewer than 8 a rank. Here an epoch of a set is all its blocks in one seeded order,
+//! and at most T tokens at the end of the stream stay out.
 
 pub mod documents;
 pub mod loader;

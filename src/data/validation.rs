@@ -1,7 +1,7 @@
 //! Validation batches: the whole set in order, the same every time.
 
 use super::Batch;
-use super::packed::PackedSet;
+use super::packed::{self, PackedSet};
 use crate::bail_hint;
 use anyhow::Result;
 use std::path::Path;
@@ -23,7 +23,7 @@ impl ValidationSet {
         micro_batch_size: usize,
         vocab_size: usize,
     ) -> Result<Self> {
-        let set = PackedSet::open(path)?;
+        let set = packed::explain(PackedSet::open(path))?;
         if set.len() < 2 {
             bail_hint!(
                 "prepare a larger validation set, or leave `data.val` out";
@@ -53,7 +53,8 @@ impl ValidationSet {
         for row in first..end {
             let from = row * self.block_size;
             let n = (self.n_targets() - from).min(self.block_size);
-            let tokens = self.set.read(from, n + 1, self.vocab_size)?;
+            let tokens = self.set.read(from, n + 1, self.vocab_size);
+            let tokens = packed::explain(tokens)?;
             let padding = (self.block_size - n) as usize;
             input.extend(&tokens[..n as usize]);
             input.extend(std::iter::repeat_n(0, padding));

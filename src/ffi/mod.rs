@@ -169,7 +169,7 @@ pub fn pin_memory(tensor: &Tensor) -> Result<Tensor> {
 }
 
 /// `allow_tf32` is `torch.set_float32_matmul_precision("high")`; `deterministic` is
-/// `torch.use_deterministic_algorithms(True, warn_only=True)`.
+/// `torch.use_deterministic_algorithms(True)` with cuBLAS's fixed workspace.
 pub fn set_math_mode(allow_tf32: bool, deterministic: bool) -> Result<()> {
     // SAFETY: plain call.
     check(unsafe { tl_set_math_mode(allow_tf32.into(), deterministic.into()) })

@@ -85,20 +85,20 @@ fn smollm2() -> Vec<ModelConfig> {
 
 /// The Pythia suite: GPT-NeoX with parallel residual, a quarter of each head rotated, biases everywhere.
 fn pythia() -> Vec<ModelConfig> {
-    // name, L, H, C, V
+    // name, L, H, C, V, T
     let table = [
-        ("pythia-14m", 6, 4, 128, 50_304),
-        ("pythia-31m", 6, 8, 256, 50_304),
-        ("pythia-70m", 6, 8, 512, 50_304),
-        ("pythia-160m", 12, 12, 768, 50_304),
-        ("pythia-410m", 24, 16, 1024, 50_304),
-        ("pythia-1b", 16, 8, 2048, 50_304),
-        ("pythia-1.4b", 24, 16, 2048, 50_304),
-        ("pythia-2.8b", 32, 32, 2560, 50_304),
-        ("pythia-6.9b", 32, 32, 4096, 50_432),
-        ("pythia-12b", 36, 40, 5120, 50_688),
+        ("pythia-14m", 6, 4, 128, 50_304, 512),
+        ("pythia-31m", 6, 8, 256, 50_304, 1024),
+        ("pythia-70m", 6, 8, 512, 50_304, 2048),
+        ("pythia-160m", 12, 12, 768, 50_304, 2048),
+        ("pythia-410m", 24, 16, 1024, 50_304, 2048),
+        ("pythia-1b", 16, 8, 2048, 50_304, 2048),
+        ("pythia-1.4b", 24, 16, 2048, 50_304, 2048),
+        ("pythia-2.8b", 32, 32, 2560, 50_304, 2048),
+        ("pythia-6.9b", 32, 32, 4096, 50_432, 2048),
+        ("pythia-12b", 36, 40, 5120, 50_688, 2048),
     ];
-    let model = |(name, n_layer, n_head, n_embd, padded_vocab_size)| ModelConfig {
+    let model = |(name, n_layer, n_head, n_embd, padded_vocab_size, block_size)| ModelConfig {
         padded_vocab_size,
         rotary_percentage: 0.25,
         bias: true,
@@ -106,7 +106,7 @@ fn pythia() -> Vec<ModelConfig> {
         parallel_residual: true,
         norm_class: NormClass::LayerNorm,
         mlp_class: MlpClass::GptNeoxMLP,
-        ..llama_model(name, 2048, 50_254, n_layer, n_head, n_head, n_embd, 4 * n_embd)
+        ..llama_model(name, block_size, 50_254, n_layer, n_head, n_head, n_embd, 4 * n_embd)
     };
     table.map(model).into()
 }

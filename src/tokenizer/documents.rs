@@ -21,9 +21,9 @@ pub fn documents(path: &Path, field: Option<&str>) -> Result<Texts> {
     Ok(Box::new(rows.filter_map(move |row| {
         match row {
             Ok(Row::Text(text)) => Some(Ok(text)),
-            Ok(Row::Skipped(_)) if schema == Schema::Parquet => None, // a null
-            Ok(Row::Skipped(why)) => Some(
-                Err(anyhow!("{name}: {why}"))
+            Ok(Row::Skipped { .. }) if schema == Schema::Parquet => None, // a null
+            Ok(Row::Skipped { why, row }) => Some(
+                Err(anyhow!("{name}: {why} (first at line {row})"))
                     .usage("name the key that holds the text with `--text-field`"),
             ),
             Err(e) => Some(Err(e)),

@@ -192,6 +192,8 @@ fn preparation(kind: &str, source: &Path, out: &Path) -> PrepareConfig {
         text_field: None,
         bos: false,
         eos: true,
+        percentage: 1.0,
+        seed: 0,
     }
 }
 
