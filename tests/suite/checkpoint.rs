@@ -692,8 +692,8 @@ fn tokenizer_files_are_copied_and_never_onto_themselves() {
     let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let file = from.path().join("tokenizer.json");
     fs::write(&file, "{}").unwrap();
-    checkpoint::copy_files(&[file.clone()], to.path()).unwrap();
-    checkpoint::copy_files(&[file.clone()], from.path()).unwrap();
+    checkpoint::copy_files(std::slice::from_ref(&file), to.path()).unwrap();
+    checkpoint::copy_files(std::slice::from_ref(&file), from.path()).unwrap();
     for dir in [&from, &to] {
         assert_eq!(fs::read_to_string(dir.path().join("tokenizer.json")).unwrap(), "{}");
     }
