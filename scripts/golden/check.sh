@@ -17,12 +17,19 @@ python="$VENV/bin/python"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-"$python" scripts/golden/init.py --out "$out" 2>/dev/null
-for set in model train; do
-  "$python" scripts/golden/$set.py --out "$out/$set" 2>/dev/null
-done
-for set in init model train; do
-  "$python" scripts/golden/compare.py tests/golden/$set "$out/$set"
+remake() { # SCRIPT ARGUMENTS...; what it says is shown where it fails
+  # One thread: the models are tiny, and threads would fight with whatever else runs here.
+  OMP_NUM_THREADS=1 "$python" "scripts/golden/$1.py" "${@:2}" >"$out/log" 2>&1 ||
+    { cat "$out/log" >&2; exit 1; }
+}
+remake model --out "$out/golden/model"
+remake init --out "$out/golden"
+remake train --out "$out/golden/train"
+# Further generators go here: `remake NAME ...`, and the name of the folder in the loop below.
+remake tokenizer "$out/golden/tokenizer"
+remake sampling "$out/golden/generate/sampling.json"
+for set in model init train tokenizer generate; do
+  "$python" scripts/golden/compare.py "tests/golden/$set" "$out/golden/$set"
 done
 "$python" scripts/golden/packed.py --check
 "$python" scripts/golden/schedule.py --check
@@ -38,7 +45,8 @@ run="$out/run"
 "$python" scripts/golden/tensorboard_check.py "$run"
 tokens=0,17,300,42,7,1999,8
 ./target/release/tinyllama score --checkpoint "$run" --tokens "$tokens" --json >"$out/ours.json"
-"$python" scripts/golden/score.py "$run/final" "$tokens" >"$out/theirs.json" 2>/dev/null
+"$python" scripts/golden/score.py "$run/final" "$tokens" >"$out/theirs.json" 2>"$out/log" ||
+  { cat "$out/log" >&2; exit 1; }
 "$python" - "$out/ours.json" "$out/theirs.json" <<'PY'
 import json, sys
 ours, theirs = (json.load(open(path)) for path in sys.argv[1:])

@@ -4,8 +4,8 @@ Writes into --out (default tests/golden/train), a folder a family:
   config.json, model.safetensors   where training starts
   data.safetensors                 tokens (steps, accumulation, micro, T + 1)
   expected.json                    settings; loss, grad_norm and lr of each step; of each final
-                                   parameter, summed in fp64: l2, sum and abs_sum; bf16_mixed: loss and
-                                   grad_norm of each step, to be met loosely
+                                   parameter, in fp64: l2, sum and abs_sum; bf16_mixed: loss and
+                                   grad_norm of each step, to be met loosely (they differ by CPU)
 and for both families
   packed/train_0000000000.bin      the same tokens as a LITPKDS v1 file of uint16: blocks of T + 1
   packed/order.json                block of each sequence, (steps, accumulation, micro)
@@ -98,11 +98,16 @@ def refresh(worker, master):
 
 
 def checksums(model):
-    """fp64 sums over each parameter."""
+    """fp64 sums over each parameter.
+
+    The QKV bias of GPT-NeoX has no sums: softmax cancels a key bias where no rotary acts, so its gradient
+    is rounding noise (2e-10), which Adam divides by its own size.
+    """
     tensors = {name: p.detach().double() for name, p in model.named_parameters()}
+    sums = {name: t for name, t in tensors.items() if not name.endswith("query_key_value.bias")}
     return {"l2": {name: t.norm().item() for name, t in tensors.items()},
-            "sum": {name: t.sum().item() for name, t in tensors.items()},
-            "abs_sum": {name: t.abs().sum().item() for name, t in tensors.items()}}
+            "sum": {name: t.sum().item() for name, t in sums.items()},
+            "abs_sum": {name: t.abs().sum().item() for name, t in sums.items()}}
 
 
 def random_walk():

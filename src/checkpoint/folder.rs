@@ -1,19 +1,27 @@
 //! Checkpoint folders of a run: written whole or not at all, found by integer step, pruned.
+//!
+//! ```text
+//! out_dir/step-00005000/        complete: it got its name after every byte was on disk
+//! out_dir/final/                the same, at the end of a run
+//! out_dir/.tmp-NAME-PID/        being written, or left by a process that died: ignored, swept
+//! out_dir/.old-NAME/            moved aside while a folder of the same name takes its place
+//! ```
 
+use super::disk::explain_full_disk;
+use super::hf::weights_files;
 use super::train_state::load_counters;
 use crate::bail_hint;
-use crate::error::WithHint;
-use anyhow::{Context, Result, anyhow};
-use std::fs::{self, File};
-use std::io::ErrorKind;
+use anyhow::{Context, Result};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
-use tch::Tensor;
 
-/// Prefix of folders that are being written, or were when a process died.
 const TEMPORARY: &str = ".tmp-";
+const OLD: &str = ".old-";
+const FINAL: &str = "final";
+const STEP: &str = "step-";
 
-/// Fills a temporary folder beside the target, syncs every file, then renames it into place. A crash at
-/// any moment leaves what was there before; the unfinished folder is ignored and swept by the next save.
+/// Fills a temporary folder beside the target, syncs every file and folder, then renames it into
+/// place. A crash at any moment leaves what was there before.
 ///
 /// # Errors
 /// Whatever `write` fails with (a full disk is told as such); the temporary folder is removed.
@@ -22,27 +30,39 @@ pub fn save_atomically(
     name: &str,
     write: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let (target, temporary) = (out_dir.join(name), out_dir.join(format!("{TEMPORARY}{name}")));
-    let old = out_dir.join(format!("{TEMPORARY}old-{name}"));
+    let target = out_dir.join(name);
+    let temporary = out_dir.join(format!("{TEMPORARY}{name}-{}", std::process::id()));
+    fs::create_dir_all(out_dir)
+        .with_context(|| format!("cannot create `{}`", out_dir.display()))?;
     sweep(out_dir)?;
-    let written = fs::create_dir_all(&temporary)
-        .with_context(|| format!("cannot create `{}`", temporary.display()))
-        .and_then(|()| write(&temporary))
-        .and_then(|()| sync_tree(&temporary));
-    if let Err(error) = written {
+    let _lock = fill(&temporary, write).map_err(|error| {
+        let explained = explain_full_disk(error, &temporary);
         let _ = fs::remove_dir_all(&temporary);
-        return Err(explain_full_disk(error, out_dir));
-    }
-    // A folder cannot be renamed over another: move the old one aside, then remove it.
+        explained
+    })?;
+    // A folder cannot be renamed over another: the old one steps aside. Dying in between is safe,
+    // because `list` reads the one that stepped aside and `sweep` puts it back.
+    let old = out_dir.join(format!("{OLD}{name}"));
     if target.exists() {
         rename(&target, &old)?;
     }
     rename(&temporary, &target)?;
     sync(out_dir)?;
     if old.exists() {
-        let _ = fs::remove_dir_all(&old);
+        let _ = fs::remove_dir_all(&old); // the next sweep tries again
     }
     Ok(target)
+}
+
+/// Creates and fills a folder. While the returned file is open, other processes see that its writer
+/// lives.
+fn fill(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<File> {
+    fs::create_dir_all(dir).with_context(|| format!("cannot create `{}`", dir.display()))?;
+    let lock = File::open(dir).with_context(|| format!("cannot open `{}`", dir.display()))?;
+    let _ = lock.try_lock(); // file systems without locks: two runs must not share a folder anyway
+    write(dir)?;
+    sync_tree(dir)?;
+    Ok(lock)
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {
@@ -50,19 +70,33 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("cannot rename `{}` to `{}`", from.display(), to.display()))
 }
 
-/// Removes what an earlier process left unfinished. A folder that was moved aside when the process died
-/// between the two renames is put back.
-fn sweep(out_dir: &Path) -> Result<()> {
-    for entry in fs::read_dir(out_dir).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(rest) = name.strip_prefix(TEMPORARY) else { continue };
-        match rest.strip_prefix("old-").map(|original| out_dir.join(original)) {
-            Some(original) if !original.exists() => rename(&entry.path(), &original)?,
-            _ => fs::remove_dir_all(entry.path())
-                .with_context(|| format!("cannot remove `{}`", entry.path().display()))?,
+/// Removes what a process that died left unfinished, and puts back a folder that had stepped aside.
+/// Each save begins with it.
+pub fn sweep(out_dir: &Path) -> Result<()> {
+    for (name, path) in entries(out_dir) {
+        let aside = name.strip_prefix(OLD).map(|name| out_dir.join(name));
+        match aside {
+            Some(original) if !original.exists() => rename(&path, &original)?,
+            None if !name.starts_with(TEMPORARY) || is_being_written(&path) => {}
+            _ => remove(&path)?,
         }
     }
     Ok(())
+}
+
+fn is_being_written(dir: &Path) -> bool {
+    File::open(dir).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    fs::remove_dir_all(dir).with_context(|| format!("cannot remove `{}`", dir.display()))
+}
+
+/// Names and paths of the folders in `dir`; none where it does not exist.
+fn entries(dir: &Path) -> Vec<(String, PathBuf)> {
+    let entry = |e: fs::DirEntry| (e.file_name().to_string_lossy().into_owned(), e.path());
+    let all = fs::read_dir(dir).into_iter().flatten().flatten().map(entry);
+    all.filter(|(_, path)| path.is_dir()).collect()
 }
 
 fn sync_tree(dir: &Path) -> Result<()> {
@@ -78,74 +112,34 @@ fn sync(path: &Path) -> Result<()> {
     sync.with_context(|| format!("cannot sync `{}`", path.display()))
 }
 
-/// Adds the next action where an error is a full disk.
-fn explain_full_disk(error: anyhow::Error, out_dir: &Path) -> anyhow::Error {
-    let full =
-        |e: &std::io::Error| matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-    if !error.chain().any(|e| e.downcast_ref::<std::io::Error>().is_some_and(full)) {
-        return error;
-    }
-    let free = free_bytes(out_dir).map_or("unknown".into(), gib);
-    let told = error.context(format!("out of disk while saving a checkpoint ({free} free)"));
-    let hint = "earlier checkpoints are intact; free space or set `train.keep_last`, then resume";
-    match Err::<(), _>(told).hint(hint) {
-        Err(error) => error,
-        Ok(()) => anyhow!("out of disk"),
-    }
-}
-
-fn gib(bytes: u64) -> String {
-    match bytes as f64 / (1u64 << 30) as f64 {
-        n if n >= 0.1 => format!("{n:.1} GiB"),
-        n => format!("{:.1} MiB", n * 1024.0),
-    }
-}
-
-fn free_bytes(path: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(path).ok()?;
-    Some(stat.f_bavail * stat.f_frsize)
-}
-
-/// Bytes that these tensors take on disk, with a margin for headers and small files.
-pub fn required_bytes<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> u64 {
-    let bytes = |t: &Tensor| (t.numel() * t.kind().elt_size_in_bytes()) as u64;
-    tensors.map(bytes).sum::<u64>() + (1 << 20)
-}
-
-/// Refuses to start writing what cannot fit.
-///
-/// # Errors
-/// Needed and free space, and what to do.
-pub fn check_space(dir: &Path, needed: u64) -> Result<()> {
-    match free_bytes(dir) {
-        Some(free) if free < needed => bail_hint!(
-            "earlier checkpoints are intact; free space or set `train.keep_last`, then resume";
-            "out of disk: a checkpoint needs {}, `{}` has {} free",
-            gib(needed), dir.display(), gib(free)
-        ),
-        _ => Ok(()),
-    }
-}
-
-/// Complete checkpoints of a run with their steps, oldest first: `step-*` and `final`.
+/// Complete checkpoints of a run with their steps, oldest first: `step-*` by the number in the
+/// name, `final` by its `state.json` (after a `step-*` of the same step). Unfinished folders are no
+/// checkpoints.
 pub fn list(out_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(out_dir).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let path = entry.path();
-        let step = match name.strip_prefix("step-").map(str::parse) {
-            Some(Ok(step)) => step,
-            None if name == "final" && path.join("train_state/state.json").is_file() => {
-                load_counters(&path)?.step
-            }
-            _ => continue,
+    for (name, path) in entries(out_dir) {
+        let name = match name.strip_prefix(OLD) {
+            Some(aside) if !out_dir.join(aside).exists() => aside,
+            _ => &name,
         };
-        if path.join("config.json").is_file() {
-            found.push((step, path));
+        let step = match name.strip_prefix(STEP) {
+            Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok(),
+            None if name == FINAL => load_counters(&path).ok().map(|state| state.step),
+            _ => None,
+        };
+        if let Some(step) = step
+            && is_complete(&path)
+        {
+            found.push((step, name == FINAL, path));
         }
     }
     found.sort();
-    Ok(found)
+    Ok(found.into_iter().map(|(step, _, path)| (step, path)).collect())
+}
+
+/// Whether a folder has a configuration and all its weights files.
+fn is_complete(dir: &Path) -> bool {
+    dir.join("config.json").is_file() && weights_files(dir).is_ok()
 }
 
 /// The checkpoint of the highest step, counted as an integer.
@@ -153,48 +147,85 @@ pub fn latest(out_dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(out_dir)?.pop().map(|(_, path)| path))
 }
 
-/// Removes all but the newest `keep` of the `step-*` checkpoints; `final` stays.
+/// Removes all but the newest `keep` of the `step-*` checkpoints, at least one is kept; `final`
+/// stays. Each is renamed first, so that a crash leaves no half of one under its name.
 pub fn prune(out_dir: &Path, keep: usize) -> Result<()> {
     let mut steps = list(out_dir)?;
-    steps.retain(|(_, path)| !path.ends_with("final"));
-    for (_, path) in steps.iter().rev().skip(keep) {
-        fs::remove_dir_all(path).with_context(|| format!("cannot remove `{}`", path.display()))?;
+    steps.retain(|(_, path)| name_of(path).starts_with(STEP));
+    for (_, path) in steps.iter().rev().skip(keep.max(1)) {
+        let doomed = out_dir.join(format!("{TEMPORARY}pruned-{}", name_of(path)));
+        rename(path, &doomed)?;
+        remove(&doomed)?;
     }
     Ok(())
 }
 
-/// A checkpoint folder, from itself, from a run's folder (its newest), or from a file in it.
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// A checkpoint folder: from itself, from a run's `out_dir` (the newest, which is `final` where the
+/// run ended), or from a safetensors file or `config.json` in it.
 ///
 /// # Errors
 /// Says what was looked for.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
-    if path.is_file()
-        && let Some(parent) = path.parent()
-    {
-        return Ok(parent.to_owned());
+    const HINT: &str = "name a checkpoint folder, a run's `out_dir`, or a `.safetensors` file";
+    if !path.exists() {
+        bail_hint!(HINT; "no checkpoint at `{}`: it does not exist", path.display());
+    }
+    if path.is_file() {
+        let name = name_of(path);
+        if !name.ends_with(".safetensors") && !name.ends_with(".json") {
+            bail_hint!(HINT; "`{}` is no safetensors file", path.display());
+        }
+        return resolve_file(path);
     }
     if path.join("config.json").is_file() {
         return Ok(path.to_owned());
     }
-    match latest(path)? {
-        Some(found) => Ok(found),
-        None if path.exists() => bail_hint!(
-            "name a checkpoint folder, or a run's `out_dir`";
-            "no checkpoint in `{0}`: looked for `{0}/config.json`, `{0}/final` and `{0}/step-*`",
-            path.display()
-        ),
-        None => bail_hint!(
-            "name a checkpoint folder, or a run's `out_dir`";
-            "no checkpoint at `{}`: it does not exist", path.display()
-        ),
+    if let Some(found) = latest(path)? {
+        return Ok(found);
     }
+    // Without `train_state/` its step is unknown, but its weights are as good as any.
+    if is_complete(&path.join(FINAL)) {
+        return Ok(path.join(FINAL));
+    }
+    bail_hint!(
+        HINT;
+        "no checkpoint in `{0}`: looked for `{0}/config.json`, `{0}/final/` and `{0}/step-*/` with \
+         `config.json` and `model.safetensors` in them",
+        path.display()
+    )
 }
 
-/// Copies files into a folder under their names.
+/// The folder of a file: its own, or the one above where the file is part of `train_state/`.
+fn resolve_file(file: &Path) -> Result<PathBuf> {
+    let folder = match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let above = folder.parent().filter(|_| folder.ends_with("train_state"));
+    for folder in [Some(folder), above].into_iter().flatten() {
+        if folder.join("config.json").is_file() {
+            return Ok(folder.to_owned());
+        }
+    }
+    bail_hint!(
+        "the folder of the weights must hold their `config.json`";
+        "no `config.json` beside `{}`", file.display()
+    )
+}
+
+/// Copies files into a folder under their names; one that lies there already stays.
 pub fn copy_files(files: &[PathBuf], dir: &Path) -> Result<()> {
     for file in files {
-        let name = file.file_name().unwrap_or_default();
-        fs::copy(file, dir.join(name))
+        let target = dir.join(file.file_name().unwrap_or_default());
+        // Copying a file onto itself would empty it.
+        if target.exists() && target.canonicalize().ok() == file.canonicalize().ok() {
+            continue;
+        }
+        fs::copy(file, &target)
             .with_context(|| format!("cannot copy `{}` to `{}`", file.display(), dir.display()))?;
     }
     Ok(())

@@ -1,5 +1,9 @@
 //! Checkpoints: a Hugging Face folder that any tool loads, plus `train_state/` for resume.
+//!
+//! Read first: [`names`] (the table), then `hf.rs` (weights), `train_state.rs`, `folder.rs` (how a
+//! folder appears whole or not at all).
 
+mod disk;
 mod folder;
 mod hf;
 pub mod hf_config;
@@ -7,10 +11,10 @@ pub mod names;
 pub mod tensors;
 mod train_state;
 
-pub use folder::{
-    check_space, copy_files, latest, list, prune, required_bytes, resolve, save_atomically,
-};
+pub use disk::{check_space, free_bytes, required_bytes};
+pub use folder::{copy_files, latest, list, prune, resolve, save_atomically, sweep};
 pub use hf::{
-    load_config, load_initial_weights, load_model, load_weights, save, save_model, save_weights,
+    MAX_SHARD_BYTES, load_config, load_initial_weights, load_model, load_weights, save, save_model,
+    save_weights, write_json,
 };
 pub use train_state::{Tensors, TrainState, load_counters, load_train_state, save_train_state};

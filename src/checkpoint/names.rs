@@ -1,21 +1,22 @@
 //! The one table of names: lit-gpt's in memory, Hugging Face's on disk.
 //!
-//! | lit-gpt                | Llama on disk                     | GPT-NeoX on disk                      |
-//! |------------------------|-----------------------------------|---------------------------------------|
-//! | `transformer.wte`      | `model.embed_tokens`              | `gpt_neox.embed_in`                   |
-//! | `transformer.h.{i}.*`  | `model.layers.{i}.*`              | `gpt_neox.layers.{i}.*`               |
-//! | `  norm_1`             | `  input_layernorm`               | `  input_layernorm`                   |
-//! | `  attn.qkv`           | `  self_attn.{q,k,v}_proj`        | `  attention.query_key_value`         |
-//! | `  attn.proj`          | `  self_attn.o_proj`              | `  attention.dense`                   |
-//! | `  norm_2`             | `  post_attention_layernorm`      | `  post_attention_layernorm`          |
-//! | `  mlp.fc_1`           | `  mlp.gate_proj`                 |                                       |
-//! | `  mlp.fc_2`           | `  mlp.up_proj`                   |                                       |
-//! | `  mlp.fc`             |                                   | `  mlp.dense_h_to_4h`                 |
-//! | `  mlp.proj`           | `  mlp.down_proj`                 | `  mlp.dense_4h_to_h`                 |
-//! | `transformer.ln_f`     | `model.norm`                      | `gpt_neox.final_layer_norm`           |
-//! | `lm_head`              | `lm_head`                         | `embed_out`                           |
+//! | lit-gpt               | Llama on disk                | GPT-NeoX on disk              |
+//! |-----------------------|------------------------------|-------------------------------|
+//! | `transformer.wte`     | `model.embed_tokens`         | `gpt_neox.embed_in`           |
+//! | `transformer.h.{i}.*` | `model.layers.{i}.*`         | `gpt_neox.layers.{i}.*`       |
+//! | `  norm_1`            | `  input_layernorm`          | `  input_layernorm`           |
+//! | `  attn.qkv`          | `  self_attn.{q,k,v}_proj`   | `  attention.query_key_value` |
+//! | `  attn.proj`         | `  self_attn.o_proj`         | `  attention.dense`           |
+//! | `  norm_2`            | `  post_attention_layernorm` | `  post_attention_layernorm`  |
+//! | `  mlp.fc_1`          | `  mlp.gate_proj`            |                               |
+//! | `  mlp.fc_2`          | `  mlp.up_proj`              |                               |
+//! | `  mlp.fc`            |                              | `  mlp.dense_h_to_4h`         |
+//! | `  mlp.proj`          | `  mlp.down_proj`            | `  mlp.dense_4h_to_h`         |
+//! | `transformer.ln_f`    | `model.norm`                 | `gpt_neox.final_layer_norm`   |
+//! | `lm_head`             | `lm_head`                    | `embed_out`                   |
 //!
-//! Llama splits our `[Q; K; V]` rows into three tensors; GPT-NeoX interleaves them a head: `q_h; k_h; v_h`.
+//! Llama splits our `[Q; K; V]` rows into three tensors; GPT-NeoX interleaves them a head:
+//! `[q_0; k_0; v_0; q_1; ...]`, each of `head_size` rows. No row is permuted for the rotary layout.
 
 use crate::model::{MlpClass, ModelConfig};
 use tch::Tensor;
@@ -60,7 +61,9 @@ pub fn parts(name: &str, config: &ModelConfig) -> Vec<Part> {
         _ => {}
     }
     let rest = module.strip_prefix("transformer.h.").and_then(|rest| rest.split_once('.'));
-    let Some((layer, leaf)) = rest else { return one(module) };
+    let Some((layer, leaf)) = rest else {
+        return one(module);
+    };
     let prefix = if neox { "gpt_neox.layers" } else { "model.layers" };
     let in_layer = |leaf: &str| one(&format!("{prefix}.{layer}.{leaf}"));
     match (leaf, neox) {
@@ -91,6 +94,11 @@ fn split_qkv(prefix: &str, kind: &str, config: &ModelConfig) -> Vec<Part> {
     vec![part("q", 0, q), part("k", q, kv), part("v", q + kv, kv)]
 }
 
+/// Name of the head on disk.
+pub fn head_name(config: &ModelConfig) -> &'static str {
+    if config.mlp_class == MlpClass::GptNeoxMLP { "embed_out.weight" } else { "lm_head.weight" }
+}
+
 /// Tensors that old exports carry and nobody needs.
 pub fn is_buffer(name: &str) -> bool {
     name.ends_with("rotary_emb.inv_freq")
@@ -98,7 +106,16 @@ pub fn is_buffer(name: &str) -> bool {
         || name.ends_with("attention.masked_bias")
 }
 
-/// Our tensor (or its part) as it lies on disk.
+/// Shape on disk of our tensor (or its part).
+pub fn disk_shape(ours: &Tensor, layout: Layout) -> Vec<i64> {
+    let mut shape = ours.size();
+    if let (Layout::Rows { len, .. }, Some(rows)) = (layout, shape.first_mut()) {
+        *rows = len;
+    }
+    shape
+}
+
+/// Our tensor (or its part) as it lies on disk; a view, but a copy where heads are interleaved.
 pub fn to_disk(ours: &Tensor, layout: Layout, config: &ModelConfig) -> Tensor {
     match layout {
         Layout::Same => ours.shallow_clone(),

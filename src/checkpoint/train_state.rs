@@ -1,12 +1,26 @@
 //! `train_state/`: what resume needs beside the weights, bit for bit.
+//!
+//! ```text
+//! train_state/state.json               counters, data cursor, precision (TrainState)
+//! train_state/optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, in the dtype of the
+//! masters train_state/rng.safetensors          cpu, and cuda where the run was on a GPU (u8)
+//! ```
+//!
+//! The weights are not here: `model.safetensors` beside it holds the exact masters (fp32 in
+//! `32-true` and `bf16-mixed`, bf16 in `bf16-true`).
 
 use super::hf::write_json;
 use super::tensors::{self, TensorFile};
 use crate::error::WithHint;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use tch::Tensor;
+
+const DIR: &str = "train_state";
+const STATE: &str = "state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const RNG: &str = "rng.safetensors";
 
 /// Counters and settings, in `train_state/state.json`.
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq)]
@@ -17,7 +31,7 @@ pub struct TrainState {
     pub iter: u64,
     /// Tokens seen over all ranks.
     pub tokens: u64,
-    /// Seconds of training.
+    /// Seconds of training, over all resumes.
     pub elapsed_seconds: f64,
     /// Ranks that wrote it.
     pub world_size: u64,
@@ -25,7 +39,7 @@ pub struct TrainState {
     pub seed: u64,
     /// `precision` of the run.
     pub precision: String,
-    /// Data cursor of the loader.
+    /// Data cursor of the loader, opaque here.
     pub data: serde_json::Value,
 }
 
@@ -33,30 +47,48 @@ pub struct TrainState {
 pub type Tensors = Vec<(String, Tensor)>;
 
 /// Writes counters, optimizer moments and generator states below a checkpoint folder.
+///
+/// # Sync
+/// The CPU waits for each CUDA tensor; one is copied at a time.
 pub fn save_train_state(
     dir: &Path,
     state: &TrainState,
     moments: &[(String, Tensor)],
     generators: &[(String, Tensor)],
 ) -> Result<()> {
-    let dir = dir.join("train_state");
+    let dir = dir.join(DIR);
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot create `{}`", dir.display()))?;
-    write_json(&dir.join("state.json"), &serde_json::to_value(state)?)?;
-    tensors::write(&dir.join("optimizer.safetensors"), moments)?;
-    tensors::write(&dir.join("rng.safetensors"), generators)
+    write_json(&dir.join(STATE), &serde_json::to_value(state)?)?;
+    tensors::write(&dir.join(OPTIMIZER), moments)?;
+    tensors::write(&dir.join(RNG), generators)
 }
 
 /// Reads `train_state/state.json` alone.
+///
+/// # Errors
+/// The folder has no `train_state/` (weights alone), or the file is damaged.
 pub fn load_counters(dir: &Path) -> Result<TrainState> {
-    let path = dir.join("train_state/state.json");
+    let path = dir.join(DIR).join(STATE);
+    if !path.is_file() {
+        return Err(anyhow!("`{}` has no `{DIR}/{STATE}` to resume from", dir.display()))
+            .hint("start from its weights alone with `initial_checkpoint_dir`");
+    }
     let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("cannot read `{}`", path.display()))
-        .hint("only checkpoints written by training can be resumed")?;
-    serde_json::from_str(&text).with_context(|| format!("`{}` is damaged", path.display()))
+        .with_context(|| format!("cannot read `{}`", path.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("`{}` is damaged", path.display()))
+        .hint("resume from an earlier checkpoint, `--resume PATH`")
 }
 
-/// Reads counters, optimizer moments and generator states.
+/// Reads counters, optimizer moments and generator states; the tensors are on the CPU.
+///
+/// # Errors
+/// A file is missing or damaged.
 pub fn load_train_state(dir: &Path) -> Result<(TrainState, Tensors, Tensors)> {
-    let file = |name: &str| TensorFile::open(&dir.join("train_state").join(name))?.all();
-    Ok((load_counters(dir)?, file("optimizer.safetensors")?, file("rng.safetensors")?))
+    let file = |name: &str| -> Result<Tensors> {
+        TensorFile::open(&dir.join(DIR).join(name))
+            .hint("resume from an earlier checkpoint, `--resume PATH`")?
+            .all()
+    };
+    Ok((load_counters(dir)?, file(OPTIMIZER)?, file(RNG)?))
 }

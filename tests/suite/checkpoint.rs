@@ -1,202 +1,798 @@
-//! Checkpoint folders: bit-exact, atomic, found by integer step, refused with reasons.
+//! Checkpoint folders: what goes in comes out, what is damaged is told, what is interrupted is
+//! harmless.
 
-use crate::common::{max_difference, tiny_llama, tiny_neox};
+use crate::common::{tiny_llama, tiny_neox};
+use serde_json::{Value, json};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
-use tinyllama::checkpoint::{self, TrainState};
+use tempfile::TempDir;
+use tinyllama::checkpoint::{self, TrainState, hf_config, tensors};
 use tinyllama::model::{GPT, ModelConfig, RopeScaling, RopeType};
+use tinyllama::tokenizer::Tokenizer;
+use tinyllama::{error, ffi};
 
-fn random(config: &ModelConfig) -> GPT {
+/// A model whose every parameter is random: norms and biases too, so that none is mistaken for
+/// another.
+fn random_model(config: &ModelConfig) -> GPT {
     tch::manual_seed(11);
     let model = GPT::new(config, Device::Cpu);
     tch::no_grad(|| {
-        for (_, mut p) in model.named_parameters() {
-            let _ = p.normal_(0.1, 1.0);
+        for (name, mut p) in model.named_parameters() {
+            let center = f64::from(name.contains("norm_") || name.contains("ln_f"));
+            let center = if name.ends_with("weight") { center } else { 0.0 };
+            let _ = p.normal_(center, 0.2);
         }
     });
     model
 }
 
-/// Configurations as `config.json` can say them: one vocabulary.
-fn configs() -> Vec<ModelConfig> {
-    let one_vocab = |c: ModelConfig| ModelConfig { vocab_size: c.padded_vocab_size, ..c };
-    [
-        tiny_llama(),
-        ModelConfig { n_query_groups: 1, ..tiny_llama() },
-        ModelConfig { tie_embeddings: true, ..tiny_llama() },
-        ModelConfig { bias: true, attn_bias: true, ..tiny_llama() },
-        ModelConfig { rope_scaling: Some(RopeScaling::new(RopeType::Linear, 4.0)), ..tiny_llama() },
-        tiny_neox(),
+/// Both families and what varies within them.
+fn variants() -> Vec<(&'static str, ModelConfig)> {
+    // Heads of 16 dimensions, of which 4 rotate: with 2 there is one frequency, base^0, and no base
+    // is ever wrong.
+    let (llama, neox) = (tiny_llama(), ModelConfig { n_embd: 64, head_size: 16, ..tiny_neox() });
+    let scaled = |rope_scaling| ModelConfig { rope_scaling: Some(rope_scaling), ..llama.clone() };
+    let llama3 = RopeScaling {
+        low_freq_factor: Some(1.0),
+        high_freq_factor: Some(4.0),
+        original_max_position_embeddings: Some(16),
+        ..RopeScaling::new(RopeType::Llama3, 8.0)
+    };
+    let dynamic = RopeScaling {
+        original_max_position_embeddings: Some(llama.block_size),
+        ..RopeScaling::new(RopeType::Dynamic, 2.0)
+    };
+    let yarn = RopeScaling {
+        original_max_position_embeddings: Some(16),
+        beta_fast: Some(16.0),
+        ..RopeScaling::new(RopeType::Yarn, 4.0)
+    };
+    vec![
+        ("llama_gqa", llama.clone()),
+        (
+            "llama_9_3",
+            ModelConfig { n_head: 9, n_query_groups: 3, n_embd: 36, head_size: 4, ..llama.clone() },
+        ),
+        ("llama_mqa", ModelConfig { n_query_groups: 1, ..llama.clone() }),
+        ("llama_mha", ModelConfig { n_query_groups: 4, ..llama.clone() }),
+        ("llama_tied", ModelConfig { tie_embeddings: true, rope_base: 1e5, ..llama.clone() }),
+        ("llama_bias", ModelConfig { bias: true, attn_bias: true, ..llama.clone() }),
+        ("llama_head_dim", ModelConfig { head_size: 12, ..llama.clone() }),
+        ("llama_linear", scaled(RopeScaling::new(RopeType::Linear, 4.0))),
+        ("llama_dynamic", scaled(dynamic)),
+        ("llama_yarn", scaled(yarn)),
+        ("llama_yarn_plain", scaled(RopeScaling::new(RopeType::Yarn, 4.0))),
+        ("llama_llama3", scaled(llama3)),
+        ("neox", neox.clone()),
+        ("neox_sequential", ModelConfig { parallel_residual: false, ..neox.clone() }),
+        ("neox_tied", ModelConfig { tie_embeddings: true, rope_base: 5e4, ..neox.clone() }),
+        (
+            "neox_linear",
+            ModelConfig { rope_scaling: Some(RopeScaling::new(RopeType::Linear, 2.0)), ..neox },
+        ),
     ]
-    .map(one_vocab)
-    .into()
+}
+
+fn same_bits(a: &GPT, b: &GPT) -> bool {
+    let (a, b) = (a.named_parameters(), b.named_parameters());
+    a.len() == b.len()
+        && a.iter().zip(&b).all(|((name_a, x), (name_b, y))| {
+            name_a == name_b
+                && (x.kind(), x.size()) == (y.kind(), y.size())
+                && ffi::tensor_bytes(x) == ffi::tensor_bytes(y)
+        })
+}
+
+fn saved(model: &GPT) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    checkpoint::save(dir.path(), model).unwrap();
+    dir
+}
+
+fn message<T>(result: anyhow::Result<T>) -> String {
+    format!("{:#}", result.err().expect("an error"))
+}
+
+/// The tensors of a weights file, to be changed and written again.
+fn tensors_in(path: &Path) -> Vec<(String, Tensor)> {
+    tensors::TensorFile::open(path).unwrap().all().unwrap()
+}
+
+// Weights
+
+#[test]
+fn both_families_come_back_bit_for_bit() {
+    for (name, config) in variants() {
+        let mut model = random_model(&config);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            model.to_kind(kind);
+            let dir = saved(&model);
+            let back = checkpoint::load_model(dir.path(), kind, Device::Cpu).unwrap();
+            assert!(same_bits(&model, &back), "{name} {kind:?}");
+            assert_eq!(back.config.name, config.name);
+            // A run that resumes is strict, and has the configuration before it went to disk.
+            let resumed = random_model(&config);
+            checkpoint::load_weights(&resumed, dir.path()).unwrap();
+            assert_eq!(same_bits(&model, &resumed), kind == Kind::Float, "{name} {kind:?}");
+        }
+    }
 }
 
 #[test]
-fn a_model_survives_a_round_trip_bit_for_bit_whole_and_in_shards() {
-    for config in configs() {
-        let model = random(&config);
-        for shard in [usize::MAX, 6000] {
-            let dir = tempfile::tempdir().unwrap();
-            checkpoint::save(dir.path(), &model).unwrap();
-            if shard != usize::MAX {
-                fs::remove_file(dir.path().join("model.safetensors")).unwrap();
-                let parameters = model.named_parameters();
-                checkpoint::save_weights(dir.path(), &config, &parameters, shard).unwrap();
-                assert!(dir.path().join("model.safetensors.index.json").is_file());
-            }
-            assert_eq!(checkpoint::load_config(dir.path()).unwrap(), config);
-            let back = checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu).unwrap();
-            for ((name, a), (_, b)) in model.named_parameters().iter().zip(back.named_parameters())
+fn weights_change_their_dtype_on_load_and_on_save() {
+    let mut model = random_model(&tiny_llama());
+    let dir = saved(&model);
+    let half = tempfile::tempdir().unwrap();
+    let (config, named) = (model.config.clone(), model.named_parameters());
+    fs::copy(dir.path().join("config.json"), half.path().join("config.json")).unwrap();
+    checkpoint::save_weights(half.path(), &config, &named, Kind::Half, u64::MAX).unwrap();
+    let from_half = checkpoint::load_model(half.path(), Kind::Float, Device::Cpu).unwrap();
+    let (_, original) = &named[0];
+    let (_, rounded) = &from_half.named_parameters()[0];
+    assert!(rounded.equal(&original.to_kind(Kind::Half).to_kind(Kind::Float)));
+
+    let loaded = checkpoint::load_model(dir.path(), Kind::BFloat16, Device::Cpu).unwrap();
+    model.to_kind(Kind::BFloat16);
+    assert!(same_bits(&model, &loaded));
+}
+
+#[test]
+fn large_weights_are_sharded_with_an_index_and_come_back() {
+    let model = random_model(&tiny_neox());
+    let dir = saved(&model);
+    let whole = fs::metadata(dir.path().join("model.safetensors")).unwrap().len();
+    let (config, named) = (&model.config, model.named_parameters());
+    checkpoint::save_weights(dir.path(), config, &named, Kind::Float, whole / 4).unwrap();
+    assert!(!dir.path().join("model.safetensors").exists(), "the stale single file is gone");
+
+    let index = fs::read_to_string(dir.path().join("model.safetensors.index.json")).unwrap();
+    let index: Value = serde_json::from_str(&index).unwrap();
+    let map = index["weight_map"].as_object().unwrap();
+    assert_eq!(map.len(), named.len());
+    assert_eq!(index["metadata"]["total_size"], 4 * model.n_params());
+    let mut shards: Vec<&str> = map.values().map(|v| v.as_str().unwrap()).collect();
+    shards.dedup();
+    assert!(shards.len() >= 4, "{shards:?}");
+    assert_eq!(shards[0], format!("model-00001-of-{:05}.safetensors", shards.len()));
+    for shard in &shards {
+        let tensor_bytes: u64 =
+            tensors_in(&dir.path().join(shard)).iter().map(|(_, t)| 4 * t.numel() as u64).sum();
+        assert!(tensor_bytes <= whole / 4, "{shard}: {tensor_bytes}");
+    }
+    let back = checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu).unwrap();
+    assert!(same_bits(&model, &back));
+
+    checkpoint::save(dir.path(), &model).unwrap();
+    assert!(!dir.path().join("model.safetensors.index.json").exists(), "the stale index is gone");
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoint").join(name)
+}
+
+fn read_json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn configs_of_transformers_4_and_5_mean_the_same() {
+    let old = read_json(&golden("configs-4.46.3.json"));
+    let new = read_json(&golden("configs-5.23.0.json"));
+    for (name, json) in old.as_object().unwrap() {
+        let mut configs = [json, &new[name]].map(|json| hf_config::from_json(json).unwrap());
+        for config in &mut configs {
+            if let Some(s) = &mut config.rope_scaling
+                && s.rope_type == RopeType::Yarn
             {
-                assert!(a.equal(&b), "{name}");
+                // Version 5 spells the default out.
+                s.original_max_position_embeddings.get_or_insert(config.block_size);
+            }
+        }
+        let [old, new] = configs;
+        assert_eq!(old, new, "{name}");
+        let scaling = old.rope_scaling.as_ref().map(|s| s.rope_type);
+        let named = [
+            ("llama_linear", RopeType::Linear),
+            ("llama_dynamic", RopeType::Dynamic),
+            ("llama_yarn", RopeType::Yarn),
+            ("llama_llama3", RopeType::Llama3),
+        ];
+        assert_eq!(scaling, named.iter().find(|(n, _)| n == name).map(|(_, t)| *t), "{name}");
+    }
+}
+
+/// `TINYLLAMA_PARITY_DIR=DIR cargo test --release folders_for_transformers -- --ignored`, then
+/// `python scripts/golden/checkpoint.py check DIR`.
+#[test]
+#[ignore = "writes folders that scripts/golden/checkpoint.py reads with transformers"]
+fn folders_for_transformers() {
+    let out = PathBuf::from(std::env::var("TINYLLAMA_PARITY_DIR").expect("TINYLLAMA_PARITY_DIR"));
+    for (name, config) in variants() {
+        // `dynamic` changes beyond the trained length only.
+        let long = config.rope_scaling.as_ref().is_some_and(|s| s.rope_type == RopeType::Dynamic);
+        let t = if long { 96 } else { 48 };
+        let model = random_model(&config);
+        let tokens = (Tensor::arange(2 * t, tch::kind::INT64_CPU) * 7 + 3)
+            .remainder(config.vocab_size)
+            .view([2, t]);
+        let logits = tch::no_grad(|| model.forward(&tokens, None));
+        checkpoint::save(&out.join(name), &model).unwrap();
+        let expected = out.join(format!("{name}.expected.safetensors"));
+        tensors::write(&expected, &[("tokens".into(), tokens), ("logits".into(), logits)]).unwrap();
+    }
+    // Sharded, and bf16 (whose dtype transformers must find in `config.json`).
+    let (_, neox) = variants().into_iter().find(|(name, _)| *name == "neox").unwrap();
+    let mut model = random_model(&neox);
+    let expected = out.join("neox.expected.safetensors");
+    for name in ["neox_sharded", "neox_bf16"] {
+        fs::copy(&expected, out.join(format!("{name}.expected.safetensors"))).unwrap();
+    }
+    let sharded = out.join("neox_sharded");
+    checkpoint::save(&sharded, &model).unwrap();
+    let named = model.named_parameters();
+    checkpoint::save_weights(&sharded, &model.config, &named, Kind::Float, 30_000).unwrap();
+    model.to_kind(Kind::BFloat16);
+    checkpoint::save(&out.join("neox_bf16"), &model).unwrap();
+    // Ids of a tokenizer.
+    let tokenizer = Tokenizer::load(&golden("../tokenizer/llama.model")).unwrap();
+    let model = random_model(&tiny_llama());
+    let dir = out.join("llama_gqa");
+    checkpoint::save_model(&dir, &model.config, &model.named_parameters(), Some(&tokenizer))
+        .unwrap();
+}
+
+#[test]
+fn old_buffers_are_ignored_and_a_tied_head_may_be_there_or_alone() {
+    for config in [tiny_llama(), tiny_neox()] {
+        let config = ModelConfig { tie_embeddings: true, ..config };
+        let neox = config.norm_eps == tiny_neox().norm_eps && config.bias;
+        let (wte, head) = match neox {
+            true => ("gpt_neox.embed_in.weight", "embed_out.weight"),
+            false => ("model.embed_tokens.weight", "lm_head.weight"),
+        };
+        let model = random_model(&config);
+        let dir = saved(&model);
+        let path = dir.path().join("model.safetensors");
+        let mut all = tensors_in(&path);
+        let embedding = all.iter().find(|(n, _)| n == wte).unwrap().1.shallow_clone();
+        all.push((head.into(), embedding));
+        for buffer in ["rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"] {
+            let name = format!("gpt_neox.layers.0.{buffer}");
+            all.push((name, Tensor::ones([2], tch::kind::FLOAT_CPU)));
+        }
+        tensors::write(&path, &all).unwrap();
+        let back = checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu).unwrap();
+        assert!(same_bits(&model, &back));
+
+        all.retain(|(name, _)| name != wte);
+        tensors::write(&path, &all).unwrap();
+        let back = checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu).unwrap();
+        assert!(same_bits(&model, &back));
+    }
+}
+
+// Bad input
+
+#[test]
+fn a_truncated_file_is_refused_with_expected_and_got_bytes() {
+    let dir = saved(&random_model(&tiny_llama()));
+    let path = dir.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 100]).unwrap();
+    let told = message(checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu));
+    let sizes = format!("expected {} bytes by its header, got {}", bytes.len(), bytes.len() - 100);
+    assert!(told.contains("model.safetensors") && told.contains(&sizes), "{told}");
+}
+
+#[test]
+fn every_missing_shard_is_named() {
+    let model = random_model(&tiny_llama());
+    let dir = saved(&model);
+    let named = model.named_parameters();
+    checkpoint::save_weights(dir.path(), &model.config, &named, Kind::Float, 20_000).unwrap();
+    let mut shards: Vec<PathBuf> = fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+        .collect();
+    shards.sort();
+    assert!(shards.len() > 3);
+    for shard in [&shards[0], &shards[2]] {
+        fs::remove_file(shard).unwrap();
+    }
+    let told = message(checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu));
+    for shard in [&shards[0], &shards[2]] {
+        assert!(told.contains(shard.file_name().unwrap().to_str().unwrap()), "{told}");
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit_are_told_all_at_once_and_nothing_is_loaded() {
+    let dir = saved(&random_model(&tiny_llama()));
+    let path = dir.path().join("model.safetensors");
+    let mut all = tensors_in(&path);
+    all.retain(|(name, _)| name != "model.norm.weight");
+    for (name, tensor) in &mut all {
+        match name.as_str() {
+            "model.layers.0.self_attn.k_proj.weight" => {
+                *tensor = Tensor::ones([8, 32], tch::kind::FLOAT_CPU)
+            }
+            "model.layers.1.mlp.up_proj.weight" => *tensor = tensor.to_kind(Kind::Int64),
+            _ => {}
+        }
+    }
+    all.push(("model.layers.2.mlp.up_proj.weight".into(), Tensor::ones([1], tch::kind::FLOAT_CPU)));
+    tensors::write(&path, &all).unwrap();
+
+    let target = random_model(&tiny_llama());
+    let before: Vec<_> = target.named_parameters().iter().map(|(_, t)| t.copy()).collect();
+    let told = message(checkpoint::load_weights(&target, dir.path()));
+    for line in [
+        "4 tensor(s)",
+        "`model.norm.weight`: missing, expected shape [32]",
+        "`model.layers.0.self_attn.k_proj.weight`: expected shape [16, 32], got [8, 32]",
+        "`model.layers.1.mlp.up_proj.weight`: expected a float dtype, got Int64",
+        "`model.layers.2.mlp.up_proj.weight`: not expected",
+    ] {
+        assert!(told.contains(line), "{line}\nin: {told}");
+    }
+    let after = target.named_parameters();
+    assert!(before.iter().zip(&after).all(|(a, (_, b))| a.equal(b)));
+}
+
+#[test]
+fn a_checkpoint_of_another_architecture_names_the_fields_that_differ() {
+    let dir = saved(&random_model(&tiny_llama()));
+    let other = ModelConfig { n_layer: 3, n_query_groups: 1, ..tiny_llama() };
+    let told = message(checkpoint::load_weights(&GPT::empty(&other, Device::Cpu), dir.path()));
+    assert!(told.contains("another architecture"), "{told}");
+    assert!(told.contains("`n_layer`: expected 3, got 2"), "{told}");
+    assert!(told.contains("`n_query_groups`: expected 1, got 2"), "{told}");
+    assert!(!told.contains("n_embd") && !told.contains("tensor(s)"), "{told}");
+
+    let told =
+        message(checkpoint::load_weights(&GPT::empty(&tiny_neox(), Device::Cpu), dir.path()));
+    assert!(told.contains("`mlp_class`") && told.contains("`norm_class`"), "{told}");
+}
+
+#[test]
+fn a_longer_context_may_start_from_weights_of_a_shorter_one() {
+    let model = random_model(&tiny_llama());
+    let dir = saved(&model);
+    let longer = ModelConfig {
+        block_size: 256,
+        rope_scaling: Some(RopeScaling::new(RopeType::Linear, 4.0)),
+        ..tiny_llama()
+    };
+    let target = GPT::empty(&longer, Device::Cpu);
+    checkpoint::load_initial_weights(&target, dir.path()).unwrap();
+    assert!(same_bits(&model, &target));
+    // A resumed run is no place for it, and no other field may differ.
+    let told = message(checkpoint::load_weights(&target, dir.path()));
+    assert!(told.contains("`block_size`: expected 256, got 64"), "{told}");
+    assert!(told.contains("`rope_scaling`: expected {") && told.contains("got null"), "{told}");
+    let other = ModelConfig { norm_eps: 1e-6, ..longer };
+    let told =
+        message(checkpoint::load_initial_weights(&GPT::empty(&other, Device::Cpu), dir.path()));
+    assert!(told.contains("`norm_eps`") && !told.contains("block_size"), "{told}");
+}
+
+#[test]
+fn a_folder_without_weights_or_with_pickled_ones_says_so() {
+    let dir = saved(&random_model(&tiny_llama()));
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    let told = message(checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu));
+    assert!(told.contains("looked for `model.safetensors`"), "{told}");
+    fs::remove_file(dir.path().join("config.json")).unwrap();
+    let told = message(checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu));
+    assert!(told.contains("config.json"), "{told}");
+}
+
+#[test]
+fn an_index_that_points_out_of_its_folder_is_refused() {
+    let dir = saved(&random_model(&tiny_llama()));
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    let index = json!({"weight_map": {"a": "../../secret.safetensors"}}).to_string();
+    fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+    let told = message(checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu));
+    assert!(told.contains("no file of its folder"), "{told}");
+}
+
+#[test]
+fn a_model_that_hugging_face_cannot_hold_is_refused_before_it_is_written() {
+    let config = ModelConfig { rotary_percentage: 0.5, parallel_residual: true, ..tiny_llama() };
+    let dir = tempfile::tempdir().unwrap();
+    let told = message(checkpoint::save(dir.path(), &random_model(&config)));
+    assert!(told.contains("`rotary_percentage`") && told.contains("`parallel_residual`"), "{told}");
+    let grouped = ModelConfig { n_query_groups: 2, ..tiny_neox() };
+    assert!(hf_config::unsupported(&grouped)[0].contains("`n_query_groups`"));
+    for (name, config) in variants() {
+        assert!(hf_config::unsupported(&config).is_empty(), "{name}");
+    }
+}
+
+// Train state
+
+fn state_at(step: u64) -> TrainState {
+    TrainState {
+        step,
+        iter: 8 * step,
+        tokens: 3_000_001_101_824,
+        elapsed_seconds: 0.1 + 0.2,
+        world_size: 16,
+        seed: u64::MAX,
+        precision: "bf16-mixed".into(),
+        data: json!({"epoch": 3, "cursor": [1u64 << 53, 7], "nested": {"a": null}}),
+    }
+}
+
+/// A complete checkpoint folder of a run, as training writes it.
+fn write_checkpoint(dir: &Path, model: &GPT, step: u64) -> anyhow::Result<()> {
+    checkpoint::save_model(dir, &model.config, &model.named_parameters(), None)?;
+    let moments = [("exp_avg.transformer.wte.weight".to_owned(), model.wte.weight.detach())];
+    let generators = [("cpu".to_owned(), ffi::rng_state(Device::Cpu)?)];
+    checkpoint::save_train_state(dir, &state_at(step), &moments, &generators)
+}
+
+#[test]
+fn train_state_comes_back_bit_for_bit_and_the_generator_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let x = Tensor::randn([3, 5], tch::kind::FLOAT_CPU);
+    let moments = vec![
+        ("exp_avg.a".to_owned(), x.shallow_clone()),
+        ("exp_avg_sq.a".to_owned(), x.to_kind(Kind::BFloat16).tr()),
+        ("nan".to_owned(), Tensor::from_slice(&[f32::NAN, f32::NEG_INFINITY, -0.0, 1e-45])),
+        ("count".to_owned(), Tensor::from_slice(&[i64::MIN, i64::MAX])),
+    ];
+    tch::manual_seed(5);
+    let _ = Tensor::randn([7], tch::kind::FLOAT_CPU);
+    let generators = vec![("cpu".to_owned(), ffi::rng_state(Device::Cpu).unwrap())];
+    let next = Tensor::randn([100], tch::kind::FLOAT_CPU);
+
+    checkpoint::save_train_state(dir.path(), &state_at(7), &moments, &generators).unwrap();
+    let (state, back, rng) = checkpoint::load_train_state(dir.path()).unwrap();
+    assert_eq!(state, state_at(7));
+    assert_eq!(back.len(), moments.len());
+    for (name, tensor) in &moments {
+        let (_, got) = back.iter().find(|(n, _)| n == name).unwrap();
+        assert_eq!((got.kind(), got.size()), (tensor.kind(), tensor.size()), "{name}");
+        assert_eq!(ffi::tensor_bytes(got), ffi::tensor_bytes(tensor), "{name}");
+    }
+    ffi::set_rng_state(Device::Cpu, &rng[0].1).unwrap();
+    assert!(Tensor::randn([100], tch::kind::FLOAT_CPU).equal(&next));
+}
+
+#[test]
+fn damaged_train_state_names_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let told = message(checkpoint::load_train_state(dir.path()));
+    assert!(told.contains("train_state/state.json"), "{told}");
+    checkpoint::save_train_state(dir.path(), &state_at(1), &[], &[]).unwrap();
+    checkpoint::load_train_state(dir.path()).unwrap();
+    let file = |name: &str| dir.path().join("train_state").join(name);
+    fs::write(file("optimizer.safetensors"), b"").unwrap();
+    let told = message(checkpoint::load_train_state(dir.path()));
+    assert!(told.contains("optimizer.safetensors") && told.contains("0 bytes"), "{told}");
+    fs::write(file("state.json"), b"{\"step\": 1").unwrap();
+    let told = message(checkpoint::load_train_state(dir.path()));
+    assert!(told.contains("state.json") && told.contains("damaged"), "{told}");
+}
+
+// Folders
+
+fn save_step(out_dir: &Path, name: &str, model: &GPT, step: u64) -> PathBuf {
+    checkpoint::save_atomically(out_dir, name, |dir| write_checkpoint(dir, model, step)).unwrap()
+}
+
+/// Names of everything in a folder.
+fn names(dir: &Path) -> Vec<String> {
+    let name = |e: std::io::Result<fs::DirEntry>| e.unwrap().file_name().into_string().unwrap();
+    let mut names: Vec<String> = fs::read_dir(dir).unwrap().map(name).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_newest_checkpoint_is_chosen_by_integer_step() {
+    let out = tempfile::tempdir().unwrap();
+    let model = random_model(&tiny_llama());
+    for step in [999_999, 1_000_000, 5] {
+        save_step(out.path(), &format!("step-{step:06}"), &model, step);
+    }
+    let steps: Vec<u64> =
+        checkpoint::list(out.path()).unwrap().into_iter().map(|(s, _)| s).collect();
+    assert_eq!(steps, [5, 999_999, 1_000_000]);
+    let newest = out.path().join("step-1000000");
+    assert_eq!(checkpoint::latest(out.path()).unwrap(), Some(newest));
+    // `final` is as new as its own counter says.
+    let last = save_step(out.path(), "final", &model, 1_000_000);
+    assert_eq!(checkpoint::latest(out.path()).unwrap(), Some(last.clone()));
+    save_step(out.path(), "step-1000001", &model, 1_000_001);
+    assert_ne!(checkpoint::latest(out.path()).unwrap(), Some(last));
+    assert_eq!(checkpoint::latest(&out.path().join("nothing")).unwrap(), None);
+}
+
+#[test]
+fn unfinished_folders_are_no_checkpoints() {
+    let out = tempfile::tempdir().unwrap();
+    let model = random_model(&tiny_llama());
+    save_step(out.path(), "step-00000001", &model, 1);
+    let sound = checkpoint::list(out.path()).unwrap();
+    for (name, missing) in
+        [("step-00000002", "model.safetensors"), ("step-00000003", "config.json")]
+    {
+        save_step(out.path(), name, &model, 9);
+        fs::remove_file(out.path().join(name).join(missing)).unwrap();
+    }
+    for name in ["step-", "step-12x", "other", ".tmp-step-00000009-1"] {
+        fs::create_dir(out.path().join(name)).unwrap();
+        write_checkpoint(&out.path().join(name), &model, 9).unwrap();
+    }
+    fs::write(out.path().join("step-00000010"), "a file").unwrap();
+    assert_eq!(checkpoint::list(out.path()).unwrap(), sound);
+}
+
+#[test]
+fn a_failed_save_leaves_the_previous_checkpoint_and_no_rubbish() {
+    let out = tempfile::tempdir().unwrap();
+    let model = random_model(&tiny_llama());
+    save_step(out.path(), "final", &model, 1);
+    let failed = checkpoint::save_atomically(out.path(), "final", |dir| {
+        checkpoint::save_model(dir, &model.config, &model.named_parameters(), None)?;
+        // Half way through a save the old one is what a reader gets.
+        let seen = checkpoint::latest(out.path())?.unwrap();
+        assert_eq!(checkpoint::load_counters(&seen)?.step, 1);
+        anyhow::bail!("the power went")
+    });
+    assert!(message(failed).contains("the power went"));
+    assert_eq!(names(out.path()), ["final"]);
+    assert_eq!(checkpoint::load_counters(&out.path().join("final")).unwrap().step, 1);
+}
+
+#[test]
+fn a_folder_of_the_same_name_is_replaced() {
+    let out = tempfile::tempdir().unwrap();
+    let model = random_model(&tiny_llama());
+    save_step(out.path(), "final", &model, 1);
+    fs::write(out.path().join("final/left_over"), "").unwrap();
+    let path = save_step(out.path(), "final", &model, 2);
+    assert_eq!(checkpoint::load_counters(&path).unwrap().step, 2);
+    assert_eq!(names(out.path()), ["final"]);
+    let inside = ["config.json", "generation_config.json", "model.safetensors", "train_state"];
+    assert_eq!(names(&path), inside);
+}
+
+#[test]
+fn what_a_dead_process_left_is_swept_and_what_stepped_aside_comes_back() {
+    let out = tempfile::tempdir().unwrap();
+    let model = random_model(&tiny_llama());
+    save_step(out.path(), "final", &model, 4);
+    // Died while writing, and between the two renames of a replacement.
+    fs::create_dir_all(out.path().join(".tmp-step-00000005-4242/train_state")).unwrap();
+    fs::rename(out.path().join("final"), out.path().join(".old-final")).unwrap();
+    let found = checkpoint::latest(out.path()).unwrap().unwrap();
+    assert_eq!(checkpoint::load_counters(&found).unwrap().step, 4);
+    checkpoint::load_model(&found, Kind::Float, Device::Cpu).unwrap();
+    // Another run's folder in the making is left alone.
+    let alive = out.path().join(".tmp-step-00000006-4243");
+    fs::create_dir_all(&alive).unwrap();
+    let lock = fs::File::open(&alive).unwrap();
+    lock.try_lock().unwrap();
+    checkpoint::sweep(out.path()).unwrap();
+    assert_eq!(names(out.path()), [".tmp-step-00000006-4243", "final"]);
+    drop(lock);
+    // Died after both renames: the replaced one is still there.
+    fs::create_dir(out.path().join(".old-final")).unwrap();
+    checkpoint::sweep(out.path()).unwrap();
+    assert_eq!(names(out.path()), ["final"]);
+    assert_eq!(checkpoint::load_counters(&out.path().join("final")).unwrap().step, 4);
+}
+
+/// The process that `a_process_killed_at_any_moment_leaves_a_sound_checkpoint` kills.
+#[test]
+#[ignore = "saves without end"]
+fn saves_until_killed() {
+    let out = PathBuf::from(std::env::var("TINYLLAMA_KILL_DIR").expect("TINYLLAMA_KILL_DIR"));
+    let model = random_model(&tiny_llama());
+    let newest = checkpoint::latest(&out).unwrap();
+    let before = newest.map_or(0, |dir| checkpoint::load_counters(&dir).unwrap().step);
+    for step in before + 1.. {
+        save_step(&out, "final", &model, step);
+        fs::write(out.join("saved"), "").unwrap();
+    }
+}
+
+#[test]
+fn a_process_killed_at_any_moment_leaves_a_sound_checkpoint() {
+    const KILLS: u64 = 8;
+    let out = tempfile::tempdir().unwrap();
+    let (mut newest, mut unfinished) = (0, 0);
+    for round in 0..KILLS {
+        let signal = out.path().join("saved");
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "checkpoint::saves_until_killed", "--ignored", "--test-threads=1"])
+            .env("TINYLLAMA_KILL_DIR", out.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let started = Instant::now();
+        while !signal.exists() && started.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // A save takes some 10 to 100 ms: steps of 13 ms come down on all parts of it.
+        std::thread::sleep(Duration::from_millis(13 * round));
+        child.kill().unwrap(); // SIGKILL
+        child.wait().unwrap();
+        fs::remove_file(signal).unwrap();
+
+        unfinished += usize::from(names(out.path()) != ["final"]);
+        let found = checkpoint::latest(out.path()).unwrap().expect("a checkpoint");
+        checkpoint::load_model(&found, Kind::Float, Device::Cpu).unwrap();
+        let (state, ..) = checkpoint::load_train_state(&found).unwrap();
+        assert!(state.step > newest, "step {} after step {newest}", state.step);
+        newest = state.step;
+    }
+    println!("step {newest} after {KILLS} kills, {unfinished} of them in the middle of a save");
+    checkpoint::sweep(out.path()).unwrap();
+    assert_eq!(names(out.path()), ["final"]);
+}
+
+#[test]
+fn prune_keeps_the_newest_and_final() {
+    let out = tempfile::tempdir().unwrap();
+    let model = random_model(&tiny_llama());
+    for step in [9, 10, 100, 1000] {
+        save_step(out.path(), &format!("step-{step}"), &model, step);
+    }
+    save_step(out.path(), "final", &model, 1000);
+    checkpoint::prune(out.path(), 2).unwrap();
+    assert_eq!(names(out.path()), ["final", "step-100", "step-1000"]);
+    checkpoint::prune(out.path(), 0).unwrap();
+    assert_eq!(names(out.path()), ["final", "step-1000"]);
+}
+
+#[test]
+fn a_checkpoint_is_found_by_its_folder_its_run_or_a_file_in_it() {
+    let out = tempfile::tempdir().unwrap();
+    let model = random_model(&tiny_llama());
+    let one = save_step(out.path(), "step-00000001", &model, 1);
+    let two = save_step(out.path(), "step-00000002", &model, 2);
+    assert_eq!(checkpoint::resolve(&one).unwrap(), one);
+    assert_eq!(checkpoint::resolve(out.path()).unwrap(), two);
+    assert_eq!(checkpoint::resolve(&one.join("model.safetensors")).unwrap(), one);
+    assert_eq!(checkpoint::resolve(&one.join("train_state/optimizer.safetensors")).unwrap(), one);
+    // A `final` whose train state was thrown away to save room.
+    let last = save_step(out.path(), "final", &model, 3);
+    assert_eq!(checkpoint::resolve(out.path()).unwrap(), last);
+    for dir in [&one, &two, &last.join("train_state")] {
+        fs::remove_dir_all(dir).unwrap();
+    }
+    assert_eq!(checkpoint::resolve(out.path()).unwrap(), last);
+
+    let empty = tempfile::tempdir().unwrap();
+    let told = message(checkpoint::resolve(empty.path()));
+    for looked_for in ["config.json", "final/", "step-*/", "model.safetensors"] {
+        assert!(told.contains(looked_for), "{told}");
+    }
+    let told = message(checkpoint::resolve(&empty.path().join("nowhere")));
+    assert!(told.contains("does not exist"), "{told}");
+    fs::write(empty.path().join("weights.pth"), "").unwrap();
+    let told = message(checkpoint::resolve(&empty.path().join("weights.pth")));
+    assert!(told.contains("no safetensors file"), "{told}");
+    fs::write(empty.path().join("model.safetensors"), "").unwrap();
+    let told = message(checkpoint::resolve(&empty.path().join("model.safetensors")));
+    assert!(told.contains("no `config.json` beside"), "{told}");
+}
+
+#[test]
+fn tokenizer_files_are_copied_and_never_onto_themselves() {
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let file = from.path().join("tokenizer.json");
+    fs::write(&file, "{}").unwrap();
+    checkpoint::copy_files(std::slice::from_ref(&file), to.path()).unwrap();
+    checkpoint::copy_files(std::slice::from_ref(&file), from.path()).unwrap();
+    for dir in [&from, &to] {
+        assert_eq!(fs::read_to_string(dir.path().join("tokenizer.json")).unwrap(), "{}");
+    }
+    let told = message(checkpoint::copy_files(&[from.path().join("gone.model")], to.path()));
+    assert!(told.contains("gone.model"), "{told}");
+}
+
+// Full disk
+
+/// A small file system of its own, unmounted at the end.
+struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    fn new(bytes: u64) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"])
+            .arg(dir.path())
+            .output();
+        match mount {
+            Ok(output) if output.status.success() => Some(Self(dir)),
+            Ok(output) => {
+                let why = String::from_utf8_lossy(&output.stderr);
+                eprintln!("skipped: a small file system cannot be mounted: {}", why.trim());
+                None
+            }
+            Err(why) => {
+                eprintln!("skipped: `mount` cannot be run: {why}");
+                None
             }
         }
     }
 }
 
-fn state(step: u64) -> TrainState {
-    TrainState {
-        step,
-        iter: 2 * step,
-        tokens: 64 * step,
-        elapsed_seconds: 0.1 + 0.2,
-        world_size: 1,
-        seed: u64::MAX,
-        precision: "bf16-mixed".into(),
-        data: serde_json::json!({"sample": 3}),
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
     }
 }
 
 #[test]
-fn the_train_state_survives_a_round_trip_bit_for_bit() {
-    let dir = tempfile::tempdir().unwrap();
-    tch::manual_seed(1);
-    let moments =
-        [(Kind::Float, "exp_avg.a"), (Kind::BFloat16, "exp_avg_sq.a")].map(|(kind, name)| {
-            (name.to_owned(), Tensor::randn([3, 5], tch::kind::FLOAT_CPU).to_kind(kind))
+fn a_disk_that_fills_up_while_writing_is_told_and_the_previous_checkpoint_survives() {
+    let model = random_model(&tiny_llama());
+    let one = tempfile::tempdir().unwrap();
+    write_checkpoint(one.path(), &model, 1).unwrap();
+    let size = fs::metadata(one.path().join("model.safetensors")).unwrap().len();
+    // Room for a first checkpoint and a part of the second: the disk is full at each kind of file.
+    let mut at = Vec::new();
+    for room in [0, 8 << 10, size / 2, size + (12 << 10), size + (24 << 10)] {
+        let Some(disk) = SmallDisk::new(6 * size) else {
+            return;
+        };
+        let out = disk.0.path();
+        save_step(out, "step-00000001", &model, 1);
+        let filler = checkpoint::free_bytes(out).unwrap() - room;
+        fs::write(out.join("filler"), vec![0; filler as usize]).unwrap();
+        let failed = checkpoint::save_atomically(out, "step-00000002", |dir| {
+            write_checkpoint(dir, &model, 2)
         });
-    let generators = [("cpu".to_owned(), tinyllama::ffi::rng_state(Device::Cpu).unwrap())];
-    checkpoint::save_train_state(dir.path(), &state(7), &moments, &generators).unwrap();
-    let (s, m, g) = checkpoint::load_train_state(dir.path()).unwrap();
-    assert_eq!(s, state(7));
-    assert!(m.iter().zip(&moments).all(|(a, b)| a.0 == b.0 && a.1.equal(&b.1)));
-    assert!(g[0].1.equal(&generators[0].1));
+        let error = failed.expect_err("the disk is full");
+        let told = format!("{error:#}");
+        assert!(told.contains("out of disk: a checkpoint needs more than the"), "{told}");
+        assert!(told.contains(out.to_str().unwrap()) && told.contains("free"), "{told}");
+        assert_eq!(error::exit_code(&error), error::exit::FAILED);
+        println!("{told}");
+        at.push(told);
 
-    // The generator continues as if nothing had happened.
-    let next = Tensor::randn([4], tch::kind::FLOAT_CPU);
-    tinyllama::ffi::set_rng_state(Device::Cpu, &g[0].1).unwrap();
-    assert!(next.equal(&Tensor::randn([4], tch::kind::FLOAT_CPU)));
-}
-
-fn fake(out: &Path, name: &str) {
-    checkpoint::save_atomically(out, name, |dir| {
-        fs::write(dir.join("config.json"), "{}")?;
-        Ok(())
-    })
-    .unwrap();
-}
-
-#[test]
-fn the_newest_checkpoint_is_the_one_of_the_highest_integer_step() {
-    let out = tempfile::tempdir().unwrap();
-    for name in ["step-999999", "step-1000000", "step-00000005"] {
-        fake(out.path(), name);
+        assert_eq!(names(out), ["filler", "step-00000001"]);
+        let found = checkpoint::latest(out).unwrap().unwrap();
+        let back = checkpoint::load_model(&found, Kind::Float, Device::Cpu).unwrap();
+        assert!(same_bits(&model, &back));
+        // With room again, the same save works.
+        fs::remove_file(out.join("filler")).unwrap();
+        save_step(out, "step-00000002", &model, 2);
     }
-    fs::create_dir(out.path().join("step-2000000")).unwrap(); // incomplete: no config.json
-    let newest = checkpoint::latest(out.path()).unwrap().unwrap();
-    assert!(newest.ends_with("step-1000000"), "{newest:?}");
-    checkpoint::prune(out.path(), 1).unwrap();
-    assert_eq!(checkpoint::list(out.path()).unwrap().len(), 1);
-    assert_eq!(checkpoint::resolve(out.path()).unwrap(), newest);
+    for file in ["config.json", "model.safetensors", "optimizer.safetensors"] {
+        assert!(at.iter().any(|told| told.contains(file)), "never full at {file}");
+    }
 }
 
 #[test]
-fn a_crash_while_saving_leaves_the_previous_checkpoint() {
+fn too_little_space_is_told_before_anything_is_written() {
     let out = tempfile::tempdir().unwrap();
-    fake(out.path(), "final");
-    // The process dies: its temporary folder stays.
-    fs::create_dir(out.path().join(".tmp-step-00000009")).unwrap();
-    fs::write(out.path().join(".tmp-step-00000009/config.json"), "{}").unwrap();
-    assert!(checkpoint::latest(out.path()).unwrap().is_none()); // `final` without a state has no step
-    // The write fails: nothing is left of it.
-    let failed = checkpoint::save_atomically(out.path(), "final", |dir| {
-        fs::write(dir.join("config.json"), "half")?;
-        anyhow::bail!("no more ink")
-    });
-    assert!(failed.unwrap_err().to_string().contains("no more ink"));
-    assert_eq!(fs::read_to_string(out.path().join("final/config.json")).unwrap(), "{}");
-    assert!(!out.path().join(".tmp-final").exists());
-    assert!(!out.path().join(".tmp-step-00000009").exists(), "swept by the next save");
-    // Between the two renames: the old one was moved aside and comes back.
-    fs::rename(out.path().join("final"), out.path().join(".tmp-old-final")).unwrap();
-    fake(out.path(), "step-00000010");
-    assert_eq!(fs::read_to_string(out.path().join("final/config.json")).unwrap(), "{}");
-}
+    let model = random_model(&tiny_llama());
+    let named = model.named_parameters();
+    let needed = checkpoint::required_bytes(named.iter().map(|(_, t)| t));
+    assert!(needed > 4 * model.n_params());
+    checkpoint::check_space(&out.path().join("not/there/yet"), needed).unwrap();
+    let told = message(checkpoint::check_space(out.path(), 1 << 60));
+    assert!(told.contains("out of disk: a checkpoint needs 1073741824.0 GiB"), "{told}");
+    assert!(told.contains(out.path().to_str().unwrap()) && told.contains("GiB free"), "{told}");
 
-#[test]
-fn a_full_disk_is_told_with_sizes_and_leaves_the_previous_checkpoint() {
-    let out = tempfile::tempdir().unwrap();
-    fake(out.path(), "step-00000001");
-    let error = checkpoint::check_space(out.path(), 1 << 60).unwrap_err().to_string();
-    assert!(error.contains("out of disk") && error.contains("free"), "{error}");
-    let failed = checkpoint::save_atomically(out.path(), "step-00000002", |_| {
-        Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into())
-    });
-    let error = failed.unwrap_err().to_string();
-    assert!(error.contains("out of disk while saving"), "{error}");
-    assert_eq!(checkpoint::list(out.path()).unwrap().len(), 1);
-    assert!(!out.path().join(".tmp-step-00000002").exists());
-}
-
-fn load_error(dir: &Path, config: &ModelConfig) -> String {
-    let model = GPT::empty(config, Device::Cpu);
-    format!("{:#}", checkpoint::load_weights(&model, dir).unwrap_err())
-}
-
-#[test]
-fn damaged_and_strange_checkpoints_are_refused_with_reasons() {
-    let config = configs().remove(0);
-    let model = random(&config);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("model.safetensors");
-    checkpoint::save(dir.path(), &model).unwrap();
-
-    let other = ModelConfig { n_layer: 3, ..config.clone() };
-    let error = load_error(dir.path(), &other);
-    assert!(error.contains("another architecture"), "{error}");
-    assert!(error.contains("`n_layer`: expected 3, got 2"), "{error}");
-
-    let bytes = fs::read(&path).unwrap();
-    fs::write(&path, &bytes[..bytes.len() - 10]).unwrap();
-    assert!(load_error(dir.path(), &config).contains("is damaged"));
-    fs::write(&path, b"").unwrap();
-    assert!(load_error(dir.path(), &config).contains("is damaged"));
-
-    // A weights file of another model beside this config.json.
-    let wide = random(&ModelConfig { intermediate_size: 56, ..config.clone() });
-    checkpoint::save_weights(dir.path(), &config, &wide.named_parameters(), usize::MAX).unwrap();
-    let error = load_error(dir.path(), &config);
-    assert!(
-        error.contains("mlp.gate_proj.weight`: expected shape [48, 32], got [56, 32]"),
-        "{error}"
-    );
-
-    fs::remove_file(&path).unwrap();
-    assert!(load_error(dir.path(), &config).contains("no `model.safetensors` and no index"));
-    let missing = checkpoint::resolve(Path::new("/no/such/place")).unwrap_err();
-    assert!(missing.to_string().contains("does not exist"));
-}
-
-#[test]
-fn a_bf16_checkpoint_loads_into_fp32_exactly() {
-    let config = configs().remove(0);
-    let mut model = random(&config);
-    model.to_kind(Kind::BFloat16);
-    let dir = tempfile::tempdir().unwrap();
-    checkpoint::save(dir.path(), &model).unwrap();
-    let back = checkpoint::load_model(dir.path(), Kind::Float, Device::Cpu).unwrap();
-    let pairs = model.named_parameters().into_iter().zip(back.named_parameters());
-    assert!(pairs.into_iter().all(|((_, a), (_, b))| max_difference(&a, &b) == 0.0));
+    // What a dead process left is given up for a new checkpoint.
+    let Some(disk) = SmallDisk::new(1 << 20) else {
+        return;
+    };
+    let left = disk.0.path().join(".tmp-step-00000001-1");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("model.safetensors"), vec![0; 900 << 10]).unwrap();
+    checkpoint::check_space(disk.0.path(), 512 << 10).unwrap();
+    assert!(!left.exists());
 }
