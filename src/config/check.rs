@@ -169,8 +169,9 @@ fn check_node(
         value
             if !(accepts(node, kind_of(value)) || accepts(node, "number") && value.is_number()) =>
         {
+            let at = if path.is_empty() { "the file".into() } else { format!("`{path}`") };
             problems.push(format!(
-                "`{path}`: expected {}, got {}",
+                "{at}: expected {}, got {}",
                 expected(node, schema),
                 shown(value)
             ));
@@ -255,14 +256,18 @@ fn normalise(value: &mut Value, node: &Value) {
 /// A number with `_` separators or a suffix K, M, B (G) or T.
 fn parse_number(text: &str) -> Option<f64> {
     let text = text.trim().replace('_', "");
-    let (digits, scale) = match text.chars().last()? {
-        'K' | 'k' => (&text[..text.len() - 1], 1e3),
-        'M' => (&text[..text.len() - 1], 1e6),
-        'B' | 'G' => (&text[..text.len() - 1], 1e9),
-        'T' => (&text[..text.len() - 1], 1e12),
-        _ => (text.as_str(), 1.0),
+    let exponent = match text.chars().last()? {
+        'K' | 'k' => 3,
+        'M' => 6,
+        'B' | 'G' => 9,
+        'T' => 12,
+        _ => return text.parse().ok().filter(|x: &f64| x.is_finite()),
     };
-    digits.trim().parse::<f64>().ok().map(|x| x * scale).filter(|x| x.is_finite())
+    let digits = text[..text.len() - 1].trim();
+    // Read `1.07B` as `1.07e9`: 1.07 * 1e9 in floating point is no whole number.
+    let plain = digits.bytes().all(|b| b.is_ascii_digit() || b"+-.".contains(&b));
+    let number = if plain { format!("{digits}e{exponent}").parse() } else { return None };
+    number.ok().filter(|x: &f64| x.is_finite())
 }
 
 fn kind_of(value: &Value) -> &'static str {

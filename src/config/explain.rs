@@ -2,9 +2,9 @@
 
 use super::RunConfig;
 use super::check::{self, Schema};
-use crate::bail_hint;
+use crate::error::WithHint;
 use crate::model::ModelConfig;
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use serde_json::Value;
 
 /// One key of the configuration.
@@ -64,18 +64,22 @@ fn choice_docs(node: &Value) -> Vec<(String, String)> {
     variants.into_iter().flatten().filter_map(one).collect()
 }
 
-/// The keys at and below `path`; list positions are written `N`.
+/// The keys at and below `path`; a list position is a number or `N`.
 ///
 /// # Errors
 /// An unknown key, with the nearest one.
 pub fn explain(path: &str) -> Result<Vec<Key>> {
     let all = keys();
+    let any = |key| if str::parse::<usize>(key).is_ok() { "N" } else { key };
+    let path = &path.split('.').map(any).collect::<Vec<_>>().join(".")[..];
     let below = |k: &&Key| k.path == path || k.path.starts_with(&format!("{path}."));
     let found: Vec<Key> = all.iter().filter(below).cloned().collect();
     if found.is_empty() {
-        let near = check::nearest(path, all.iter().map(|k| k.path.as_str()));
+        let leaf = all.iter().map(|k| k.path.as_str()).find(|p| p.rsplit('.').next() == Some(path));
+        let near = leaf.or_else(|| check::nearest(path, all.iter().map(|k| k.path.as_str())));
         let near = near.map_or(String::new(), |n| format!("; did you mean `{n}`?"));
-        bail_hint!("`tinyllama config explain` lists all keys"; "no key is called `{path}`{near}");
+        return Err(anyhow!("no key is called `{path}`{near}"))
+            .usage("`tinyllama config explain` lists all keys");
     }
     Ok(found)
 }

@@ -75,14 +75,22 @@ fn apply(tree: &mut Value, set: &str, schema: &Schema, problems: &mut Vec<String
     if let Err(problem) = check::known_path(schema, &keys) {
         return problems.push(format!("`--set {set}`: {problem}"));
     }
+    let defaults = serde_json::to_value(RunConfig::default()).unwrap_or(Value::Null);
+    let mut default = Some(&defaults);
     let mut at = tree;
     for (i, key) in keys.iter().enumerate() {
+        // A position in a list that the YAML leaves out is one in the default's list.
+        let list = default.filter(|d| d.is_array());
+        if let (true, Some(list), Ok(_)) = (at.is_null(), list, key.parse::<usize>()) {
+            *at = list.clone();
+        }
+        default = default.and_then(|d| d.get(key));
         at = match (at, key.parse::<usize>()) {
             (Value::Array(items), Ok(index)) => match items.len() {
                 n if index < n => &mut items[index],
                 n => {
                     return problems
-                        .push(format!("`--set {set}`: `{key}`, but the list has {n} items"));
+                        .push(format!("`--set {set}`: `{key}`, but the list has {n} item(s)"));
                 }
             },
             (at, _) => {

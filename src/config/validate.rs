@@ -30,6 +30,13 @@ pub fn model_config(
 ) -> Result<ModelConfig, Vec<String>> {
     let preset = ModelConfig::preset(name);
     let mut overrides = Value::Object(overrides.clone());
+    // Hugging Face's older spelling of `rope_type`, which the struct reads too.
+    if let Some(Value::Object(scaling)) = overrides.get_mut("rope_scaling")
+        && !scaling.contains_key("rope_type")
+        && let Some(rope_type) = scaling.remove("type")
+    {
+        scaling.insert("rope_type".into(), rope_type);
+    }
     let mut problems = Vec::new();
     check::check(&mut overrides, &Schema::of::<Overrides>(), &mut problems);
     let prefixed =
@@ -40,10 +47,16 @@ pub fn model_config(
     }
     let (Some(preset), true) = (preset, problems.is_empty()) else { return Err(problems) };
     let model = merge(preset, &overrides, tie).map_err(|e| vec![e])?;
-    match model.validate() {
-        problems if problems.is_empty() => Ok(model),
-        problems => Err(problems.into_iter().map(prefixed).collect()),
+    let mut problems = model.validate();
+    if overrides.get("head_size").is_none() && model.n_head > 0 && model.n_embd % model.n_head != 0
+    {
+        let (c, h) = (model.n_embd, model.n_head);
+        problems.insert(0, format!("`n_embd`: {c} is not divisible by `n_head` = {h}; change one"));
     }
+    if problems.is_empty() {
+        return Ok(model);
+    }
+    Err(problems.into_iter().map(prefixed).collect())
 }
 
 fn no_preset(name: &str) -> String {
@@ -146,7 +159,8 @@ fn check_batch(config: &RunConfig, problems: &mut Vec<String>) {
         }
     }
     if t.micro_batch_size > 0
-        && let Err(e) = BatchPlan::new(config, 1, 1)
+        && t.global_batch_size > 0
+        && let Err(e) = plan_of_one_rank(config)
     {
         problems.extend(e.problems);
     }
@@ -160,6 +174,13 @@ fn check_batch(config: &RunConfig, problems: &mut Vec<String>) {
             problems.push(format!("`{key}`: must be at least 1, or null, got 0"));
         }
     }
+}
+
+/// The length of a run does not depend on the ranks. With a wrong model, whose problems are told anyway,
+/// a sequence counts as one token.
+fn plan_of_one_rank(config: &RunConfig) -> Result<BatchPlan, ConfigError> {
+    let sequence = config.model().map_or(1, |model| config.sequence_length(&model).max(1));
+    BatchPlan::new(config, sequence, 1)
 }
 
 fn check_length(config: &RunConfig, problems: &mut Vec<String>) {
@@ -179,15 +200,24 @@ fn check_length(config: &RunConfig, problems: &mut Vec<String>) {
                 .into(),
         );
     }
-    if let Some(steps) = t.max_steps {
-        if steps == 0 {
-            problems.push("`train.max_steps`: must be at least 1, got 0".into());
-        } else if t.lr_warmup_steps > steps {
-            problems.push(format!(
-                "`train.lr_warmup_steps`: {} is longer than the run of `train.max_steps` = {steps}",
-                t.lr_warmup_steps
-            ));
+    for (key, value) in [("max_steps", t.max_steps), ("max_tokens", t.max_tokens)] {
+        if value == Some(0) {
+            problems.push(format!("`train.{key}`: must be at least 1, got 0"));
         }
+    }
+    let plan = plan_of_one_rank(config).ok();
+    if let Some(steps) = plan.and_then(|p| p.total_steps).or(t.max_steps)
+        && steps > 0
+        && t.lr_warmup_steps > steps
+    {
+        let source = match t.max_steps {
+            Some(n) if n == steps => "`train.max_steps`",
+            _ => "whole steps in `train.max_tokens`",
+        };
+        problems.push(format!(
+            "`train.lr_warmup_steps`: {} is longer than the run of {steps} ({source})",
+            t.lr_warmup_steps
+        ));
     }
     if !(t.decay_fraction > 0.0 && t.decay_fraction <= 1.0) {
         problems.push(format!(
@@ -221,6 +251,9 @@ fn check_optimizer(config: &RunConfig, problems: &mut Vec<String>) {
         problems
             .push(format!("`optimizer.weight_decay`: must be at least 0, got {}", o.weight_decay));
     }
+    if t.min_lr < 0.0 {
+        problems.push(format!("`train.min_lr`: must be at least 0, got {}", t.min_lr));
+    }
     if t.lr_schedule != LrSchedule::Constant && t.min_lr > o.lr {
         problems.push(format!("`train.min_lr`: {} is above `optimizer.lr` = {}", t.min_lr, o.lr));
     }
@@ -238,6 +271,9 @@ fn check_data(config: &RunConfig, problems: &mut Vec<String>) {
         }
     }
     for (i, p) in config.data.prepare.iter().enumerate() {
+        if p.chunk_tokens == 0 {
+            problems.push(format!("`data.prepare.{i}.chunk_tokens`: must be at least 1, got 0"));
+        }
         if !(0.0..1.0).contains(&p.validation_fraction) {
             problems.push(format!(
                 "`data.prepare.{i}.validation_fraction`: must be in [0, 1), got {}",
@@ -283,14 +319,23 @@ impl BatchPlan {
     /// at least one; with `max_steps` too, the smaller of both.
     ///
     /// # Errors
-    /// Not divisible: names the nearest valid values.
+    /// Not divisible: names the nearest valid values. Absurd sizes: says which.
     pub fn new(config: &RunConfig, sequence: i64, world: u64) -> Result<Self, ConfigError> {
         let (global, micro) = (config.train.global_batch_size, config.train.micro_batch_size);
-        let unit = world * micro;
+        let unit = world.saturating_mul(micro);
         if global == 0 || unit == 0 || !global.is_multiple_of(unit) {
             return Err(ConfigError { problems: vec![not_divisible(global, micro, world)] });
         }
-        let tokens_per_step = global * sequence as u64;
+        let tokens_per_step = sequence as u128 * u128::from(global);
+        // 2^48 tokens are a hundred times the published run: a slip of the pen, and it must not wrap.
+        if tokens_per_step > 1 << 48 {
+            let problem = format!(
+                "`train.global_batch_size`: {global} sequences of {sequence} tokens are \
+                 {tokens_per_step} tokens a step; at most 2^48 are possible"
+            );
+            return Err(ConfigError { problems: vec![problem] });
+        }
+        let tokens_per_step = tokens_per_step as u64;
         let by_tokens = config.train.max_tokens.map(|n| (n / tokens_per_step).max(1));
         let total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
         let accumulation = global / unit;
@@ -299,15 +344,22 @@ impl BatchPlan {
 
     /// Tokens of the whole run, where its length is known.
     pub fn total_tokens(&self) -> Option<u64> {
-        self.total_steps.map(|steps| steps * self.tokens_per_step)
+        self.total_steps.map(|steps| steps.saturating_mul(self.tokens_per_step))
     }
 }
 
 fn not_divisible(global: u64, micro: u64, world: u64) -> String {
-    let unit = (world * micro).max(1);
-    let (below, above) = (global / unit * unit, global.div_ceil(unit).max(1) * unit);
+    if world == 0 {
+        return "a run needs at least 1 rank, got 0".into();
+    }
+    let unit = world.saturating_mul(micro).max(1);
+    let below = global / unit * unit;
+    let above = global.div_ceil(unit).max(1).saturating_mul(unit);
     let nearest = if below == 0 { above.to_string() } else { format!("{below} or {above}") };
-    let fits = (1..=micro).rev().find(|m| global > 0 && global.is_multiple_of(world * m));
+    // A micro-batch that divides is no larger than the share of a rank; 2^16 tries are plenty.
+    let most = micro.min(global / world);
+    let fits =
+        (1..=most).rev().take(1 << 16).find(|m| global.is_multiple_of(world.saturating_mul(*m)));
     let other = fits.map_or(String::new(), |m| format!(", or `train.micro_batch_size` to {m}"));
     format!(
         "`train.global_batch_size`: {global} is not divisible by {world} rank(s) x \

@@ -1,7 +1,9 @@
 //! Configuration: every problem at once, nearest keys, numbers as people write them.
 
+use assert_cmd::cargo::cargo_bin_cmd;
+use proptest::prelude::*;
 use std::path::Path;
-use tinyllama::config::{self, BatchPlan, ConfigError, RunConfig};
+use tinyllama::config::{self, BatchPlan, ConfigError, DataSource, Resume, RunConfig};
 
 const BASE: &str = "data: {train: [{path: x}]}\ntrain: {max_steps: 3000}\n";
 
@@ -67,6 +69,7 @@ model_config: {n_head: 30, n_query_groups: 4}
     let got = problems(text, &[]);
     let paths: Vec<&str> = got.iter().filter_map(|p| p.split('`').nth(1)).collect();
     let want = [
+        "model_config.n_embd",
         "model_config.n_query_groups",
         "train.log_interval",
         "train.global_batch_size",
@@ -97,8 +100,16 @@ fn numbers_may_be_written_as_people_write_them() {
         (c.train.max_tokens, c.optimizer.lr, c.train.min_lr),
         (Some(3_000_000_000_000), 4e-4, 0.0)
     );
-    for (text, want) in [("3_000_000", 3_000_000), ("3T", 3_000_000_000_000), ("1.5M", 1_500_000)] {
-        let c = parse(BASE, &[&format!("train.max_tokens={text}")]);
+    let written = [
+        ("3_000_000", 3_000_000),
+        ("3T", 3_000_000_000_000),
+        ("1.5M", 1_500_000),
+        ("1.07B", 1_070_000_000), // 1.07 * 1e9 in floating point is 1070000000.0000001
+        ("4.35T", 4_350_000_000_000),
+    ];
+    for (text, want) in written {
+        let tokens = format!("train.max_tokens={text}");
+        let c = parse(BASE, &[&tokens, "train.lr_warmup_steps=0"]);
         assert_eq!(c.train.max_tokens, Some(want), "{text}");
     }
     let c = parse(BASE, &["train.max_norm=1", "resume=true", "data.train.0.weight=2"]);
@@ -158,4 +169,123 @@ fn every_key_is_explained() {
     }
     assert_eq!(config::explain("train.max_norm").unwrap()[0].default, "1.0");
     assert!(config::explain("optimizr").unwrap_err().to_string().contains("`optimizer`"));
+    assert!(config::explain("max_norm").unwrap_err().to_string().contains("`train.max_norm`"));
+    assert_eq!(config::explain("data.train.0.weight").unwrap()[0].path, "data.train.N.weight");
+}
+
+#[test]
+fn the_nine_inputs_of_the_yaml_survey_are_read_or_refused_as_documented() {
+    let with = |line: &str| format!("data: {{train: [{{path: x}}]}}\ntrain:\n  {line}\n");
+    let read = |line: &str| parse(&with(line), &["train.max_steps=3000"]).train;
+    assert_eq!(read("min_lr: 4e-5").min_lr, 4e-5);
+    assert_eq!(read("max_tokens: 9_000_000_000").max_tokens, Some(9_000_000_000));
+    assert_eq!(read("max_tokens: 3e12").max_tokens, Some(3_000_000_000_000));
+    assert_eq!(read("sample_prompt: \"no\"").sample_prompt.as_deref(), Some("no"));
+    let refused = [
+        ("max_token: 3", "`train.max_token`: unknown key; did you mean `train.max_tokens`?"),
+        ("min_lr: fast", "`train.min_lr`: expected a number, got `fast`"),
+        ("sample_prompt: no", "`train.sample_prompt`: expected text or null, got `false`"),
+    ];
+    for (line, want) in refused {
+        assert_eq!(problems(&with(line), &[]), [want]);
+    }
+    for (text, want) in [
+        ("train:\n  max_steps: 1\n  max_steps: 2\n", "duplicate mapping key: max_steps"),
+        ("train:\n\tmax_steps: 1\n", "tabs disallowed"),
+    ] {
+        let error = format!("{:#}", config::parse(text, &[]).unwrap_err());
+        assert!(error.contains(want) && error.contains('^') && error.contains("line "), "{error}");
+    }
+}
+
+#[test]
+fn absurd_sizes_are_refused_at_once_instead_of_hanging_or_wrapping() {
+    let micro = problems(BASE, &["train.micro_batch_size=1e12"]);
+    assert!(micro[0].contains("512 is not divisible"), "{micro:?}");
+    assert!(micro[0].ends_with("or `train.micro_batch_size` to 512"), "{micro:?}");
+    // 2^53 sequences of 2048 tokens are 2^64 tokens.
+    let global = problems(BASE, &["train.global_batch_size=9007199254740992"]);
+    assert!(global[0].contains("18446744073709551616 tokens a step"), "{global:?}");
+    let none = BatchPlan::new(&parse(BASE, &[]), 2048, 0).unwrap_err();
+    assert_eq!(none.problems, ["a run needs at least 1 rank, got 0"]);
+}
+
+#[test]
+fn lengths_and_rates_that_cannot_be_are_refused() {
+    let by_tokens = "data: {train: [{path: x}]}\ntrain: {max_tokens: 1e9}\n";
+    assert_eq!(
+        problems(by_tokens, &[]),
+        ["`train.lr_warmup_steps`: 2000 is longer than the run of 953 \
+          (whole steps in `train.max_tokens`)"]
+    );
+    assert_eq!(
+        problems(BASE, &["train.max_tokens=0", "train.lr_warmup_steps=0"]),
+        ["`train.max_tokens`: must be at least 1, got 0"]
+    );
+    let negative = ["`train.min_lr`: must be at least 0, got -1"];
+    assert_eq!(problems(BASE, &["train.min_lr=-1"]), negative);
+    let zero = ["`train.global_batch_size`: must be at least 1, got 0"];
+    assert_eq!(problems(BASE, &["train.global_batch_size=0"]), zero);
+    assert_eq!(problems("[1, 2]", &[]), ["the file: expected a table of keys, got a list of 2"]);
+}
+
+#[test]
+fn overrides_reach_into_default_lists_and_older_spellings_of_rope_scaling() {
+    let c = parse(BASE, &["optimizer.betas.1=0.99"]);
+    assert_eq!(c.optimizer.betas, [0.9, 0.99]);
+    let c = parse(BASE, &["model_config.rope_scaling={type: linear, factor: 4}"]);
+    assert_eq!(c.model().unwrap().rope_scaling.unwrap().factor, 4.0);
+    let width = problems(BASE, &["model_config.n_embd=2050"]);
+    assert!(width[0].contains("2050 is not divisible by `n_head` = 32"), "{width:?}");
+}
+
+#[test]
+fn the_command_line_exits_with_2_on_a_wrong_configuration_and_prints_a_right_one() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let run = |args: &[&str]| {
+        let output = cargo_bin_cmd!("tinyllama").current_dir(root).args(args).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let file = "configs/tinyllama.yaml";
+    let (code, out, err) = run(&["config", "check", file, "--world", "16"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert_eq!(config::parse(&out, &[]).unwrap(), config::load(&root.join(file), &[]).unwrap());
+    assert!(err.contains("8 accumulation = 2,097,152 tokens/step"), "{err}");
+    let (code, out, err) = run(&["config", "check", file, "--set", "train.max_stps=1"]);
+    assert_eq!((code, out.as_str()), (Some(2), ""));
+    assert!(err.contains("did you mean `train.max_steps`?"), "{err}");
+    assert_eq!(run(&["config", "explain", "train.max_nrm"]).0, Some(2));
+    assert!(run(&["config", "models"]).1.contains("1,100,048,384"));
+}
+
+/// Texts that YAML could take for something else, beside any other.
+fn any_text() -> impl Strategy<Value = String> {
+    let tricky = ["no", "1e5", "3_000", "~", "0x1f", "- a", "a: b", "2024-01-01", "", " x", "null"];
+    prop_oneof![
+        proptest::sample::select(tricky.to_vec()).prop_map(String::from),
+        "[ -~]{0,24}",
+        "[ \n\t:#a-z'\"]{0,60}",
+        "\\PC{0,12}",
+    ]
+}
+
+proptest! {
+    #[test]
+    fn a_resolved_configuration_is_read_back_as_it_was(
+        prompt in proptest::option::of(any_text()),
+        (out, resume) in (any_text(), any_text()),
+        seed in any::<u64>(),
+        (lr, eps, weight) in (1e-12f64..1e3, 1e-12f64..1.0, 1e-9f64..1e9),
+        steps in 2000u64..u64::MAX,
+        time in proptest::option::of(1e-3f64..1e9),
+    ) {
+        let mut c = RunConfig::default();
+        (c.out_dir, c.resume, c.seed) = (out.into(), Resume::Text(resume), seed);
+        (c.optimizer.lr, c.optimizer.eps, c.train.min_lr) = (lr, eps, lr / 10.0);
+        (c.train.max_steps, c.train.max_time, c.train.sample_prompt) = (Some(steps), time, prompt);
+        c.data.train = vec![DataSource { path: "x".into(), weight }];
+        let text = config::to_yaml(&c).unwrap();
+        prop_assert_eq!(config::parse(&text, &[]).unwrap(), c, "{}", text);
+    }
 }
