@@ -61,7 +61,7 @@ check_rust() {
   wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
   for tool in cargo rustc; do
     command -v "$tool" >/dev/null ||
-      fail "\`$tool\` is not on PATH" "install Rust $wanted or later with rustup (https://rustup.rs)"
+      fail "\`$tool\` is not on PATH" "install Rust $wanted or later with rustup"
     found=$("$tool" --version | cut -d' ' -f2)
     at_least "$found" "$wanted" ||
       fail "$tool $found is too old, $wanted is needed" "run \`rustup update stable\`"
