@@ -32,7 +32,7 @@ impl fmt::Display for Hinted {
 
 impl std::error::Error for Hinted {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.inner.source()
+        Some(self.inner.as_ref()) // so that a caller can match the typed error inside
     }
 }
 
@@ -83,5 +83,21 @@ pub fn report(error: &anyhow::Error) {
     }
     if let Some(hint) = error.chain().find_map(|e| e.downcast_ref::<Hinted>()).map(|h| &h.hint) {
         eprintln!("\nhint: {hint}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_typed_error_can_be_matched_below_a_hint_and_is_told_once() {
+        let typed = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let error = Err::<(), _>(typed).hint("look again").context("outer").unwrap_err();
+        assert!(error.chain().any(|e| e.is::<std::io::Error>()));
+        assert_eq!(exit_code(&error), exit::FAILED);
+        let usage = Err::<(), _>(anyhow::anyhow!("bad")).usage("do this").unwrap_err();
+        assert_eq!(exit_code(&usage), exit::USAGE);
     }
 }

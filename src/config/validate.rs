@@ -2,6 +2,7 @@
 
 use super::check::{self, Schema};
 use super::{AttentionBackend, ConfigError, LrSchedule, Resume, RunConfig};
+use crate::checkpoint::hf_config;
 use crate::model::ModelConfig;
 use serde_json::{Map, Value};
 use std::fmt;
@@ -53,6 +54,8 @@ pub fn model_config(
         let (c, h) = (model.n_embd, model.n_head);
         problems.insert(0, format!("`n_embd`: {c} is not divisible by `n_head` = {h}; change one"));
     }
+    // A model that no checkpoint can hold would be refused at its first save, hours later.
+    problems.extend(hf_config::unsupported(&model));
     if problems.is_empty() {
         return Ok(model);
     }

@@ -289,3 +289,11 @@ proptest! {
         prop_assert_eq!(config::parse(&text, &[]).unwrap(), c, "{}", text);
     }
 }
+
+#[test]
+fn a_model_that_no_checkpoint_can_hold_is_refused_before_it_trains() {
+    let got = problems(BASE, &["model_config.rotary_percentage=0.5", "model_config.bias=true"]);
+    assert_eq!(got.len(), 2, "{got:?}");
+    assert!(got[0].contains("`model_config.rotary_percentage`: a Llama rotates whole heads"));
+    assert!(got[1].contains("must be equal in a Llama"), "{got:?}");
+}
