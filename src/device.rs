@@ -1,13 +1,9 @@
-//! Where to run: `auto`, `cpu`, `cuda`, `cuda:N` -> a device that this binary has code for; and
-//! what happens when its memory runs out.
+//! Where to run: `auto`, `cpu`, `cuda`, `cuda:N` -> a device that this binary has code for.
 
 use crate::bail_hint;
 use crate::error::WithHint;
 use crate::ffi;
 use anyhow::{Context, Result, anyhow};
-use std::any::Any;
-use std::panic::{self, AssertUnwindSafe};
-use std::sync::Arc;
 use tch::Device;
 
 /// Turns a `device` setting into a device, or says why it cannot be used. `auto` is the first GPU
@@ -95,88 +91,9 @@ fn runs_on(arch: &str, (major, minor): (i32, i32)) -> bool {
     arch_major == major && if exact { arch_minor == minor } else { arch_minor <= minor }
 }
 
-/// Runs `work`. Where libtorch is out of memory, which tch raises as a panic, that becomes an error
-/// with the allocator's figures and `lower`, what the user can make smaller. Other panics pass.
-pub fn out_of_memory_is_an_error<T>(
-    device: Device,
-    lower: &str,
-    work: impl FnOnce() -> Result<T>,
-) -> Result<T> {
-    // The hook prints before anyone can catch: it has to know what will be caught.
-    let usual: Arc<PanicHook> = Arc::from(panic::take_hook());
-    let hook = Arc::clone(&usual);
-    panic::set_hook(Box::new(move |info| {
-        if out_of_memory(info.payload()).is_none() {
-            hook(info);
-        }
-    }));
-    let result = panic::catch_unwind(AssertUnwindSafe(work));
-    panic::set_hook(Box::new(move |info| usual(info)));
-    let payload = match result {
-        Ok(result) => return result,
-        Err(payload) => payload,
-    };
-    match out_of_memory(&*payload) {
-        Some(problem) => Err(anyhow!("{problem}{}", allocator_figures(device))).hint(lower),
-        None => panic::resume_unwind(payload),
-    }
-}
-
-type PanicHook = dyn Fn(&panic::PanicHookInfo<'_>) + Send + Sync;
-
-/// libtorch's own sentence, without its C++ stack, if a panic says that memory ran out.
-fn out_of_memory(payload: &(dyn Any + Send)) -> Option<String> {
-    let text = payload.downcast_ref::<String>()?;
-    let start =
-        ["CUDA out of memory", "DefaultCPUAllocator: "].iter().find_map(|s| text.find(s))?;
-    // The panic quotes the text: its line breaks are escaped.
-    let end = text[start..].find("\\n").map_or(text.len(), |n| start + n);
-    Some(text[start..end].trim_end_matches(['"', ')']).to_owned())
-}
-
-fn allocator_figures(device: Device) -> String {
-    let Device::Cuda(index) = device else { return String::new() };
-    let Ok(memory) = ffi::cuda_memory(index) else { return String::new() };
-    let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
-    format!(
-        " (allocated {:.2} GiB, at most {:.2}; reserved {:.2} GiB)",
-        gib(memory.allocated),
-        gib(memory.peak_allocated),
-        gib(memory.reserved)
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn running_out_of_memory_is_an_error_with_a_hint() {
-        let huge = || Ok(tch::Tensor::zeros([1 << 50], (tch::Kind::Float, Device::Cpu)));
-        let error = out_of_memory_is_an_error(Device::Cpu, "buy memory", huge).unwrap_err();
-        let text = error.to_string();
-        assert!(
-            text.contains("DefaultCPUAllocator") && text.contains("4503599627370496"),
-            "{text}"
-        );
-        assert!(!text.contains("frame") && !text.ends_with('"'), "{text}");
-
-        let usual = || anyhow::bail!("as always");
-        let error = out_of_memory_is_an_error::<()>(Device::Cpu, "", usual).unwrap_err();
-        assert_eq!(error.to_string(), "as always");
-        let cuda = String::from(
-            "called `Result::unwrap()` on an `Err` value: Torch(\"CUDA out of memory. Tried to \
-             allocate 2.00 GiB. See PYTORCH_ALLOC_CONF\\nException raised from\\nframe #0\")",
-        );
-        let expected = "CUDA out of memory. Tried to allocate 2.00 GiB. See PYTORCH_ALLOC_CONF";
-        assert_eq!(out_of_memory(&cuda).unwrap(), expected);
-    }
-
-    #[test]
-    #[should_panic(expected = "a bug")]
-    fn other_panics_pass() {
-        let _ = out_of_memory_is_an_error::<()>(Device::Cpu, "", || panic!("a bug"));
-    }
 
     #[test]
     fn machine_code_runs_within_its_major_version_and_upwards() {

@@ -22,6 +22,7 @@ pub mod error;
 #[allow(missing_docs)]
 pub mod ffi;
 pub mod generate;
+pub mod guard;
 pub mod model;
 pub mod ops;
 pub mod tokenizer;

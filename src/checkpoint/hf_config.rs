@@ -102,32 +102,45 @@ fn llama(json: &Value) -> Result<ModelConfig> {
              here the attention's output and the MLP have biases together"
         );
     }
-    let (n_embd, n_head) = (keys.int("hidden_size")?, keys.int("num_attention_heads")?);
     let rope = rope(json, "rope_theta")?;
     let rotary_percentage = rope.partial.or(keys.float("partial_rotary_factor")?).unwrap_or(1.0);
     if rotary_percentage != 1.0 {
         bail!("`partial_rotary_factor` {rotary_percentage}: the Llama family rotates whole heads");
     }
+    let common = common(&keys, rope)?;
+    Ok(ModelConfig {
+        n_query_groups: keys.int_or("num_key_value_heads", common.n_head)?,
+        head_size: keys.int_or("head_dim", common.head_size)?,
+        bias,
+        attn_bias,
+        norm_eps: keys.float("rms_norm_eps")?.unwrap_or(1e-6),
+        ..common
+    })
+}
+
+/// What both families spell alike; the rest as a Llama has it.
+fn common(keys: &Keys, rope: RopeKeys) -> Result<ModelConfig> {
+    let (n_embd, n_head) = (keys.int("hidden_size")?, keys.int("num_attention_heads")?);
     let vocab = keys.int("vocab_size")?;
     Ok(ModelConfig {
-        name: name(&keys)?,
+        name: name(keys)?,
         block_size: keys.int_or("max_position_embeddings", 2048)?,
         vocab_size: vocab,
         padded_vocab_size: vocab,
         n_layer: keys.int("num_hidden_layers")?,
         n_head,
         n_embd,
-        n_query_groups: keys.int_or("num_key_value_heads", n_head)?,
-        head_size: keys.int_or("head_dim", n_embd / n_head.max(1))?,
+        n_query_groups: n_head,
+        head_size: n_embd / n_head.max(1),
         intermediate_size: keys.int("intermediate_size")?,
-        rotary_percentage,
+        rotary_percentage: 1.0,
         rope_base: rope.base,
         rope_scaling: rope.scaling,
-        bias,
-        attn_bias,
+        bias: false,
+        attn_bias: false,
         parallel_residual: false,
         norm_class: NormClass::RMSNorm,
-        norm_eps: keys.float("rms_norm_eps")?.unwrap_or(1e-6),
+        norm_eps: 1e-6,
         mlp_class: MlpClass::LLaMAMLP,
         tie_embeddings: keys.bool_or("tie_word_embeddings", false)?,
     })
@@ -139,30 +152,16 @@ fn neox(json: &Value) -> Result<ModelConfig> {
     if !keys.bool_or("attention_bias", true)? {
         bail!("`attention_bias` false is not supported: GPT-NeoX has biases everywhere here");
     }
-    let (n_embd, n_head) = (keys.int("hidden_size")?, keys.int("num_attention_heads")?);
     let rope = rope(json, "rotary_emb_base")?;
-    let vocab = keys.int("vocab_size")?;
     Ok(ModelConfig {
-        name: name(&keys)?,
-        block_size: keys.int_or("max_position_embeddings", 2048)?,
-        vocab_size: vocab,
-        padded_vocab_size: vocab,
-        n_layer: keys.int("num_hidden_layers")?,
-        n_head,
-        n_embd,
-        n_query_groups: n_head,
-        head_size: n_embd / n_head.max(1),
-        intermediate_size: keys.int("intermediate_size")?,
         rotary_percentage: rope.partial.or(keys.float("rotary_pct")?).unwrap_or(0.25),
-        rope_base: rope.base,
-        rope_scaling: rope.scaling,
         bias: true,
         attn_bias: true,
         parallel_residual: keys.bool_or("use_parallel_residual", true)?,
         norm_class: NormClass::LayerNorm,
         norm_eps: keys.float("layer_norm_eps")?.unwrap_or(1e-5),
         mlp_class: MlpClass::GptNeoxMLP,
-        tie_embeddings: keys.bool_or("tie_word_embeddings", false)?,
+        ..common(&keys, rope)?
     })
 }
 

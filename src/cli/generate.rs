@@ -6,7 +6,7 @@ use crate::generate::load::{self, Loaded};
 use crate::generate::sampler::SamplingParams;
 use crate::generate::text::{StopMatcher, TextGeneration, generate_text, parse_ids};
 use crate::tokenizer::Tokenizer;
-use crate::{device, error};
+use crate::{device, error, guard};
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
@@ -119,7 +119,7 @@ pub fn run(args: Args) -> Result<u8> {
     let lower = "lower `--max-new-tokens`, shorten the prompt, use `--precision bf16-true` or \
                  `--device cpu`";
     let device = device::resolve(&args.model.device)?;
-    device::out_of_memory_is_an_error(device, lower, || generate_all(&args, device))
+    guard::catch("generation", device, lower, || generate_all(&args, device))
 }
 
 fn generate_all(args: &Args, device: Device) -> Result<u8> {

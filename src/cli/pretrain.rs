@@ -1,6 +1,6 @@
 //! `tinyllama pretrain CONFIG`.
 
-use crate::config::{self, Resume};
+use crate::config;
 use crate::train;
 use anyhow::Result;
 use std::path::PathBuf;
@@ -20,11 +20,12 @@ pub struct Args {
 
 /// Runs `pretrain`.
 pub fn run(args: Args) -> Result<u8> {
-    let mut config = config::load(&args.config, &args.sets)?;
+    let mut sets = args.sets;
     match args.resume.as_deref() {
         None => {}
-        Some("false") => config.resume = Resume::Switch(false),
-        Some(text) => config.resume = Resume::Text(text.into()),
+        Some("false") => sets.push("resume=false".into()),
+        // Quoted as JSON, which is YAML: a path may look like a number.
+        Some(text) => sets.push(format!("resume={}", serde_json::to_string(text)?)),
     }
-    train::pretrain(&config)
+    train::pretrain(&config::load(&args.config, &sets)?)
 }

@@ -4,7 +4,7 @@ use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
 use crate::generate::score::{Score, score_tokens, score_windows};
 use crate::generate::text::parse_ids;
 use crate::tokenizer::Tokenizer;
-use crate::{device, error};
+use crate::{device, error, guard};
 use anyhow::{Context, Result};
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -45,7 +45,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<u8> {
     let lower = "use `--window` with a smaller N, `--precision bf16-true` or `--device cpu`";
     let device = device::resolve(&args.model.device)?;
-    device::out_of_memory_is_an_error(device, lower, || score(&args, device))
+    guard::catch("scoring", device, lower, || score(&args, device))
 }
 
 fn score(args: &Args, device: Device) -> Result<u8> {

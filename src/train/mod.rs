@@ -2,7 +2,6 @@
 
 mod append;
 pub mod flops;
-pub mod guard;
 pub mod metrics;
 pub mod optimizer;
 pub mod plot;
@@ -17,3 +16,7 @@ pub mod tensorboard;
 pub mod validate;
 
 pub use pretrain::pretrain;
+
+/// What to do where a step's memory runs out.
+const LOWER: &str = "lower `train.micro_batch_size` (accumulation rises by itself, results stay) or \
+                     `train.max_seq_length`";

@@ -4,10 +4,11 @@ use super::run::Run;
 use super::schedule::lr_at;
 use super::signals::StopSignal;
 use super::step::train_step;
-use super::{guard, plot, saver};
+use super::{LOWER, plot, saver};
 use crate::config::{OnSaveError, RunConfig};
 use crate::error::{WithHint, exit};
 use crate::generate::{GenerateOptions, generate_text};
+use crate::guard;
 use anyhow::{Result, anyhow};
 use std::path::Path;
 use std::time::Instant;
@@ -38,7 +39,7 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
         let batches =
             (0..run.plan.accumulation).map(|_| run.loader.next()).collect::<Result<Vec<_>>>()?;
         let (model, optimizer) = (&run.model, &mut run.optimizer);
-        let out = guard::catch("the training step", || {
+        let out = guard::catch("the training step", run.device, LOWER, || {
             train_step(model, optimizer, &batches, lr, train.max_norm)
         })?;
         let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
@@ -135,7 +136,7 @@ fn print_sample(run: &Run) -> Result<()> {
         print!("{piece}");
         Ok(())
     };
-    guard::catch("generation", || {
+    guard::catch("generation", run.device, LOWER, || {
         generate_text(&run.model, tokenizer, &ids, &options, &[], &mut show)
     })?;
     println!();

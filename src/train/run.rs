@@ -9,7 +9,7 @@ use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
 use crate::error::WithHint;
 use crate::model::{GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
-use crate::{bail_hint, checkpoint, config, device, ffi};
+use crate::{bail_hint, checkpoint, config, device, ffi, guard};
 use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -67,7 +67,8 @@ impl Run {
         let plan = BatchPlan::new(config, sequence, 1)?;
         set_backends(config)?;
 
-        // 1. Tokenizer and data.
+        // 1. Which checkpoint, before anything is prepared; tokenizer and data.
+        let resume_from = find_resume(config)?;
         let tokenizer = config.tokenizer_dir.as_deref().map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {
             crate::generate::check_vocabulary(tokenizer, &model_config)?;
@@ -76,7 +77,6 @@ impl Run {
         let (mut loader, val) = open_data(config, &model_config, sequence)?;
 
         // 2. Model: random, or from a checkpoint's weights.
-        let resume_from = find_resume(config)?;
         tch::manual_seed(config.seed as i64);
         let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
             (Some(dir), _) => {
@@ -213,7 +213,9 @@ impl Run {
     pub fn validate(&mut self, max_iters: Option<u64>) -> Result<Option<f64>> {
         let Some(set) = &self.val else { return Ok(None) };
         let model = &self.model;
-        let loss = super::guard::catch("validation", || validate::validate(model, set, max_iters))?;
+        let loss = guard::catch("validation", self.device, super::LOWER, || {
+            validate::validate(model, set, max_iters)
+        })?;
         self.log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;
         Ok(Some(loss))
     }

@@ -23,7 +23,7 @@ pub struct StepOutput {
 ///
 /// # Errors
 /// A failure of libtorch, such as CUDA out of memory, comes as a panic of tch;
-/// [`super::guard::catch`] around the call makes an error of it.
+/// [`crate::guard::catch`] around the call makes an error of it.
 ///
 /// # Sync
 /// None on a GPU with fused kernels: the caller reads the output when it wants to.

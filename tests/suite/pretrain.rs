@@ -232,6 +232,16 @@ fn wrong_input_is_told_in_one_message_with_the_next_action_and_loses_nothing() {
 }
 
 #[test]
+fn a_model_too_large_for_the_memory_is_an_error_and_no_panic() {
+    let s = Setup::new();
+    let output = s.run("huge", &["--set", "model_config.n_embd=8388608"]);
+    let stderr = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("DefaultCPUAllocator") && !stderr.contains("panicked"), "{stderr}");
+    assert!(stderr.contains("hint: choose a smaller model"), "{stderr}");
+}
+
+#[test]
 fn a_loss_that_is_not_finite_stops_the_run_and_names_step_group_and_checkpoint() {
     let s = Setup::new();
     let output = s.run("nan", &["--set", "optimizer.lr=1e30", "--set", "train.lr_warmup_steps=0"]);
