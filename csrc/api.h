@@ -39,16 +39,64 @@ int tl_set_sdp_backends(int mask);
 // pin_memory passes a deprecated argument and warns at each call).
 int tl_pin_memory(TlTensor tensor, TlTensor* out);
 
-// ---- optimizer (csrc/torch/optim.cpp -> csrc/optim/adamw.cu) -------------------------------------------
+// ---- timing (csrc/torch/runtime.cpp) -------------------------------------------------------------------
+
+// A CUDA event; record it on the current stream; milliseconds between two (waits for the second).
+int tl_event_new(void** event);
+void tl_event_free(void* event);
+int tl_event_record(void* event);
+int tl_event_elapsed_ms(void* from, void* to, float* ms);
+
+// out.backward(grad), keeping the graph: gradients are added to the leaves' .grad.
+int tl_backward(TlTensor out, TlTensor grad);
+// torch.autograd.grad(out, inputs, grad), keeping the graph: n new tensors, nothing accumulated.
+int tl_gradients(int n_out, TlTensor* out, TlTensor* grad, int n, TlTensor* inputs, TlTensor* gradients);
+
+// ---- attention (csrc/torch/attention.cpp -> csrc/flash_attention) ----------------------------------------
+
+// softmax(scale q k^T + mask) v, differentiable. q (B, H, T, D), k and v (B, G, S, D): bf16 or fp16 on one CUDA
+// device, D 64 or 128, H a multiple of G, last dimension contiguous, other strides multiples of 8 elements.
+// scale 0: 1/sqrt(D). The queries are the last T of the S positions. doc_start, doc_end: (B, S) int32 or null;
+// the query at position p sees the keys in [doc_start[b][p], doc_end[b][p]). deterministic: the backward pass
+// repeats bit for bit. arch: 80 or 90 picks the kernels, 0 the card's own. *out (B, H, T, D), strides of
+// (B, T, H, D). *lse, where lse is not null: (B, H, T) fp32, not differentiable.
+int tl_flash_attention(TlTensor q, TlTensor k, TlTensor v, TlTensor doc_start, TlTensor doc_end, double scale,
+                       int causal, int deterministic, int arch, TlTensor* out, TlTensor* lse);
+// The same on a packed projection qkv (B, T, H + 2G, D); its gradient is packed as well.
+int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor doc_start, TlTensor doc_end,
+                           double scale, int causal, int deterministic, int arch, TlTensor* out);
+
+// ---- element-wise ops, differentiable: fp32, bf16 or fp16, contiguous, on one CUDA device ------------------
+
+// *y = rms_norm(x) * weight over the last dimension; with a residual (not null) of *sum = x + residual.
+int tl_rms_norm(TlTensor x, TlTensor residual, TlTensor weight, double eps, TlTensor* y, TlTensor* sum);
+// Rotates the first `heads` heads of x (B, T, heads' D) in place by cos, sin (T, n) fp32; *out is x.
+int tl_rope(TlTensor x, TlTensor cos, TlTensor sin, int64_t heads, int64_t head_size, TlTensor* out);
+// gate_up (.., 2F) -> silu(gate) * up (.., F).
+int tl_swiglu(TlTensor gate_up, TlTensor* out);
+// x (.., C), fc_1 and fc_2 (F, C), proj (C', F) -> (.., C').
+int tl_swiglu_mlp(TlTensor x, TlTensor fc_1, TlTensor fc_2, TlTensor proj, TlTensor* out);
+// scale * sum over rows with target != -100 of the cross-entropy, () fp32. logits (N, V) become their gradient and
+// must not be used again; target (N,) int64. backward once.
+int tl_cross_entropy(TlTensor logits, TlTensor target, double scale, double label_smoothing, double z_loss,
+                     TlTensor* loss);
+// The same of the logits x weight^T, x (N, C), weight (V, C), a chunk of rows at a time.
+int tl_head_loss(TlTensor x, TlTensor weight, TlTensor target, int64_t chunks, double scale, double label_smoothing,
+                 double z_loss, TlTensor* loss);
+
+// ---- optimizer (csrc/torch/optim.cpp -> csrc/adamw.cu) -----------------------------------------------------
 
 // One AdamW update of n tensors on one CUDA device, fp32 state, in place:
 //   g' = g * clip;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2
 //   p -= lr*wd*p + lr * (m / (1-b1^s)) / (sqrt(v / (1-b2^s)) + eps)
-// where clip is a 0-dim fp32 tensor on the device. weight[i], where not null, receives p rounded to bf16.
-// Where clip is not finite, nothing is written. The CPU does not wait.
+// where clip is a 0-dim fp32 tensor on the device. weight[i], where not null, receives p rounded to bf16;
+// clear_grad leaves zeros in g. Where clip is not finite, nothing is written. The CPU does not wait.
 int tl_adamw(int n, TlTensor* param, TlTensor* grad, TlTensor* exp_avg, TlTensor* exp_avg_sq,
              TlTensor* weight, TlTensor clip, double lr, double beta1, double beta2, double eps,
-             double weight_decay, int64_t step);
+             double weight_decay, int64_t step, int clear_grad);
+// *norm = L2 norm over all gradients (fp32, bf16 or fp16), *clip = min(1, max_norm / (norm + 1e-6)), not finite
+// where the norm is not; both () fp32 on the device. The CPU does not wait.
+int tl_grad_norm(int n, TlTensor* grad, double max_norm, TlTensor* norm, TlTensor* clip);
 
 #ifdef __cplusplus
 }

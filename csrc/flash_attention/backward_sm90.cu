@@ -11,8 +11,7 @@
 // result repeats bit for bit.
 //
 // D = 64: BQ = 128, and warpgroup w computes dQ of queries 64 w ...  D = 128: BQ = 64, columns 64 w ... of dQ.
-// Registers: two warpgroups at 240 a thread, the producer at 24. Grid: longest first (key tile 0 sees all
-// queries of a causal row); a block waits only for blocks before it.
+// Registers: two warpgroups at 240 a thread, the producer at 24. Grid: see Order in tile.cuh.
 #include "hopper.cuh"
 
 namespace flash {
@@ -46,11 +45,11 @@ struct Place {
 };
 
 template <int BQ>
-__device__ Place find_place(const Backward& p) {
-  const int per_tile = p.f.batch * p.f.groups * p.splits;
-  int rest = blockIdx.x % per_tile;
+__device__ Place find_place(const Backward& p, const Order& order) {
   Place at;
-  at.key = blockIdx.x / per_tile * BN;
+  int rest;
+  order.find(blockIdx.x, at.key, rest);
+  at.key *= BN;
   at.split = rest % p.splits;
   rest /= p.splits;
   at.g = rest % p.f.groups;
@@ -60,7 +59,7 @@ __device__ Place find_place(const Backward& p) {
   const int offset = p.f.mask.s - p.f.t;
   const int last = min(at.key + BN, p.f.mask.s) - 1;
   at.tile_begin = max(visible_queries(p.f.mask, at.b, at.key).begin - offset, 0) / BQ;
-  at.tile_end = (max(visible_queries(p.f.mask, at.b, last).end - offset, 0) + BQ - 1) / BQ;
+  at.tile_end = (min(max(visible_queries(p.f.mask, at.b, last).end - offset, 0), p.f.t) + BQ - 1) / BQ;
   return at;
 }
 
@@ -262,7 +261,7 @@ __device__ void work(BackwardShared<D>& sm, const Backward& p, const Place& at, 
 
 template <class T, int D>
 __global__ void __launch_bounds__(kBlock, 1)
-    backward_kernel(const __grid_constant__ BackwardMaps maps, const Backward p, const int t_pad) {
+    backward_kernel(const __grid_constant__ BackwardMaps maps, const Backward p, const Order order, const int t_pad) {
 #if __CUDA_ARCH__ == 900
   extern __shared__ uint8_t raw[];
   auto& sm = *reinterpret_cast<BackwardShared<D>*>(raw);
@@ -277,7 +276,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     barrier_init_done();
   }
   __syncthreads();
-  const Place at = find_place<BackwardShared<D>::BQ>(p);
+  const Place at = find_place<BackwardShared<D>::BQ>(p, order);
   if (threadIdx.x < 128) {
     fewer_registers<24>();
     if (threadIdx.x == 0) produce<D>(sm, maps, p, at, t_pad);
@@ -302,8 +301,9 @@ cudaError_t launch(const Backward& p, cudaStream_t stream) {
   constexpr int bytes = sizeof(BackwardShared<D>);
   code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (code) return code;
-  const int blocks = (f.mask.s + BN - 1) / BN * f.batch * f.groups * p.splits;
-  kernel<<<blocks, kBlock, bytes, stream>>>(maps, p, (int)padded(f.t));
+  const int tiles = (f.mask.s + BN - 1) / BN, items = f.batch * f.groups * p.splits;
+  const Order order = make_order(tiles, items, blocks_at_once(kernel, kBlock, bytes));
+  kernel<<<tiles * items, kBlock, bytes, stream>>>(maps, p, order, (int)padded(f.t));
   return cudaGetLastError();
 }
 

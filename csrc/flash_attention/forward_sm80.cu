@@ -1,6 +1,6 @@
 // FlashAttention-2 forward for sm_80 and later: cp.async copies, mma.sync products, softmax in registers.
 //
-//   S = Q K^T;  P = exp2(scale2 S - max);  O = P V / sum(P);  lse = max scale + ln sum(P)
+//   S = Q K^T;  P = exp2(scale2 S - base);  O = P V / sum(P);  lse = base ln 2 + ln sum(P)
 //
 // A block owns BM queries of one head, each of its warps MT strips of 16 of them, so a softmax row lies in a
 // quad. It walks over tiles of BN keys from the last one that its queries see (the diagonal) to the first;
@@ -62,8 +62,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 
     float s[MT][BN / 2];
 #pragma unroll
-    for (int i = 0; i < MT * BN / 2; ++i) s[0][i] = 0.f;
-#pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {  // S = Q K^T
       uint32_t a[MT][4], kf[4];
 #pragma unroll
@@ -73,8 +71,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         load_b<BN>(kf, sk, 16 * j, 16 * kk);
 #pragma unroll
         for (int i = 0; i < MT; ++i) {
-          mma<T>(&s[i][8 * j], a[i], kf[0], kf[1]);
-          mma<T>(&s[i][8 * j + 4], a[i], kf[2], kf[3]);
+          mma<T>(&s[i][8 * j], a[i], kf[0], kf[1], kk == 0);
+          mma<T>(&s[i][8 * j + 4], a[i], kf[2], kf[3], kk == 0);
         }
       }
     }
@@ -84,11 +82,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     copy_commit();
 
     const bool masked = n * BN < common_begin || n * BN + BN > common_end;
+    if (masked) {
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
-      if (masked) mask_scores(s[i], n * BN + lane % 4 * 2, keys[2 * i], keys[2 * i + 1]);
-      softmax_tile(s[i], o[i], state[i], scale2);
+      for (int i = 0; i < MT; ++i) mask_scores(s[i], n * BN + lane % 4 * 2, keys[2 * i], keys[2 * i + 1]);
     }
+    softmax_tile(s, o, state, scale2);
 #pragma unroll
     for (int kk = 0; kk < BN / 16; ++kk) {  // O += P V
       uint32_t a[MT][4], vf[4];
@@ -116,7 +114,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float lse;
-      const float inverse = finish_row(state[i], r, p.scale, lse);
+      const float inverse = finish_row(state[i], r, lse);
       const int query = row + 16 * i + 8 * r;
       if (lane % 4 == 0 && query < p.t) p.lse[(int64_t)(b * p.heads + h) * t_pad + query] = lse;
 #pragma unroll
@@ -146,14 +144,9 @@ cudaError_t launch(const Forward& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#ifndef FLASH_FWD80_64
-#define FLASH_FWD80_64 128, 64, 4, 2
-#define FLASH_FWD80_128 128, 64, 4, 1
-#endif
-
 template <class T>
 cudaError_t by_size(const Forward& p, cudaStream_t stream) {
-  return p.head_size == 64 ? launch<T, 64, FLASH_FWD80_64>(p, stream) : launch<T, 128, FLASH_FWD80_128>(p, stream);
+  return p.head_size == 64 ? launch<T, 64, 128, 64, 4, 2>(p, stream) : launch<T, 128, 128, 32, 4, 2>(p, stream);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // FlashAttention forward for sm_90a: TMA copies, wgmma products, softmax in registers.
 //
-//   S = Q K^T;  P = exp2(scale2 S - max);  O = P V / sum(P);  lse = max scale + ln sum(P)
+//   S = Q K^T;  P = exp2(scale2 S - base);  O = P V / sum(P);  lse = base ln 2 + ln sum(P)
 //
 // A block owns BM = 64 x WGS queries of one head; each of its warpgroups owns 64 of them, so a softmax row lies
 // in the four lanes of a quad. It walks over tiles of 128 keys from the last one that its queries see (the
@@ -87,10 +87,12 @@ __global__ void __launch_bounds__(128 * WGS, D == 64 ? 2 : 1)
   const Interval keys0 = keys_of(row), keys1 = keys_of(row + 8);
   const int common_begin = keys_of(first + 64 * wg + 63).begin, common_end = keys_of(first + 64 * wg).end;
 
-  float s[BN / 2], o[D / 2];
+  float scores[1][BN / 2], output[1][D / 2];
+  auto& s = scores[0];
+  auto& o = output[0];
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
-  SoftmaxState state;
+  SoftmaxState state[1];
   const float scale2 = p.scale * kLog2e;
   const uint64_t q_desc = descriptor(sm.q[wg][0]);
   barrier_wait(&sm.q_full, 0);
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(128 * WGS, D == 64 ? 2 : 1)
 
     const int key = (tile_end - 1 - i) * BN;
     if (key < common_begin || key + BN > common_end) mask_scores(s, key + lane % 4 * 2, keys0, keys1);
-    softmax_tile(s, o, state, scale2);
+    softmax_tile(scores, output, state, scale2);
 
     uint32_t prob[BN / 16][4];  // P as A operands of 16 keys
 #pragma unroll
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(128 * WGS, D == 64 ? 2 : 1)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float lse;
-    const float inverse = finish_row(state, r, p.scale, lse);
+    const float inverse = finish_row(state[0], r, lse);
     const int tile_row = 16 * warp + lane / 4 + 8 * r;
     if (lane % 4 == 0 && row + 8 * r < p.t) p.lse[(int64_t)(b * p.heads + h) * t_pad + row + 8 * r] = lse;
 #pragma unroll

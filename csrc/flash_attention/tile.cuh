@@ -32,10 +32,12 @@ __device__ inline Interval visible_keys(const Mask& m, int b, int p) {
   return i;
 }
 
+constexpr int kEverywhere = 1 << 30;  // full attention: queries may be more than keys, so at negative positions
+
 // Positions of the queries that see key c; none for a key beyond S.
 __device__ inline Interval visible_queries(const Mask& m, int b, int c) {
   if (c >= m.s) return {0, 0};
-  Interval i{m.causal ? c : 0, m.s};
+  Interval i{m.causal ? c : -kEverywhere, m.causal || m.doc_start ? m.s : kEverywhere};
   if (m.doc_start) {
     const int64_t at = (int64_t)b * m.s + c;
     i.begin = max(i.begin, m.doc_start[at]);
@@ -103,55 +105,104 @@ __device__ inline void mask_scores(float (&s)[N], int col, Interval row0, Interv
   }
 }
 
-// Running maximum and sum of the two rows of a lane; `sum` is of this lane's columns only until the end.
+// What a softmax needs of a lane's two rows: the exponent subtracted so far (base 2), and the sum of this lane's
+// columns.
 struct SoftmaxState {
-  float max[2] = {-INFINITY, -INFINITY};
+  float base[2] = {-1e30f, -1e30f};  // finite, so that a row without keys gives exp2(-inf) = 0
   float sum[2] = {0.f, 0.f};
 };
 
-// Scores of one tile -> exp2(scale2 (s - max)) in place; updates the state and rescales the output.
-// scale2 = scale * log2(e).
-template <int N, int M>
-__device__ inline void softmax_tile(float (&s)[N], float (&o)[M], SoftmaxState& state, float scale2) {
-  float corr[2];
+// Scores of a tile -> exp2(scale2 s - base) in place; updates state and output; scale2 = scale log2(e) > 0.
+//
+// The base need not be the maximum, only near it: it moves, and the output is rescaled, when a score exceeds it
+// by more than 2^kSlack. After the first tiles that is rare, and the usual tile then needs no shuffle and no
+// multiplication of the output. Results are the same to rounding; P stays below 2^kSlack, the sums are fp32.
+constexpr float kSlack = 8.f;
+
+template <int MT, int N, int M>
+__device__ inline void softmax_tile(float (&s)[MT][N], float (&o)[MT][M], SoftmaxState (&state)[MT], float scale2) {
+  float top[MT][2];
+  bool moved = false;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float m = s[2 * r];
+  for (int i = 0; i < MT; ++i)
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-    m = fmaxf(quad_max(m), state.max[r]);
-    const float base = m == -INFINITY ? 0.f : m * scale2;  // a row that has seen no key yet
-    corr[r] = fast_exp2(state.max[r] * scale2 - base);
-    state.max[r] = m;
-    float sum = 0.f;
+    for (int r = 0; r < 2; ++r) {
+      float m[2] = {s[i][2 * r], s[i][2 * r + 1]};  // two chains, so that their latencies overlap
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = s[4 * j + 2 * r + e];
-        x = fast_exp2(fmaf(x, scale2, -base));
-        sum += x;
+      for (int j = 1; j < N / 4; ++j) {
+        m[0] = fmaxf(m[0], s[i][4 * j + 2 * r]);
+        m[1] = fmaxf(m[1], s[i][4 * j + 2 * r + 1]);
       }
+      top[i][r] = fmaxf(m[0], m[1]) * scale2;
+      moved |= top[i][r] > state[i].base[r] + kSlack;
     }
-    state.sum[r] = state.sum[r] * corr[r] + sum;
-  }
-  // The maximum rarely moves after the first tiles; a warp votes, so that it does not diverge.
-  if (__any_sync(~0u, corr[0] != 1.f || corr[1] != 1.f)) {
+  if (__any_sync(~0u, moved)) {
 #pragma unroll
-    for (int j = 0; j < M / 4; ++j) {
-      o[4 * j] *= corr[0];
-      o[4 * j + 1] *= corr[0];
-      o[4 * j + 2] *= corr[1];
-      o[4 * j + 3] *= corr[1];
-    }
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float base = fmaxf(quad_max(top[i][r]), state[i].base[r]);
+        const float corr = fast_exp2(state[i].base[r] - base);
+        state[i].base[r] = base;
+        state[i].sum[r] *= corr;
+#pragma unroll
+        for (int j = 0; j < M / 4; ++j) {
+          o[i][4 * j + 2 * r] *= corr;
+          o[i][4 * j + 2 * r + 1] *= corr;
+        }
+      }
   }
+#pragma unroll
+  for (int i = 0; i < MT; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum[2] = {0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[i][4 * j + 2 * r + e];
+          x = fast_exp2(fmaf(x, scale2, -state[i].base[r]));
+          sum[e] += x;
+        }
+      state[i].sum[r] += sum[0] + sum[1];
+    }
 }
 
 // Sums the state over the quad; returns 1 / sum (0 for a row without keys) and the row's log sum exp.
-__device__ inline float finish_row(SoftmaxState& state, int r, float scale, float& lse) {
+__device__ inline float finish_row(const SoftmaxState& state, int r, float& lse) {
   const float sum = quad_sum(state.sum[r]);
-  lse = sum > 0.f ? state.max[r] * scale + logf(sum) : -INFINITY;
+  lse = sum > 0.f ? state.base[r] / kLog2e + logf(sum) : -INFINITY;
   return sum > 0.f ? 1.f / sum : 0.f;
+}
+
+// Order of the blocks of the backward kernels: `item` is a (batch, key/value head, split), `tile` its keys.
+//
+// Items are taken as many at a time as fill the chip, so that all tiles of an item run together and its queries
+// and dQ stay in L2; within those, tile 0 first, which has the most queries in a causal row. A tile comes after
+// the tiles before it of the same item, which it may wait for.
+struct Order {
+  int tiles, items, together;
+  __device__ void find(int block, int& tile, int& item) const {
+    const int first = block / (tiles * together) * together, n = min(together, items - first);
+    const int rest = block - first * tiles;
+    tile = rest / n;
+    item = first + rest % n;
+  }
+};
+inline Order make_order(int tiles, int items, int blocks_at_once) {
+  const int together = blocks_at_once / tiles;
+  return {tiles, items, together < 1 ? 1 : together};
+}
+
+// Blocks of `kernel` that run at once on the current device.
+template <class Kernel>
+int blocks_at_once(Kernel kernel, int threads, int shared_bytes) {
+  int device = 0, count = 0, blocks = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  return count * blocks;
 }
 
 }  // namespace flash

@@ -4,10 +4,12 @@
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/api/include/torch/version.h>
+#include <torch/csrc/autograd/autograd.h>
 #ifdef TL_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
 #include <cuda_runtime_api.h>
 #endif
 #include <cstdlib>
@@ -85,6 +87,43 @@ extern "C" int tl_cuda_memory(int, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCu
 extern "C" int tl_cuda_reset_peak_memory(int) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 extern "C" int tl_cuda_device(int, char*, size_t, int*, int*, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 #endif
+
+#ifdef TL_WITH_CUDA
+extern "C" int tl_event_new(void** event) {
+  TL_GUARD({
+    cudaEvent_t e = nullptr;
+    C10_CUDA_CHECK(cudaEventCreate(&e));
+    *event = e;
+  });
+}
+extern "C" void tl_event_free(void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); }
+extern "C" int tl_event_record(void* event) {
+  TL_GUARD(C10_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(event), at::cuda::getCurrentCUDAStream())));
+}
+extern "C" int tl_event_elapsed_ms(void* from, void* to, float* ms) {
+  TL_GUARD({
+    C10_CUDA_CHECK(cudaEventSynchronize(static_cast<cudaEvent_t>(to)));
+    C10_CUDA_CHECK(cudaEventElapsedTime(ms, static_cast<cudaEvent_t>(from), static_cast<cudaEvent_t>(to)));
+  });
+}
+#endif
+
+extern "C" int tl_backward(TlTensor out, TlTensor grad) {
+  TL_GUARD(torch::autograd::backward({*static_cast<at::Tensor*>(out)}, {*static_cast<at::Tensor*>(grad)},
+                                     /*retain_graph=*/true));
+}
+
+extern "C" int tl_gradients(int n_out, TlTensor* out, TlTensor* grad, int n, TlTensor* inputs, TlTensor* gradients) {
+  auto list = [](TlTensor* handles, int count) {
+    std::vector<at::Tensor> tensors;
+    for (int i = 0; i < count; ++i) tensors.push_back(*static_cast<at::Tensor*>(handles[i]));
+    return tensors;
+  };
+  TL_GUARD({
+    auto found = torch::autograd::grad(list(out, n_out), list(inputs, n), list(grad, n_out), /*retain_graph=*/true);
+    for (int i = 0; i < n; ++i) gradients[i] = new at::Tensor(found[i]);
+  });
+}
 
 static at::Generator generator(int device) {
   return device < 0 ? at::detail::getDefaultCPUGenerator()

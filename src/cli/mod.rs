@@ -1,5 +1,6 @@
 //! One file a verb: arguments in, one library call, an exit code out.
 
+mod bench;
 mod config;
 mod doctor;
 mod generate;
@@ -33,6 +34,8 @@ pub enum Verb {
     Generate(generate::Args),
     /// Log-probability of each token of a text under a model
     Score(score::Args),
+    /// Measure kernels against their peers and the card's own limits
+    Bench(bench::Args),
     /// Explain configuration keys, or check and print a resolved configuration
     Config(config::Args),
     /// Print versions and cards, and say what is wrong with this installation
@@ -47,6 +50,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Verb::Tokenizer(args) => tokenizer::run(args),
         Verb::Generate(args) => generate::run(args),
         Verb::Score(args) => score::run(args),
+        Verb::Bench(args) => bench::run(args),
         Verb::Config(args) => config::run(args),
         Verb::Doctor(args) => doctor::run(args),
     }

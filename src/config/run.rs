@@ -77,11 +77,11 @@ pub struct DeviceChoice(pub String);
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionBackend {
-    /// libtorch's own choice.
+    /// Our FlashAttention kernels; libtorch's choice where they do not apply (fp32, other head sizes, CPU).
     Auto,
-    /// FlashAttention-2.
+    /// Our FlashAttention kernels; libtorch's FlashAttention-2 where they do not apply.
     Flash,
-    /// cuDNN.
+    /// cuDNN, through libtorch.
     Cudnn,
     /// The plain formula: a T x S matrix in memory. The reference of the others.
     Math,

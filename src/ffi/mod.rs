@@ -3,6 +3,9 @@
 //! Everything here takes and returns [`tch::Tensor`]; a failure carries the C++ exception's full text.
 
 pub mod driver;
+mod kernels;
+
+pub use kernels::*;
 
 use anyhow::{Result, bail};
 use std::ffi::{CStr, c_char, c_int};
@@ -29,21 +32,6 @@ unsafe extern "C" {
     fn tl_pin_memory(tensor: Handle, out: *mut Handle) -> c_int;
     fn tl_set_math_mode(allow_tf32: c_int, deterministic: c_int) -> c_int;
     fn tl_set_sdp_backends(mask: c_int) -> c_int;
-    fn tl_adamw(
-        n: c_int,
-        param: *mut Handle,
-        grad: *mut Handle,
-        exp_avg: *mut Handle,
-        exp_avg_sq: *mut Handle,
-        weight: *mut Handle,
-        clip: Handle,
-        lr: f64,
-        beta1: f64,
-        beta2: f64,
-        eps: f64,
-        weight_decay: f64,
-        step: i64,
-    ) -> c_int;
 }
 
 /// Return code of the C side -> `Result` with its message.
@@ -197,59 +185,6 @@ pub fn set_sdp_backends(b: SdpBackends) -> Result<()> {
     let mask = bits.iter().enumerate().map(|(i, &on)| (on as c_int) << i).sum();
     // SAFETY: plain call.
     check(unsafe { tl_set_sdp_backends(mask) })
-}
-
-/// The tensors of one parameter in an AdamW step; all fp32 on one CUDA device but `weight` (bf16).
-pub struct AdamWTensors<'a> {
-    pub param: &'a Tensor,
-    pub grad: &'a Tensor,
-    pub exp_avg: &'a Tensor,
-    pub exp_avg_sq: &'a Tensor,
-    pub weight: Option<&'a Tensor>,
-}
-
-/// Scalars of one AdamW step; `step` counts from 1.
-#[derive(Clone, Copy, Debug)]
-pub struct AdamWScalars {
-    pub lr: f64,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    pub weight_decay: f64,
-    pub step: i64,
-}
-
-/// One fused AdamW update in place (formula in `csrc/optim/adamw.cu`). Gradients are multiplied by `clip`,
-/// a 0-dim fp32 CUDA tensor; where it is not finite nothing is written. The CPU does not wait.
-pub fn adamw(tensors: &[AdamWTensors], clip: &Tensor, s: AdamWScalars) -> Result<()> {
-    let column = |f: for<'a, 'b> fn(&'b AdamWTensors<'a>) -> &'a Tensor| -> Vec<Handle> {
-        tensors.iter().map(|t| handle(f(t))).collect()
-    };
-    let mut param = column(|t| t.param);
-    let mut grad = column(|t| t.grad);
-    let mut exp_avg = column(|t| t.exp_avg);
-    let mut exp_avg_sq = column(|t| t.exp_avg_sq);
-    let mut weight: Vec<Handle> =
-        tensors.iter().map(|t| t.weight.map_or(std::ptr::null_mut(), handle)).collect();
-    // SAFETY: all five arrays have `tensors.len()` entries; the tensors outlive the call, and C++ checks
-    // dtype, layout, device and size before it launches.
-    check(unsafe {
-        tl_adamw(
-            tensors.len() as c_int,
-            param.as_mut_ptr(),
-            grad.as_mut_ptr(),
-            exp_avg.as_mut_ptr(),
-            exp_avg_sq.as_mut_ptr(),
-            weight.as_mut_ptr(),
-            handle(clip),
-            s.lr,
-            s.beta1,
-            s.beta2,
-            s.eps,
-            s.weight_decay,
-            s.step,
-        )
-    })
 }
 
 /// Copies a tensor's data (any device; made contiguous) into `out`, whose length must be its byte size.

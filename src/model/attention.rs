@@ -4,17 +4,19 @@ use super::config::ModelConfig;
 use super::kv_cache::LayerCache;
 use super::linear::Linear;
 use crate::config::AttentionBackend;
-use crate::ops;
+use crate::ops::{self, Mask};
 use tch::{Device, Tensor};
 
-/// What attention needs to know about where it is in the sequence; the same for all blocks.
+/// What all blocks share: where they are in the sequence, and which kernels they use.
 pub struct Positions {
     /// (T, n_elem) fp32
     pub cos: Tensor,
     /// (T, n_elem) fp32
     pub sin: Tensor,
-    /// Kernels to use.
+    /// Kernels of attention.
     pub backend: AttentionBackend,
+    /// Fused kernels, or their plain references.
+    pub fused: bool,
 }
 
 /// `proj(attention(rope(q), rope(k), v))` over one packed QKV projection.
@@ -50,20 +52,18 @@ impl CausalSelfAttention {
         let (b, t, _) = x.size3().expect("x is (B, T, C)");
         let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
 
-        let qkv = self.qkv.forward(x).view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
-        let qkv = qkv.split_with_sizes([h, g, g], 2); // (B, T, H | G | G, D)
-        let q = qkv[0].transpose(1, 2); // (B, H, T, D)
-        let k = qkv[1].transpose(1, 2); // (B, G, T, D)
-        let v = qkv[2].transpose(1, 2); // (B, G, T, D)
+        let qkv = self.qkv.forward(x); // (B, T, (H+2G)*D)
+        let qkv = ops::rope_qkv(&qkv, &at.cos, &at.sin, h + g, d, at.fused); // unchanged
+        let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
 
-        let q = ops::rope(&q, &at.cos, &at.sin); // unchanged
-        let k = ops::rope(&k, &at.cos, &at.sin); // unchanged
-        let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v), // (B, G, S, D) x2, S = cached + T
-            None => (k, v),
+        let y = match cache {
+            None => ops::attention_qkv(&qkv, h, g, Mask::CAUSAL, at.backend), // (B, H, T, D)
+            Some(cache) => {
+                let (q, k, v) = ops::split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
+                let (k, v) = cache.append(&k, &v); // (B, G, S, D) x2, S = cached + T
+                ops::attention(&q, &k, &v, Mask::CAUSAL, at.backend) // (B, H, T, D)
+            }
         };
-
-        let y = ops::attention(&q, &k, &v, at.backend); // (B, H, T, D)
         let y = y.transpose(1, 2).reshape([b, t, h * d]); // (B, T, H*D)
         self.proj.forward(&y) // (B, T, C)
     }

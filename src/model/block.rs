@@ -35,21 +35,27 @@ impl Block {
 
     /// `x + attn(norm_1(x))`, then `x + mlp(norm_2(x))`; or both of the same x (parallel residual).
     ///
+    /// The residual stream x comes and goes as two summands, so that each addition is fused with the norm
+    /// after it: x = `x + delta`, and the next x is the sum of the two results.
+    ///
     /// # Shapes
-    /// x (B, T, C) -> (B, T, C).
+    /// x, delta (B, T, C) -> (B, T, C) x2.
     pub fn forward(
         &self,
         x: &Tensor,
+        delta: Option<&Tensor>,
         at: &Positions,
         cache: Option<&mut LayerCache>,
-        fused: bool,
-    ) -> Tensor {
-        let attn = self.attn.forward(&self.norm_1.forward(x, fused), at, cache); // (B, T, C)
+    ) -> (Tensor, Tensor) {
+        let (normed, x) = self.norm_1.forward(x, delta, at.fused); // (B, T, C) x2
+        let attn = self.attn.forward(&normed, at, cache); // (B, T, C)
         if self.parallel_residual {
-            let mlp = self.mlp.forward(&self.norm_2.forward(x, fused)); // (B, T, C)
-            return mlp + attn + x;
+            let (normed, x) = self.norm_2.forward(&x, None, at.fused); // (B, T, C) x2
+            let mlp = self.mlp.forward(&normed, at.fused); // (B, T, C)
+            return (x, mlp + attn);
         }
-        let x = attn + x;
-        self.mlp.forward(&self.norm_2.forward(&x, fused)) + &x
+        let (normed, x) = self.norm_2.forward(&x, Some(&attn), at.fused); // (B, T, C) x2
+        let mlp = self.mlp.forward(&normed, at.fused); // (B, T, C)
+        (x, mlp)
     }
 }

@@ -10,6 +10,7 @@ use super::mlp::Mlp;
 use super::norm::Norm;
 use super::rope::Rope;
 use crate::config::AttentionBackend;
+use crate::ops::{self, LossScalars};
 use tch::{Device, Kind, Tensor};
 
 /// A decoder-only transformer of the Llama or the GPT-NeoX family.
@@ -76,14 +77,26 @@ impl GPT {
         let (_, t) = idx.size2().expect("idx is (B, T)");
         let past = cache.as_ref().map_or(0, |cache| cache.len());
         let (cos, sin) = self.rope.cos_sin(past, t); // (T, n_elem) x2
-        let at = Positions { cos, sin, backend: self.attention };
+        let at = Positions { cos, sin, backend: self.attention, fused: self.fused };
 
         let mut x = self.wte.forward(idx); // (B, T, C)
+        let mut delta = None; // what the last block adds to x
         for (i, block) in self.h.iter().enumerate() {
             let layer = cache.as_mut().map(|cache| &mut cache.layers[i]);
-            x = block.forward(&x, &at, layer, self.fused); // (B, T, C)
+            let (sum, added) = block.forward(&x, delta.as_ref(), &at, layer); // (B, T, C) x2
+            (x, delta) = (sum, Some(added));
         }
-        self.ln_f.forward(&x, self.fused) // (B, T, C)
+        self.ln_f.forward(&x, delta.as_ref(), self.fused).0 // (B, T, C)
+    }
+
+    /// `scale` times the summed cross-entropy of the next tokens, without all logits in memory.
+    ///
+    /// # Shapes
+    /// idx, target (B, T) of i64, target -100 where nothing is to be learned -> () fp32.
+    pub fn loss(&self, idx: &Tensor, target: &Tensor, scale: f64) -> Tensor {
+        let x = self.hidden(idx, None).view([-1, self.config.n_embd]); // (N, C)
+        let scalars = LossScalars { scale, label_smoothing: 0.0, z_loss: 0.0 };
+        ops::head_loss(&x, self.head_weight(), &target.reshape([-1]), scalars, self.fused)
     }
 
     /// Logits from the final hidden state.
@@ -91,10 +104,12 @@ impl GPT {
     /// # Shapes
     /// x (.., C) -> (.., V).
     pub fn head(&self, x: &Tensor) -> Tensor {
-        match &self.lm_head {
-            Some(head) => head.forward(x),
-            None => x.linear(&self.wte.weight, None::<Tensor>),
-        }
+        x.linear(self.head_weight(), None::<Tensor>)
+    }
+
+    /// (V, C): the head's own matrix, or the embedding where they are tied.
+    fn head_weight(&self) -> &Tensor {
+        self.lm_head.as_ref().map_or(&self.wte.weight, |head| &head.weight)
     }
 
     /// Every parameter under its lit-gpt name, in a fixed order. The handles share storage with the

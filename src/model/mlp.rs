@@ -54,10 +54,14 @@ impl Mlp {
 
     /// # Shapes
     /// x (B, T, C) -> (B, T, C).
-    pub fn forward(&self, x: &Tensor) -> Tensor {
+    pub fn forward(&self, x: &Tensor, fused: bool) -> Tensor {
         match self {
+            Self::LLaMA(mlp) if mlp.proj.bias.is_none() => {
+                let (fc_1, fc_2, proj) = (&mlp.fc_1.weight, &mlp.fc_2.weight, &mlp.proj.weight);
+                ops::swiglu_mlp(x, fc_1, fc_2, proj, fused) // (B, T, C)
+            }
             Self::LLaMA(mlp) => {
-                let x = ops::swiglu(&mlp.fc_1.forward(x), &mlp.fc_2.forward(x)); // (B, T, F)
+                let x = ops::swiglu_reference(&mlp.fc_1.forward(x), &mlp.fc_2.forward(x)); // (B, T, F)
                 mlp.proj.forward(&x) // (B, T, C)
             }
             Self::GptNeox(mlp) => {

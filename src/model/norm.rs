@@ -26,12 +26,19 @@ impl Norm {
         }
     }
 
+    /// `(norm(sum), sum)`, where `sum` is `x + residual`, or x where there is no residual.
+    ///
     /// # Shapes
-    /// x (.., C) -> (.., C), dtype of x.
-    pub fn forward(&self, x: &Tensor, fused: bool) -> Tensor {
-        match &self.bias {
-            None => ops::rms_norm(x, &self.weight, self.eps, fused),
-            Some(bias) => ops::layer_norm(x, &self.weight, bias, self.eps),
+    /// x, residual (.., C) -> (.., C) x2, dtype of x.
+    pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, fused: bool) -> (Tensor, Tensor) {
+        let (weight, eps) = (&self.weight, self.eps);
+        match (&self.bias, residual) {
+            (None, Some(residual)) => ops::add_rms_norm(x, residual, weight, eps, fused),
+            (None, None) => (ops::rms_norm(x, weight, eps, fused), x.shallow_clone()),
+            (Some(bias), _) => {
+                let sum = residual.map_or_else(|| x.shallow_clone(), |residual| x + residual);
+                (ops::layer_norm(&sum, weight, bias, eps), sum)
+            }
         }
     }
 }

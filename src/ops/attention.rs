@@ -1,36 +1,188 @@
-//! Causal attention with grouped queries.
+//! Attention with grouped queries: causal or full, within documents or across a whole row.
 
+use super::{fused_here, or_panic};
 use crate::config::AttentionBackend;
-use tch::{Kind, Tensor};
+use crate::ffi::{self, FlashOptions};
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use tch::{Device, Kind, Tensor};
 
-/// `softmax(q k^T / sqrt(D) + causal mask) v`; head h of q reads key/value head `h / (H/G)`.
+/// Which keys a query sees.
+#[derive(Clone, Copy, Debug)]
+pub struct Mask<'a> {
+    /// Only keys up to the query's own position.
+    pub causal: bool,
+    /// Only keys of the query's own document.
+    pub documents: Option<&'a Documents>,
+}
+
+impl Mask<'_> {
+    /// Keys up to the query's own position.
+    pub const CAUSAL: Self = Self { causal: true, documents: None };
+    /// All keys.
+    pub const FULL: Self = Self { causal: false, documents: None };
+}
+
+/// Where documents lie in packed rows.
+#[derive(Debug)]
+pub struct Documents {
+    /// (B, S) i32: for each position the first position of its document.
+    pub start: Tensor,
+    /// (B, S) i32: the position after the last one of its document.
+    pub end: Tensor,
+}
+
+impl Documents {
+    /// From the lengths of the documents of each row, which must fill rows of equal length.
+    ///
+    /// # Panics
+    /// Where a length is not positive or rows differ in length.
+    pub fn from_lengths(rows: &[Vec<i64>], device: Device) -> Self {
+        let s: i64 = rows.first().map_or(0, |row| row.iter().sum());
+        let (mut start, mut end) = (Vec::new(), Vec::new());
+        for row in rows {
+            let mut at = 0;
+            for &length in row {
+                assert!(length > 0, "a document of {length} tokens");
+                start.extend((0..length).map(|_| at as i32));
+                end.extend((0..length).map(|_| (at + length) as i32));
+                at += length;
+            }
+            assert_eq!(
+                at, s,
+                "documents of a row sum to {at} tokens, those of the first row to {s}"
+            );
+        }
+        let tensor = |values: &[i32]| {
+            Tensor::from_slice(values).view([rows.len() as i64, s]).to_device(device) // (B, S)
+        };
+        Self { start: tensor(&start), end: tensor(&end) }
+    }
+}
+
+/// `softmax(q k^T / sqrt(D) + mask) v`; head h of q reads key/value head `h / (H/G)`.
 ///
-/// The T queries are the last T of the S positions. `math` is [`attention_reference`]; the others are
-/// libtorch's `scaled_dot_product_attention`, whose kernels [`crate::ffi::set_sdp_backends`] limits.
+/// The T queries are the last T of the S positions. `auto` and `flash` use the kernels of
+/// `csrc/flash_attention` (bf16 and fp16, D 64 or 128) and libtorch's for what those do not cover; `cudnn`
+/// is libtorch's, limited by [`crate::ffi::set_sdp_backends`]; `math` is [`attention_reference`].
 ///
 /// # Shapes
-/// q (B, H, T, D); k, v (B, G, S, D), S >= T -> (B, H, T, D).
+/// q (B, H, T, D); k, v (B, G, S, D), S >= T where causal -> (B, H, T, D).
 ///
 /// # Numerics
-/// Scores and softmax in fp32 inside the fused kernels; result in q's dtype.
+/// Scores and softmax in fp32 inside the kernels; result in q's dtype; test
+/// `flash_attention_agrees_with_the_plain_formula`. Gradients repeat bit for bit where deterministic
+/// algorithms are on.
 ///
 /// # Source
-/// FlashAttention-2 (arXiv 2307.08691); `torch.nn.functional.scaled_dot_product_attention`.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, backend: AttentionBackend) -> Tensor {
+/// FlashAttention-2 (arXiv 2307.08691), FlashAttention-3 (arXiv 2407.08608);
+/// `torch.nn.functional.scaled_dot_product_attention`.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Mask,
+    backend: AttentionBackend,
+) -> Tensor {
+    match kernel(q, q.size()[2], backend) {
+        Kernel::Own => or_panic(ffi::flash_attention(q, k, v, options(mask))).0,
+        Kernel::Libtorch => libtorch_attention(q, k, v, mask),
+        Kernel::Plain => attention_reference(q, k, v, mask),
+    }
+}
+
+/// [`attention`] of a packed projection, where queries and keys are the same T positions; the gradient is
+/// packed as well, without copies.
+///
+/// # Shapes
+/// qkv (B, T, H+2G, D) -> (B, H, T, D).
+pub fn attention_qkv(
+    qkv: &Tensor,
+    n_head: i64,
+    n_query_groups: i64,
+    mask: Mask,
+    backend: AttentionBackend,
+) -> Tensor {
+    let (h, g) = (n_head, n_query_groups);
+    if kernel(qkv, qkv.size()[1], backend) == Kernel::Own {
+        return or_panic(ffi::flash_attention_qkv(qkv, h, g, options(mask)));
+    }
+    let (q, k, v) = split_heads(qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
+    attention(&q, &k, &v, mask, backend)
+}
+
+/// Views of a packed projection.
+///
+/// # Shapes
+/// qkv (B, T, H+2G, D) -> (B, H, T, D), (B, G, T, D) x2.
+pub fn split_heads(qkv: &Tensor, n_head: i64, n_query_groups: i64) -> (Tensor, Tensor, Tensor) {
+    let parts = qkv.split_with_sizes([n_head, n_query_groups, n_query_groups], 2); // (B, T, H | G | G, D)
+    let heads_first = |i: usize| parts[i].transpose(1, 2);
+    (heads_first(0), heads_first(1), heads_first(2))
+}
+
+#[derive(PartialEq)]
+enum Kernel {
+    /// `csrc/flash_attention`
+    Own,
+    /// `scaled_dot_product_attention`
+    Libtorch,
+    /// [`attention_reference`]
+    Plain,
+}
+
+/// Which kernel computes attention of `t` queries with this dtype, device and head size.
+fn kernel(x: &Tensor, t: i64, backend: AttentionBackend) -> Kernel {
+    let d = *x.size().last().expect("x is (.., D)");
+    match backend {
+        AttentionBackend::Math => return Kernel::Plain,
+        AttentionBackend::Cudnn => return Kernel::Libtorch,
+        AttentionBackend::Auto | AttentionBackend::Flash => {}
+    }
+    // One query leaves nothing to tile: a decoding step is libtorch's.
+    if !fused_here(x) || x.kind() == Kind::Float || t == 1 {
+        return Kernel::Libtorch;
+    }
+    if d != 64 && d != 128 {
+        say_once(d);
+        return Kernel::Libtorch;
+    }
+    Kernel::Own
+}
+
+fn say_once(d: i64) {
+    static SAID: Mutex<BTreeSet<i64>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().is_ok_and(|mut said| said.insert(d)) {
+        eprintln!(
+            "attention   libtorch's kernels: ours cover head sizes 64 and 128, this model has {d}"
+        );
+    }
+}
+
+fn options<'a>(mask: Mask<'a>) -> FlashOptions<'a> {
+    FlashOptions {
+        causal: mask.causal,
+        documents: mask.documents.map(|d| (&d.start, &d.end)),
+        deterministic: false, // or what libtorch's switch says
+        arch: 0,
+    }
+}
+
+fn libtorch_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> Tensor {
     let (t, s) = (q.size()[2], k.size()[2]);
     let grouped = q.size()[1] != k.size()[1];
-    if backend == AttentionBackend::Math {
-        return attention_reference(q, k, v);
-    }
     // libtorch's CPU kernel has no grouped form: repeat the heads there, which it would do anyway.
     let (k, v) = match grouped && !q.device().is_cuda() {
         true => (repeat_heads(k, q.size()[1]), repeat_heads(v, q.size()[1])), // (B, H, S, D)
         false => (k.shallow_clone(), v.shallow_clone()),
     };
     // `is_causal` aligns the diagonal to the first key, right for T == S only; one query sees every key.
-    let mask = (t > 1 && t < s).then(|| causal_mask(t, s, q));
+    let plain_causal = mask.documents.is_none() && (t == s || t == 1);
+    let matrix = (mask.documents.is_some() || (mask.causal && !plain_causal))
+        .then(|| visible(t, s, mask, q)); // (B or 1, 1, T, S)
+    let causal = mask.causal && plain_causal && t > 1;
     let grouped = q.size()[1] != k.size()[1];
-    Tensor::scaled_dot_product_attention(q, &k, &v, mask, 0.0, t == s && t > 1, None, grouped)
+    Tensor::scaled_dot_product_attention(q, &k, &v, matrix, 0.0, causal, None, grouped)
 }
 
 /// The plain formula, with a (T, S) matrix a head in memory.
@@ -39,16 +191,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, backend: AttentionBackend) 
 /// As [`attention`].
 ///
 /// # Numerics
-/// Scores, softmax and sums in fp32, result in q's dtype. Held against the fused kernels by the test
-/// `attention_kernels_agree_with_the_plain_formula`.
-pub fn attention_reference(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+/// Scores, softmax and sums in fp32 (fp64 for fp64), result in q's dtype.
+pub fn attention_reference(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> Tensor {
     let (h, t, d) = (q.size()[1], q.size()[2], q.size()[3]);
     let s = k.size()[2];
-    let k = repeat_heads(k, h).to_kind(Kind::Float); // (B, H, S, D)
-    let v = repeat_heads(v, h).to_kind(Kind::Float); // (B, H, S, D)
-    let scores = q.to_kind(Kind::Float).matmul(&k.transpose(2, 3)) / (d as f64).sqrt(); // (B, H, T, S)
-    let scores = scores.masked_fill(&causal_mask(t, s, q).logical_not(), f64::NEG_INFINITY);
-    scores.softmax(-1, Kind::Float).matmul(&v).to_kind(q.kind()) // (B, H, T, D)
+    let kind = if q.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let k = repeat_heads(k, h).to_kind(kind); // (B, H, S, D)
+    let v = repeat_heads(v, h).to_kind(kind); // (B, H, S, D)
+    let scores = q.to_kind(kind).matmul(&k.transpose(2, 3)) / (d as f64).sqrt(); // (B, H, T, S)
+    let scores = scores.masked_fill(&visible(t, s, mask, q).logical_not(), f64::NEG_INFINITY);
+    scores.softmax(-1, kind).matmul(&v).to_kind(q.kind()) // (B, H, T, D)
 }
 
 /// (B, G, S, D) -> (B, H, S, D), each head H/G times in a row.
@@ -56,7 +208,19 @@ fn repeat_heads(x: &Tensor, n_head: i64) -> Tensor {
     x.repeat_interleave_self_int(n_head / x.size()[1], 1, None)
 }
 
-/// (T, S) of bool: query t, at position S - T + t, sees keys up to its own position.
-fn causal_mask(t: i64, s: i64, like: &Tensor) -> Tensor {
-    Tensor::ones([t, s], (Kind::Bool, like.device())).tril(s - t)
+/// (B, 1, T, S) or (1, 1, T, S) of bool: what each query, at position S - T + t, sees.
+fn visible(t: i64, s: i64, mask: Mask, like: &Tensor) -> Tensor {
+    let device = like.device();
+    let mut seen = Tensor::ones([1, 1, t, s], (Kind::Bool, device));
+    if mask.causal {
+        seen = seen.tril(s - t);
+    }
+    if let Some(documents) = mask.documents {
+        let key = Tensor::arange(s, (Kind::Int, device)); // (S,)
+        let of_query = |x: &Tensor| x.narrow(1, s - t, t).view([-1, 1, t, 1]); // (B, 1, T, 1)
+        let after_start = of_query(&documents.start).le_tensor(&key);
+        let before_end = of_query(&documents.end).gt_tensor(&key);
+        seen = seen.logical_and(&after_start).logical_and(&before_end); // (B, 1, T, S)
+    }
+    seen
 }

@@ -1,13 +1,32 @@
 //! Differentiable operations of the model, each with its plain ATen reference.
+//!
+//! The fast ones are kernels of `csrc/`, for CUDA tensors; `fused: false` or `attention: math` in a
+//! configuration, and every CPU tensor, take the reference. An argument that a kernel refuses panics with
+//! its message, as tch's own operations do; [`crate::guard::catch`] makes an error of it.
 
 mod attention;
 mod loss;
+mod mlp;
 mod norm;
 mod rope;
-mod swiglu;
 
-pub use attention::{attention, attention_reference};
-pub use loss::cross_entropy_sum;
-pub use norm::{layer_norm, rms_norm, rms_norm_reference};
-pub use rope::rope;
-pub use swiglu::swiglu;
+pub use crate::ffi::LossScalars;
+pub use attention::{Documents, Mask, attention, attention_qkv, attention_reference, split_heads};
+pub use loss::{cross_entropy, cross_entropy_reference, cross_entropy_sum, head_loss};
+pub use mlp::{swiglu, swiglu_mlp, swiglu_reference};
+pub use norm::{add_rms_norm, layer_norm, rms_norm, rms_norm_reference};
+pub use rope::{rope_qkv, rope_reference};
+
+use tch::{Kind, Tensor};
+
+/// Whether this binary has a kernel for the tensor's device and dtype.
+fn fused_here(x: &Tensor) -> bool {
+    cfg!(cuda_kernels)
+        && x.device().is_cuda()
+        && matches!(x.kind(), Kind::Float | Kind::BFloat16 | Kind::Half)
+        && x.numel() > 0
+}
+
+fn or_panic<T>(result: anyhow::Result<T>) -> T {
+    result.unwrap_or_else(|e| panic!("{e:#}"))
+}

@@ -32,7 +32,7 @@ pub struct ParamState {
 /// AdamW with decoupled weight decay on every parameter, as in the original.
 ///
 /// # Source
-/// arXiv 1711.05101; `torch.optim.AdamW`. Fused form: `csrc/optim/adamw.cu`.
+/// arXiv 1711.05101; `torch.optim.AdamW`. Fused form: `csrc/adamw.cu`.
 #[derive(Debug)]
 pub struct AdamW {
     /// One a parameter, in the model's order.
@@ -110,25 +110,26 @@ impl AdamW {
     /// Fused: none. Reference on a GPU: the CPU waits for the norm.
     pub fn step(&mut self, lr: f64, max_norm: Option<f64>) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
+        if self.fused {
+            return self.step_fused(lr, max_norm);
+        }
         let norm = self.grad_norm();
         // As clip_grad_norm_: max_norm / (norm + 1e-6), at most 1. `norm * 0` carries inf and nan over.
         let clip = match max_norm {
             Some(max) => ((&norm + 1e-6).reciprocal() * max).clamp_max(1.0) + &norm * 0.0,
             None => &norm * 0.0 + 1.0,
         };
-        if self.fused {
-            self.step_fused(lr, &clip)?;
-        } else if norm.double_value(&[]).is_finite() {
+        if norm.double_value(&[]).is_finite() {
             self.step_reference(lr, &clip);
-        } else {
-            return Ok(norm);
+            self.step_count += 1;
         }
-        self.step_count += 1;
         Ok(norm)
     }
 
-    fn step_fused(&mut self, lr: f64, clip: &Tensor) -> Result<()> {
+    fn step_fused(&mut self, lr: f64, max_norm: Option<f64>) -> Result<Tensor> {
         let [beta1, beta2] = self.betas;
+        let grads: Vec<&Tensor> = self.params.iter().map(|p| &p.grad).collect();
+        let (norm, clip) = ffi::grad_norm(&grads, max_norm)?;
         let tensors: Vec<ffi::AdamWTensors> = self
             .params
             .iter()
@@ -141,7 +142,11 @@ impl AdamW {
             })
             .collect();
         let (eps, weight_decay, step) = (self.eps, self.weight_decay, self.step_count + 1);
-        ffi::adamw(&tensors, clip, ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step })
+        let scalars =
+            ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step, clear_grad: true };
+        ffi::adamw(&tensors, &clip, scalars)?;
+        self.step_count += 1;
+        Ok(norm)
     }
 
     /// The plain formula, a few ATen operations a parameter.
@@ -162,8 +167,11 @@ impl AdamW {
         }
     }
 
-    /// Zeroes the gradient sums in place.
+    /// Zeroes the gradient sums in place; the fused step has done so.
     pub fn zero_grad(&mut self) {
+        if self.fused {
+            return;
+        }
         for p in &mut self.params {
             if p.grad.defined() {
                 let _ = p.grad.zero_();

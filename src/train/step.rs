@@ -4,7 +4,6 @@ use super::optimizer::AdamW;
 use crate::data::Batch;
 use crate::ffi;
 use crate::model::GPT;
-use crate::ops;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
@@ -40,9 +39,7 @@ pub fn train_step(
     for batch in batches {
         let input = to_device(&batch.input, model.device())?; // (B, T)
         let target = to_device(&batch.target, model.device())?; // (B, T)
-        let logits = model.forward(&input, None); // (B, T, V)
-        let loss = ops::cross_entropy_sum(&logits, &target) / n_targets.max(1) as f64;
-        drop(logits);
+        let loss = model.loss(&input, &target, 1.0 / n_targets.max(1) as f64); // ()
         loss.backward();
         optimizer.accumulate();
         let _ = step_loss.g_add_(&loss.detach());

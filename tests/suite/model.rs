@@ -4,7 +4,7 @@ use crate::common::{max_difference, tiny_llama, tiny_neox};
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::AttentionBackend;
 use tinyllama::model::{GPT, KvCache, ModelConfig, init};
-use tinyllama::ops;
+use tinyllama::ops::{self, Mask};
 
 fn tokens(vocab: i64, b: i64, t: i64) -> Tensor {
     Tensor::randint(vocab, [b, t], (Kind::Int64, Device::Cpu))
@@ -77,7 +77,7 @@ fn libtorchs_cpu_attention_agrees_with_the_plain_formula_forward_and_backward() 
                 Tensor::randn([2, h, len, 8], (Kind::Float, Device::Cpu)).set_requires_grad(true)
             };
             let (q, k, v) = (random(heads, t), random(groups, s), random(groups, s));
-            let y = ops::attention(&q, &k, &v, backend);
+            let y = ops::attention(&q, &k, &v, Mask::CAUSAL, backend);
             (&y * Tensor::randn_like(&y)).sum(Kind::Float).backward();
             [y.detach(), q.grad(), k.grad(), v.grad()]
         };

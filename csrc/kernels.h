@@ -1,0 +1,126 @@
+// Launches of the element-wise kernels: raw pointers, sizes and a stream; no torch type. Each kernel's file says
+// what it computes. Pointers of 16-bit and fp32 tensors are 16-byte aligned unless said otherwise.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+namespace tl {
+
+enum class Type { fp32, bf16, fp16 };
+
+// ---- rmsnorm.cu: rows of C values ----------------------------------------------------------------------
+
+struct RmsNorm {
+  Type type;         // of x, y, residual, weight and their gradients
+  int64_t rows;
+  int columns;       // C, a multiple of 16 bytes, at most max_columns(type)
+  float eps;
+  const void* x;         // (rows, C)
+  const void* residual;  // (rows, C) added to x first, or null
+  void* sum;             // (rows, C) x + residual, where there is a residual
+  const void* weight;    // (C,)
+  void* y;               // (rows, C)
+  float* rstd;           // (rows,)
+};
+cudaError_t rms_norm_forward(const RmsNorm& p, cudaStream_t stream);
+
+struct RmsNormBackward {
+  Type type;
+  int64_t rows;
+  int columns;
+  const void* dy;      // (rows, C)
+  const void* x;       // (rows, C) what was normalised: x, or the sum with the residual
+  const void* weight;  // (C,)
+  const float* rstd;   // (rows,)
+  const void* dsum;    // (rows, C) gradient that reached the sum by another way, added to dx; or null
+  void* dx;            // (rows, C); may be x or dy
+  float* partial;      // (partial_rows, C) workspace
+  int partial_rows;    // rms_norm_partial_rows(columns)
+  void* dweight;       // (C,)
+};
+int rms_norm_max_columns(Type type);
+int rms_norm_partial_rows(int64_t rows);
+cudaError_t rms_norm_backward(const RmsNormBackward& p, cudaStream_t stream);
+
+// ---- rope.cu -------------------------------------------------------------------------------------------
+
+struct Rope {
+  Type type;
+  int64_t rows;          // B T; row r stands at position r % t of the tables
+  int64_t t;
+  int heads;             // heads to rotate
+  int head_size, n;      // D, and how many of its dimensions turn
+  int64_t row_stride, head_stride;  // of x, elements
+  int64_t table_stride;             // of cos and sin, elements
+  const float *cos, *sin;           // (T, n/2 at least)
+  void* x;                          // in place
+  bool backward;                    // turn the other way
+};
+cudaError_t rope(const Rope& p, cudaStream_t stream);
+
+// ---- swiglu.cu: rows of [gate | up], F values each -----------------------------------------------------
+
+struct SwiGlu {
+  Type type;
+  int64_t rows;
+  int64_t width;        // F, a multiple of 16 bytes
+  const void* gate_up;  // (rows, 2F)
+  void* act;            // forward: (rows, F) result. backward: the same recomputed, or null; may be dact
+  const void* dact;     // backward: (rows, F)
+  void* dgate_up;       // backward: (rows, 2F); may be gate_up
+};
+cudaError_t swiglu_forward(const SwiGlu& p, cudaStream_t stream);
+cudaError_t swiglu_backward(const SwiGlu& p, cudaStream_t stream);
+
+// ---- cross_entropy.cu ----------------------------------------------------------------------------------
+
+struct CrossEntropy {
+  Type type;
+  int64_t rows;
+  int64_t columns;        // V
+  void* logits;           // (rows, V), overwritten by the gradient
+  const int64_t* target;  // (rows,); ignore_index: no loss, gradient 0
+  int64_t ignore_index;
+  float scale;            // of loss and gradient
+  float label_smoothing, z_loss;
+  float* loss;            // (rows,)
+};
+cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream);
+
+// x *= *factor, a number on the device; nothing is read or written where it is 1.
+struct ScaleBy {
+  Type type;
+  int64_t n;
+  void* x;
+  const float* factor;
+};
+cudaError_t scale_by(const ScaleBy& p, cudaStream_t stream);
+
+// ---- adamw.cu ------------------------------------------------------------------------------------------
+
+struct AdamWTensor {
+  float *param, *grad, *exp_avg, *exp_avg_sq;
+  void* weight;  // bf16 copy, or null
+  int64_t n;
+};
+struct AdamWConfig {
+  float lr, beta1, beta2, eps;
+  float decay;           // 1 - lr * weight_decay
+  float step_size;       // lr / (1 - beta1^s)
+  float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^s)
+  bool clear_grad;       // leave zeros in grad
+};
+cudaError_t adamw(const AdamWTensor* tensors, int count, const float* clip, AdamWConfig c, cudaStream_t stream);
+
+struct NormTensor {
+  const void* grad;
+  int64_t n;
+  Type type;
+};
+constexpr int kNormBlocks = 1056;
+// norm = sqrt(sum of squares); clip = min(1, max_norm / (norm + 1e-6)), not finite where norm is not. `partial`
+// has kNormBlocks fp32. max_norm = inf: clip is 1.
+cudaError_t grad_norm(const NormTensor* tensors, int count, float max_norm, float* partial, float* norm, float* clip,
+                      cudaStream_t stream);
+
+}  // namespace tl

@@ -1,0 +1,142 @@
+// SwiGLU over csrc/swiglu.cu, and the whole LLaMA MLP as one autograd function.
+//
+//   y = (silu(x W1^T) * (x W2^T)) W3^T
+//
+// The MLP saves x and the packed projection [gate | up]; the product silu(gate) * up is computed again in the
+// backward pass. W1 and W2 that lie behind each other in memory are multiplied as one (2F, C) matrix.
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "tensors.h"
+
+namespace tl {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// gate_up must be (.., 2F).
+void check_gate_up(const Argument& a) {
+  check_cuda(a);
+  const int64_t vector = type_of(a) == Type::fp32 ? 4 : 8;
+  TORCH_CHECK(a.t.dim() >= 1 && a.t.size(-1) % (2 * vector) == 0, a.op, ": ", a.name,
+              " must end in 2F values with F a multiple of ", vector, ", got shape ", a.t.sizes());
+  check_contiguous(a);
+  check_aligned(a);
+}
+
+at::Tensor activate(const at::Tensor& gate_up) {
+  auto shape = gate_up.sizes().vec();
+  const int64_t f = shape.back() /= 2;
+  at::Tensor act = at::empty(shape, gate_up.options());
+  C10_CUDA_CHECK(swiglu_forward({type_of({"swiglu", "gate_up", gate_up}), act.numel() / f, f, gate_up.data_ptr(),
+                                 act.data_ptr(), nullptr, nullptr},
+                                stream()));
+  return act;
+}
+
+// d(gate_up); where `act` is given it receives silu(gate) * up, and may be dact.
+at::Tensor activate_backward(const at::Tensor& gate_up, const at::Tensor& dact, void* act) {
+  at::Tensor d = at::empty_like(gate_up);
+  const int64_t f = gate_up.size(-1) / 2;
+  C10_CUDA_CHECK(swiglu_backward({type_of({"swiglu", "gate_up", gate_up}), dact.numel() / f, f, gate_up.data_ptr(),
+                                  act, dact.data_ptr(), d.data_ptr()},
+                                 stream()));
+  return d;
+}
+
+struct SwiGluFunction : torch::autograd::Function<SwiGluFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up) {
+    check_gate_up({"swiglu", "gate_up", gate_up});
+    c10::cuda::OptionalCUDAGuard device(device_of(gate_up));
+    ctx->save_for_backward({gate_up});
+    return activate(gate_up);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const at::Tensor gate_up = ctx->get_saved_variables()[0];
+    c10::cuda::OptionalCUDAGuard device(device_of(gate_up));
+    return {activate_backward(gate_up, block(grads[0]), nullptr)};
+  }
+};
+
+// [W1; W2] as one (2F, C) view where W2 begins where W1 ends; undefined otherwise.
+at::Tensor joined(const at::Tensor& w1, const at::Tensor& w2) {
+  const bool together = w1.is_contiguous() && w2.is_contiguous() && w1.storage().is_alias_of(w2.storage()) &&
+                        w2.storage_offset() == w1.storage_offset() + w1.numel();
+  return together ? at::as_strided(w1, {2 * w1.size(0), w1.size(1)}, {w1.size(1), 1}) : at::Tensor();
+}
+
+struct MlpFunction : torch::autograd::Function<MlpFunction> {
+  // x (N, C), w1 and w2 (F, C), w3 (C, F) -> (N, C)
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
+                            const at::Tensor& w3) {
+    c10::cuda::OptionalCUDAGuard device(device_of(x));
+    const int64_t f = w1.size(0);
+    at::Tensor gate_up = at::empty({x.size(0), 2 * f}, x.options());
+    if (at::Tensor w = joined(w1, w2); w.defined()) {
+      at::mm_out(gate_up, x, w.t());
+    } else {
+      at::Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);
+      at::mm_out(gate, x, w1.t());
+      at::mm_out(up, x, w2.t());
+    }
+    ctx->save_for_backward({x, w1, w2, w3, gate_up});
+    return at::mm(activate(gate_up), w3.t());
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto s = ctx->get_saved_variables();
+    const at::Tensor &x = s[0], &w1 = s[1], &w2 = s[2], &w3 = s[3], &gate_up = s[4];
+    c10::cuda::OptionalCUDAGuard device(device_of(x));
+    const int64_t f = w1.size(0);
+    const at::Tensor dy = block(grads[0]);
+    at::Tensor act = at::mm(dy, w3);                                         // (N, F): dact, then act
+    const at::Tensor dgate_up = activate_backward(gate_up, act, act.data_ptr());  // (N, 2F)
+    const at::Tensor dgate = dgate_up.narrow(1, 0, f), dup = dgate_up.narrow(1, f, f);
+    at::Tensor dx, dw1, dw2, dw3;
+    if (ctx->needs_input_grad(0)) {
+      const at::Tensor w = joined(w1, w2);
+      dx = w.defined() ? at::mm(dgate_up, w) : at::addmm(at::mm(dgate, w1), dup, w2);
+    }
+    if (ctx->needs_input_grad(1) && ctx->needs_input_grad(2)) {
+      const at::Tensor dw = at::mm(dgate_up.t(), x);  // (2F, C)
+      dw1 = dw.narrow(0, 0, f);
+      dw2 = dw.narrow(0, f, f);
+    } else {
+      if (ctx->needs_input_grad(1)) dw1 = at::mm(dgate.t(), x);
+      if (ctx->needs_input_grad(2)) dw2 = at::mm(dup.t(), x);
+    }
+    if (ctx->needs_input_grad(3)) dw3 = at::mm(dy.t(), act);
+    return {dx, dw1, dw2, dw3};
+  }
+};
+
+}  // namespace
+}  // namespace tl
+
+extern "C" int tl_swiglu(TlTensor gate_up, TlTensor* out) {
+  TL_GUARD(*out = tl::give(tl::SwiGluFunction::apply(tl::tensor(gate_up))));
+}
+
+extern "C" int tl_swiglu_mlp(TlTensor x, TlTensor fc_1, TlTensor fc_2, TlTensor proj, TlTensor* out) {
+  const char* op = "swiglu_mlp";
+  TL_GUARD({
+    auto &t = tl::tensor(x), &w1 = tl::tensor(fc_1), &w2 = tl::tensor(fc_2), &w3 = tl::tensor(proj);
+    tl::check_cuda({op, "x", t});
+    const int64_t vector = tl::type_of({op, "x", t}) == tl::Type::fp32 ? 4 : 8;
+    tl::check_contiguous({op, "x", t});
+    TORCH_CHECK(t.dim() >= 1 && w1.dim() == 2 && w1.size(0) % vector == 0, op,
+                ": fc_1 must be (F, C) with F a multiple of ", vector, ", got shape ", w1.sizes());
+    const int64_t f = w1.size(0), c = t.size(-1);
+    tl::check_block({op, "fc_1", w1}, t, {f, c});
+    tl::check_block({op, "fc_2", w2}, t, {f, c});
+    tl::check_block({op, "proj", w3}, t, {w3.dim() == 2 ? w3.size(0) : 0, f});
+    auto shape = t.sizes().vec();
+    shape.back() = w3.size(0);
+    *out = tl::give(tl::MlpFunction::apply(t.view({-1, c}), w1, w2, w3).view(shape));
+  });
+}

@@ -1,0 +1,28 @@
+// What a build without CUDA answers to a call of a kernel.
+#ifndef TL_WITH_CUDA
+#include <stdexcept>
+
+#include "api.h"
+#include "guard.h"
+
+#define TL_ABSENT(NAME, ...)                                                                                  \
+  extern "C" int NAME(__VA_ARGS__) {                                                                          \
+    TL_GUARD(throw std::runtime_error("this binary was built without CUDA kernels; run ./scripts/setup.sh "   \
+                                      "and build again"));                                                    \
+  }
+using T = TlTensor;
+TL_ABSENT(tl_flash_attention, T, T, T, T, T, double, int, int, int, T*, T*)
+TL_ABSENT(tl_flash_attention_qkv, T, int64_t, int64_t, T, T, double, int, int, int, T*)
+TL_ABSENT(tl_rms_norm, T, T, T, double, T*, T*)
+TL_ABSENT(tl_rope, T, T, T, int64_t, int64_t, T*)
+TL_ABSENT(tl_swiglu, T, T*)
+TL_ABSENT(tl_swiglu_mlp, T, T, T, T, T*)
+TL_ABSENT(tl_cross_entropy, T, T, double, double, double, T*)
+TL_ABSENT(tl_head_loss, T, T, T, int64_t, double, double, double, T*)
+TL_ABSENT(tl_adamw, int, T*, T*, T*, T*, T*, T, double, double, double, double, double, int64_t, int)
+TL_ABSENT(tl_grad_norm, int, T*, double, T*, T*)
+TL_ABSENT(tl_event_new, void**)
+TL_ABSENT(tl_event_record, void*)
+TL_ABSENT(tl_event_elapsed_ms, void*, void*, float*)
+extern "C" void tl_event_free(void*) {}
+#endif

@@ -1,0 +1,72 @@
+// Rotary embedding in place on a packed projection, as an autograd function over csrc/rope.cu.
+#include <ATen/ops/clone.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "tensors.h"
+
+namespace tl {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+constexpr const char* OP = "rope";
+
+// x (B, T, heads D): turns the first `rotated` heads in place.
+void turn(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t rotated, int64_t head_size,
+          bool backward) {
+  c10::cuda::OptionalCUDAGuard device(device_of(x));
+  C10_CUDA_CHECK(rope({type_of({OP, "x", x}), x.size(0) * x.size(1), x.size(1), static_cast<int>(rotated),
+                       static_cast<int>(head_size), static_cast<int>(cos.size(1)), x.size(2), head_size,
+                       cos.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), x.data_ptr(), backward},
+                      stream()));
+}
+
+struct RopeFunction : torch::autograd::Function<RopeFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                            int64_t rotated, int64_t head_size) {
+    ctx->mark_dirty({x});
+    ctx->save_for_backward({cos, sin});
+    ctx->saved_data["rotated"] = rotated;
+    ctx->saved_data["head_size"] = head_size;
+    turn(x, cos, sin, rotated, head_size, false);
+    return x;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto s = ctx->get_saved_variables();
+    // In place where nobody else holds the gradient: its only handles are `dx` and the engine's for this call.
+    at::Tensor dx = std::move(grads[0]);
+    const bool own = dx.is_contiguous() && dx.use_count() <= 2 && dx.storage().use_count() == 1;
+    if (!own) dx = dx.clone(at::MemoryFormat::Contiguous);
+    turn(dx, s[0], s[1], ctx->saved_data["rotated"].toInt(), ctx->saved_data["head_size"].toInt(), true);
+    return {dx, {}, {}, {}, {}};
+  }
+};
+
+}  // namespace
+}  // namespace tl
+
+extern "C" int tl_rope(TlTensor x, TlTensor cos, TlTensor sin, int64_t heads, int64_t head_size,
+                       TlTensor* out) {
+  using tl::OP;
+  TL_GUARD({
+    auto &t = tl::tensor(x), &c = tl::tensor(cos), &s = tl::tensor(sin);
+    tl::check_cuda({OP, "x", t});
+    tl::type_of({OP, "x", t});
+    TORCH_CHECK(t.dim() == 3 && head_size > 0 && t.size(2) % head_size == 0, OP,
+                ": x must be (B, T, heads D) with D = ", head_size, ", got shape ", t.sizes());
+    tl::check_contiguous({OP, "x", t});
+    TORCH_CHECK(heads > 0 && heads <= t.size(2) / head_size, OP, ": cannot rotate ", heads, " of ",
+                t.size(2) / head_size, " heads");
+    for (auto& a : {tl::Argument{OP, "cos", c}, tl::Argument{OP, "sin", s}}) {
+      tl::check_same_device(a, t);
+      tl::check_dtype(a, at::kFloat);
+      TORCH_CHECK(a.t.dim() == 2 && a.t.size(0) == t.size(1) && a.t.size(1) % 2 == 0 && a.t.size(1) <= head_size, OP,
+                  ": ", a.name, " must be (T, n) with T = ", t.size(1), " and an even n of at most ", head_size,
+                  ", got ", a.t.sizes());
+      TORCH_CHECK(a.t.stride(1) == 1 && a.t.stride(0) == c.stride(0), OP, ": ", a.name,
+                  " must have contiguous rows, got strides ", a.t.strides());
+    }
+    tl::check_shape({OP, "sin", s}, c.sizes());
+    *out = tl::give(tl::RopeFunction::apply(t, c, s, heads, head_size));
+  });
+}

@@ -1,0 +1,554 @@
+//! The kernel laboratory: every kernel of `csrc/` beside its reference and libtorch's best.
+//!
+//! Speeds count the bytes that must move (each input read once, each output written once) or the operations
+//! that must be done (causal attention: half the square). The two ceilings, a large copy and a large matrix
+//! product, are measured in the same run.
+
+use crate::config::AttentionBackend;
+use crate::ffi::{self, Event, FlashOptions, LossScalars};
+use crate::ops::{self, Mask};
+use anyhow::{Result, bail};
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+/// One measured kernel.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// What is computed.
+    pub op: String,
+    /// Tokens of the micro-batch; 0 where it does not matter.
+    pub tokens: i64,
+    /// By which kernel.
+    pub kernel: String,
+    /// Milliseconds of GPU time, median.
+    pub ms: f64,
+    /// In `unit`.
+    pub speed: f64,
+    /// Of `speed`.
+    pub unit: Unit,
+    /// Percent of the ceiling of this run.
+    pub share: f64,
+    /// `||out - reference|| / ||reference||` against fp32, the largest over outputs and gradients.
+    pub error: Option<f64>,
+}
+
+/// What limits a kernel.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub enum Unit {
+    /// TB/s.
+    Bandwidth,
+    /// TFLOP/s.
+    Arithmetic,
+}
+
+/// All measurements of a run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The card's name.
+    pub card: String,
+    /// Version.
+    pub libtorch: String,
+    /// Version.
+    pub cudnn: String,
+    /// Bytes read and written a second by a large device-to-device copy, TB/s.
+    pub copy_tb_s: f64,
+    /// bf16 product of two 8,192 x 8,192 matrices, TFLOP/s.
+    pub matmul_tflop_s: f64,
+    /// In order of measurement.
+    pub rows: Vec<Row>,
+}
+
+/// TinyLlama-1.1B: rows of T tokens, C, H, G, D, F, V.
+const T: i64 = 2048;
+const C: i64 = 2048;
+const H: i64 = 32;
+const G: i64 = 4;
+const D: i64 = 64;
+const F: i64 = 5632;
+const V: i64 = 32_000;
+const PARAMETERS: i64 = 1_100_048_384;
+const EPS: f64 = 1e-5;
+
+/// Measures all ops, or those whose name contains `only`.
+pub fn run(device: Device, tokens: &[i64], only: Option<&str>) -> Result<Report> {
+    let Device::Cuda(index) = device else {
+        bail!("kernels run on a CUDA card; this machine shows none to libtorch");
+    };
+    if let Some(bad) = tokens.iter().find(|&&n| n < T || n % T != 0) {
+        bail!("`--tokens` takes multiples of {T}, got {bad}");
+    }
+    let versions = ffi::versions()?;
+    let mut lab = Lab {
+        device,
+        only: only.map(str::to_owned),
+        report: Report {
+            card: ffi::cuda_device(index)?.name,
+            libtorch: versions.libtorch,
+            cudnn: versions.cudnn,
+            copy_tb_s: copy_speed(device)?,
+            matmul_tflop_s: matmul_speed(device)?,
+            rows: vec![],
+        },
+    };
+    for &n in tokens {
+        lab.attention(n)?;
+        lab.rms_norm(n)?;
+        lab.rope(n)?;
+        lab.swiglu(n)?;
+        lab.loss(n)?;
+    }
+    lab.optimizer()?;
+    // What is computed, then by which kernel, in the order measured.
+    let rows = std::mem::take(&mut lab.report.rows);
+    for i in 0..rows.len() {
+        let key = |row: &Row| (row.tokens, row.op.clone());
+        if rows[..i].iter().all(|before| key(before) != key(&rows[i])) {
+            lab.report.rows.extend(rows.iter().filter(|row| key(row) == key(&rows[i])).cloned());
+        }
+    }
+    Ok(lab.report)
+}
+
+/// Calls between two events, so that launching one hides behind running another.
+const CALLS: usize = 10;
+
+/// Median GPU milliseconds of one call, of 10 times [`CALLS`], after as many to warm up.
+fn time(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    let ms = time_all(|| (0..CALLS).try_for_each(|_| f()))?;
+    Ok(ms / CALLS as f64)
+}
+
+/// Median GPU milliseconds of `f`, after one to warm up.
+fn time_all(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    f()?;
+    let mut times = vec![];
+    for _ in 0..10 {
+        let start = Event::record()?;
+        f()?;
+        times.push(Event::record()?.elapsed_ms(&start)?);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Median GPU milliseconds of one backward pass of `f`: [`CALLS`] of them, over the same memory, in one run of
+/// the autograd engine, whose own cost would exceed that of a short kernel.
+fn time_backward(
+    inputs: &[&Tensor],
+    dy: &[Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
+) -> Result<f64> {
+    let (mut leaves, mut results) = (vec![], vec![]);
+    for _ in 0..CALLS {
+        let own: Vec<Tensor> = inputs.iter().map(|x| leaf(x)).collect();
+        results.push(f(&own)?);
+        leaves.extend(own);
+    }
+    let leaves: Vec<&Tensor> = leaves.iter().collect();
+    let outputs: Vec<(&Tensor, &Tensor)> =
+        results.iter().flat_map(|all| all.iter().zip(dy)).collect();
+    let ms = time_all(|| ffi::gradients_of(&outputs, &leaves).map(drop))?;
+    Ok(ms / CALLS as f64)
+}
+
+fn copy_speed(device: Device) -> Result<f64> {
+    let from = Tensor::randn([1 << 27], (Kind::Float, device));
+    let mut to = from.empty_like();
+    let ms = time(|| {
+        to.copy_(&from);
+        Ok(())
+    })?;
+    Ok(2.0 * 4.0 * from.numel() as f64 / ms / 1e9)
+}
+
+fn matmul_speed(device: Device) -> Result<f64> {
+    let n = 8192;
+    let [a, b] = [0, 1].map(|_| Tensor::randn([n, n], (Kind::BFloat16, device)));
+    let ms = time(|| {
+        let _ = a.matmul(&b);
+        Ok(())
+    })?;
+    Ok(2.0 * (n as f64).powi(3) / ms / 1e9)
+}
+
+/// `||got - want|| / ||want||`, the largest over the pairs.
+fn error(got: &[Tensor], want: &[Tensor]) -> f64 {
+    let one = |(got, want): (&Tensor, &Tensor)| {
+        let want = want.to_kind(Kind::Float);
+        ((got.to_kind(Kind::Float) - &want).norm() / want.norm()).double_value(&[])
+    };
+    got.iter().zip(want).map(one).fold(0.0, f64::max)
+}
+
+fn leaf(x: &Tensor) -> Tensor {
+    x.detach().set_requires_grad(true)
+}
+
+/// What one call must move (bytes) or do (operations).
+#[derive(Clone, Copy)]
+enum Work {
+    Bytes(f64),
+    Flops(f64),
+}
+
+struct Lab {
+    device: Device,
+    only: Option<String>,
+    report: Report,
+}
+
+impl Lab {
+    fn wants(&self, op: &str) -> bool {
+        self.only.as_deref().is_none_or(|word| op.contains(word))
+    }
+
+    fn add(
+        &mut self,
+        op: &str,
+        tokens: i64,
+        kernel: &str,
+        ms: f64,
+        work: Work,
+        error: Option<f64>,
+    ) {
+        let (speed, unit, ceiling) = match work {
+            Work::Bytes(bytes) => (bytes / ms / 1e9, Unit::Bandwidth, self.report.copy_tb_s),
+            Work::Flops(n) => (n / ms / 1e9, Unit::Arithmetic, self.report.matmul_tflop_s),
+        };
+        let (op, kernel) = (op.to_owned(), kernel.to_owned());
+        let share = 100.0 * speed / ceiling;
+        self.report.rows.push(Row { op, tokens, kernel, ms, speed, unit, share, error });
+    }
+
+    fn random(&self, shape: &[i64]) -> Tensor {
+        Tensor::randn(shape, (Kind::BFloat16, self.device))
+    }
+
+    /// Times `f` forward and, by autograd, backward.
+    fn both(
+        &mut self,
+        (op, tokens, kernel): (&str, i64, &str),
+        inputs: &[&Tensor],
+        dy: &Tensor,
+        work: [Work; 2],
+        want: &[Tensor],
+        f: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) -> Result<()> {
+        let leaves: Vec<Tensor> = inputs.iter().map(|x| leaf(x)).collect();
+        let wanted: Vec<&Tensor> = leaves.iter().collect();
+        let y = f(&leaves)?;
+        let mut got = vec![y.detach()];
+        got.extend(ffi::gradients(&y, dy, &wanted)?);
+        let error = error(&got, want);
+        drop(got);
+        let forward = {
+            let _guard = tch::no_grad_guard();
+            time(|| f(&leaves).map(drop))?
+        };
+        drop(y);
+        let backward = time_backward(inputs, &[dy.shallow_clone()], |x| Ok(vec![f(x)?]))?;
+        self.add(&format!("{op} forward"), tokens, kernel, forward, work[0], Some(error));
+        self.add(&format!("{op} backward"), tokens, kernel, backward, work[1], Some(error));
+        Ok(())
+    }
+
+    fn attention(&mut self, n: i64) -> Result<()> {
+        if !self.wants("attention forward") && !self.wants("attention backward") {
+            return Ok(());
+        }
+        let b = n / T;
+        let qkv = self.random(&[b, T, H + 2 * G, D]);
+        let dy = self.random(&[b, T, H, D]).transpose(1, 2); // (B, H, T, D)
+        // The first sequence in fp32, by the plain formula.
+        let first = |x: &Tensor| x.narrow(0, 0, 1).to_kind(Kind::Float);
+        let x = leaf(&first(&qkv));
+        let (q, k, v) = ops::split_heads(&x, H, G);
+        let y = ops::attention_reference(&q, &k, &v, Mask::CAUSAL);
+        let mut want = vec![y.detach()];
+        want.extend(ffi::gradients(&y, &first(&dy), &[&x])?);
+        drop((x, q, k, v, y));
+
+        // Causal: half of the T x T scores, two products forward and five backward.
+        let flops = (2 * 2 * b * H * T * T * D) as f64 / 2.0;
+        let work = [Work::Flops(flops), Work::Flops(2.5 * flops)];
+        let hopper = ffi::cuda_device(0)?.capability.0 == 9;
+        let own = |arch| {
+            move |x: &Tensor| {
+                let o = FlashOptions { causal: true, documents: None, deterministic: false, arch };
+                ffi::flash_attention_qkv(x, H, G, o)
+            }
+        };
+        let libtorch = |x: &Tensor| {
+            let (q, k, v) = ops::split_heads(x, H, G);
+            Ok(ops::attention(&q, &k, &v, Mask::CAUSAL, AttentionBackend::Cudnn))
+        };
+        type Attention<'a> = Box<dyn Fn(&Tensor) -> Result<Tensor> + 'a>;
+        let mut kernels: Vec<(&str, Attention)> = vec![("ours, sm_80", Box::new(own(80)))];
+        if hopper {
+            kernels.push(("ours, sm_90a", Box::new(own(90))));
+            kernels.push(("libtorch cuDNN", Box::new(libtorch)));
+        }
+        kernels.push(("libtorch FlashAttention-2", Box::new(libtorch)));
+        for (name, f) in &kernels {
+            let (cudnn, flash) = (name.ends_with("cuDNN"), name.ends_with('2'));
+            ffi::set_sdp_backends(ffi::SdpBackends {
+                math: false,
+                flash,
+                efficient: false,
+                cudnn,
+            })?;
+            let x = leaf(&qkv);
+            let y = f(&x)?;
+            let dx = ffi::gradients(&y, &dy, &[&x])?;
+            let error = error(&[first(&y.detach()), first(&dx[0])], &want);
+            drop(dx);
+            let forward = {
+                let _guard = tch::no_grad_guard();
+                time(|| f(&x).map(drop))?
+            };
+            drop((x, y));
+            // By separate leaves for libtorch, whose gradients would otherwise be packed by a copy.
+            let dy = [dy.shallow_clone()];
+            let backward = if cudnn || flash {
+                let (q, k, v) = ops::split_heads(&qkv, H, G);
+                time_backward(&[&q, &k, &v], &dy, |x| {
+                    let y =
+                        ops::attention(&x[0], &x[1], &x[2], Mask::CAUSAL, AttentionBackend::Cudnn);
+                    Ok(vec![y])
+                })?
+            } else {
+                time_backward(&[&qkv], &dy, |x| Ok(vec![f(&x[0])?]))?
+            };
+            self.add("attention forward", n, name, forward, work[0], Some(error));
+            self.add("attention backward", n, name, backward, work[1], Some(error));
+        }
+        ffi::set_sdp_backends(ffi::SdpBackends {
+            math: true,
+            flash: true,
+            efficient: true,
+            cudnn: true,
+        })
+    }
+
+    fn rms_norm(&mut self, n: i64) -> Result<()> {
+        let (x, residual, dy) = (self.random(&[n, C]), self.random(&[n, C]), self.random(&[n, C]));
+        let w = Tensor::rand([C], (Kind::BFloat16, self.device)) + 0.5;
+        let tensor = (n * C * 2) as f64; // bytes
+        let reference = |x: &[Tensor]| Ok(ops::rms_norm_reference(&x[0], &x[1], EPS));
+        if self.wants("rms_norm") {
+            let want = in_fp32(&[&x, &w], &dy, reference)?;
+            let work = [Work::Bytes(2.0 * tensor), Work::Bytes(3.0 * tensor)];
+            let inputs = [&x, &w];
+            self.both(("rms_norm", n, "ours"), &inputs, &dy, work, &want, |x| {
+                ffi::rms_norm(&x[0], &x[1], EPS)
+            })?;
+            self.both(("rms_norm", n, "libtorch fused"), &inputs, &dy, work, &want, |x| {
+                Ok(Tensor::internal_fused_rms_norm(&x[0], C, Some(&x[1]), EPS).0)
+            })?;
+            self.both(("rms_norm", n, "reference"), &inputs, &dy, work, &want, reference)?;
+        }
+        if self.wants("add_rms_norm") {
+            // The gradient of the sum arrives by both ways, as in a model.
+            let both = Tensor::stack(&[&dy, &self.random(&[n, C])], 0); // (2, N, C)
+            let inputs = [&x, &residual, &w];
+            let reference = |x: &[Tensor]| {
+                let sum = &x[0] + &x[1];
+                Ok((ops::rms_norm_reference(&sum, &x[2], EPS), sum))
+            };
+            let work = [Work::Bytes(4.0 * tensor), Work::Bytes(4.0 * tensor)];
+            let ours = |x: &[Tensor]| ffi::add_rms_norm(&x[0], &x[1], &x[2], EPS);
+            let libtorch = |x: &[Tensor]| {
+                let sum = &x[0] + &x[1];
+                Ok((Tensor::internal_fused_rms_norm(&sum, C, Some(&x[2]), EPS).0, sum))
+            };
+            self.pair(("add_rms_norm", n, "ours"), &inputs, &both, work, ours)?;
+            self.pair(("add_rms_norm", n, "libtorch fused"), &inputs, &both, work, libtorch)?;
+            self.pair(("add_rms_norm", n, "reference"), &inputs, &both, work, reference)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Lab::both`] for an op with two results; `dy` (2, ..) holds their gradients.
+    fn pair(
+        &mut self,
+        (op, tokens, kernel): (&str, i64, &str),
+        inputs: &[&Tensor],
+        dy: &Tensor,
+        work: [Work; 2],
+        f: impl Fn(&[Tensor]) -> Result<(Tensor, Tensor)>,
+    ) -> Result<()> {
+        let leaves: Vec<Tensor> = inputs.iter().map(|x| leaf(x)).collect();
+        let forward = {
+            let _guard = tch::no_grad_guard();
+            time(|| f(&leaves).map(drop))?
+        };
+        let backward = time_backward(inputs, &[dy.get(0), dy.get(1)], |x| {
+            let (y, sum) = f(x)?;
+            Ok(vec![y, sum])
+        })?;
+        self.add(&format!("{op} forward"), tokens, kernel, forward, work[0], None);
+        self.add(&format!("{op} backward"), tokens, kernel, backward, work[1], None);
+        Ok(())
+    }
+
+    fn rope(&mut self, n: i64) -> Result<()> {
+        if !self.wants("rope") {
+            return Ok(());
+        }
+        let _guard = tch::no_grad_guard();
+        let qkv = self.random(&[n / T, T, (H + 2 * G) * D]);
+        let angle = Tensor::rand([T, D / 2], (Kind::Float, self.device)) * 6.0;
+        let angle = Tensor::cat(&[&angle, &angle], 1); // (T, D)
+        let (cos, sin) = (angle.cos(), angle.sin());
+        let want = ops::rope_qkv(&qkv.to_kind(Kind::Float), &cos, &sin, H + G, D, false);
+        let got = ops::rope_qkv(&qkv.copy(), &cos, &sin, H + G, D, true);
+        let error = Some(error(&[got], &[want]));
+        let work = Work::Bytes((2 * n * (H + G) * D * 2) as f64);
+        let ms = time(|| ffi::rope(&qkv, &cos, &sin, H + G, D).map(drop))?;
+        self.add("rope forward", n, "ours, in place", ms, work, error);
+        // The backward pass turns the other way.
+        let back = sin.neg();
+        let ms = time(|| ffi::rope(&qkv, &cos, &back, H + G, D).map(drop))?;
+        self.add("rope backward", n, "ours, in place", ms, work, error);
+        let ms = time(|| {
+            let _ = ops::rope_qkv(&qkv, &cos, &sin, H + G, D, false);
+            Ok(())
+        })?;
+        self.add("rope forward", n, "reference", ms, work, None);
+        Ok(())
+    }
+
+    fn swiglu(&mut self, n: i64) -> Result<()> {
+        let act = (n * F * 2) as f64; // bytes
+        if self.wants("swiglu") {
+            let (gate_up, dy) = (self.random(&[n, 2 * F]), self.random(&[n, F]));
+            let reference = |x: &[Tensor]| {
+                Ok(ops::swiglu_reference(&x[0].narrow(1, 0, F), &x[0].narrow(1, F, F)))
+            };
+            let want = in_fp32(&[&gate_up], &dy, reference)?;
+            let work = [Work::Bytes(3.0 * act), Work::Bytes(5.0 * act)];
+            self.both(("swiglu", n, "ours"), &[&gate_up], &dy, work, &want, |x| {
+                ffi::swiglu(&x[0])
+            })?;
+            self.both(("swiglu", n, "reference"), &[&gate_up], &dy, work, &want, reference)?;
+        }
+        if self.wants("mlp") {
+            let x = self.random(&[n, C]);
+            let w12 = self.random(&[2 * F, C]) * 0.02;
+            let (w1, w2) = (w12.narrow(0, 0, F), w12.narrow(0, F, F));
+            let (w3, dy) = (self.random(&[C, F]) * 0.02, self.random(&[n, C]));
+            let reference = |x: &[Tensor]| Ok(ops::swiglu_mlp(&x[0], &x[1], &x[2], &x[3], false));
+            let inputs = [&x, &w1, &w2, &w3];
+            let want = in_fp32(&inputs, &dy, reference)?;
+            let flops = (2 * 3 * n * C * F) as f64;
+            let work = [Work::Flops(flops), Work::Flops(2.0 * flops)];
+            let ours = |x: &[Tensor]| ffi::swiglu_mlp(&x[0], &x[1], &x[2], &x[3]);
+            self.both(("mlp", n, "ours"), &inputs, &dy, work, &want, ours)?;
+            self.both(("mlp", n, "reference"), &inputs, &dy, work, &want, reference)?;
+        }
+        Ok(())
+    }
+
+    fn loss(&mut self, n: i64) -> Result<()> {
+        let s = LossScalars { scale: 1.0 / n as f64, label_smoothing: 0.0, z_loss: 0.0 };
+        let target = Tensor::randint(V, [n], (Kind::Int64, self.device));
+        if self.wants("cross_entropy") {
+            let name = "cross_entropy forward + backward";
+            let logits = self.random(&[n, V]);
+            let few = 2048; // rows in fp32
+            let x = leaf(&logits.narrow(0, 0, few).to_kind(Kind::Float));
+            let t = target.narrow(0, 0, few);
+            let loss = ops::cross_entropy_reference(&x, &t, s);
+            let mut want = vec![loss.detach()];
+            want.extend(ffi::gradients(&loss, &loss.ones_like(), &[&x])?);
+            let d = logits.narrow(0, 0, few).copy();
+            let got = ffi::cross_entropy(&d, &t, s)?;
+            let error = Some(error(&[got, d], &want));
+            let work = Work::Bytes((2 * n * V * 2) as f64);
+            let x = leaf(&logits);
+            let ms = time(|| {
+                let loss = ops::cross_entropy_reference(&x, &target, s);
+                ffi::gradients(&loss, &loss.ones_like(), &[&x]).map(drop)
+            })?;
+            self.add(name, n, "libtorch, fp32 logits", ms, work, None);
+            drop(x);
+            let _guard = tch::no_grad_guard();
+            let ms = time(|| ffi::cross_entropy(&logits, &target, s).map(drop))?;
+            self.add(name, n, "ours, in place", ms, work, error);
+        }
+        if self.wants("head_loss") {
+            let name = "head_loss forward + backward";
+            let (x, w) = (leaf(&self.random(&[n, C])), leaf(&(self.random(&[V, C]) * 0.02)));
+            let work = Work::Flops((3 * 2 * n * C * V) as f64);
+            for (kernel, fused) in [("ours, chunked", true), ("reference, fp32 logits", false)] {
+                let ms = time(|| {
+                    let loss = ops::head_loss(&x, &w, &target, s, fused);
+                    ffi::gradients(&loss, &loss.ones_like(), &[&x, &w]).map(drop)
+                })?;
+                self.add(name, n, kernel, ms, work, None);
+            }
+        }
+        Ok(())
+    }
+
+    /// One step over 1.1e9 parameters, as 22 equal tensors.
+    fn optimizer(&mut self) -> Result<()> {
+        if !self.wants("adamw") && !self.wants("grad_norm") {
+            return Ok(());
+        }
+        let each = PARAMETERS / 22;
+        let fp32 = (Kind::Float, self.device);
+        let random = || Tensor::randn([each], fp32) * 1e-2;
+        let list: Vec<[Tensor; 5]> = (0..22)
+            .map(|_| {
+                let weight = Tensor::empty([each], (Kind::BFloat16, self.device));
+                [random(), random(), random(), random().square(), weight]
+            })
+            .collect();
+        let tensors: Vec<ffi::AdamWTensors> = list
+            .iter()
+            .map(|[param, grad, exp_avg, exp_avg_sq, weight]| ffi::AdamWTensors {
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                weight: Some(weight),
+            })
+            .collect();
+        let n = (22 * each) as f64;
+        let grads: Vec<&Tensor> = list.iter().map(|t| &t[1]).collect();
+        let ms = time(|| ffi::grad_norm(&grads, Some(1.0)).map(drop))?;
+        self.add("grad_norm of 1.1e9 values", 0, "ours", ms, Work::Bytes(4.0 * n), None);
+        let (_, clip) = ffi::grad_norm(&grads, Some(1.0))?;
+        for (kernel, clear_grad, bytes) in
+            [("ours, 30 B each", false, 30.0), ("ours, gradient cleared", true, 34.0)]
+        {
+            let s = ffi::AdamWScalars {
+                lr: 1e-4,
+                beta1: 0.9,
+                beta2: 0.95,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                step: 10,
+                clear_grad,
+            };
+            let ms = time(|| ffi::adamw(&tensors, &clip, s))?;
+            self.add("adamw of 1.1e9 parameters", 0, kernel, ms, Work::Bytes(bytes * n), None);
+        }
+        Ok(())
+    }
+}
+
+/// Result and gradients in fp32.
+fn in_fp32(
+    inputs: &[&Tensor],
+    dy: &Tensor,
+    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let leaves: Vec<Tensor> = inputs.iter().map(|x| leaf(&x.to_kind(Kind::Float))).collect();
+    let y = f(&leaves)?;
+    let wanted: Vec<&Tensor> = leaves.iter().collect();
+    let mut all = vec![y.detach()];
+    all.extend(ffi::gradients(&y, &dy.to_kind(Kind::Float), &wanted)?);
+    Ok(all)
+}

@@ -1,0 +1,3 @@
+//! Measurements, each beside a peer in the same minutes.
+
+pub mod kernels;

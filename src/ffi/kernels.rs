@@ -1,0 +1,382 @@
+//! The kernels of `csrc/`: differentiable ops on CUDA tensors, and what the optimizer calls.
+//!
+//! Each checks its arguments in C++; an error names the op, the argument, expected and got. [`crate::ops`]
+//! chooses between these and their references.
+
+use super::{Handle, check, handle};
+use anyhow::Result;
+use std::ffi::{c_int, c_void};
+use std::ptr::null_mut;
+use tch::Tensor;
+
+unsafe extern "C" {
+    fn tl_event_new(event: *mut *mut c_void) -> c_int;
+    fn tl_event_free(event: *mut c_void);
+    fn tl_event_record(event: *mut c_void) -> c_int;
+    fn tl_event_elapsed_ms(from: *mut c_void, to: *mut c_void, ms: *mut f32) -> c_int;
+    fn tl_backward(out: Handle, grad: Handle) -> c_int;
+    fn tl_gradients(
+        n_out: c_int,
+        out: *mut Handle,
+        grad: *mut Handle,
+        n: c_int,
+        inputs: *mut Handle,
+        gradients: *mut Handle,
+    ) -> c_int;
+    fn tl_flash_attention(
+        q: Handle,
+        k: Handle,
+        v: Handle,
+        doc_start: Handle,
+        doc_end: Handle,
+        scale: f64,
+        causal: c_int,
+        deterministic: c_int,
+        arch: c_int,
+        out: *mut Handle,
+        lse: *mut Handle,
+    ) -> c_int;
+    fn tl_flash_attention_qkv(
+        qkv: Handle,
+        heads: i64,
+        groups: i64,
+        doc_start: Handle,
+        doc_end: Handle,
+        scale: f64,
+        causal: c_int,
+        deterministic: c_int,
+        arch: c_int,
+        out: *mut Handle,
+    ) -> c_int;
+    fn tl_rms_norm(
+        x: Handle,
+        residual: Handle,
+        weight: Handle,
+        eps: f64,
+        y: *mut Handle,
+        sum: *mut Handle,
+    ) -> c_int;
+    fn tl_rope(
+        x: Handle,
+        cos: Handle,
+        sin: Handle,
+        heads: i64,
+        head_size: i64,
+        out: *mut Handle,
+    ) -> c_int;
+    fn tl_swiglu(gate_up: Handle, out: *mut Handle) -> c_int;
+    fn tl_swiglu_mlp(
+        x: Handle,
+        fc_1: Handle,
+        fc_2: Handle,
+        proj: Handle,
+        out: *mut Handle,
+    ) -> c_int;
+    fn tl_cross_entropy(
+        logits: Handle,
+        target: Handle,
+        scale: f64,
+        label_smoothing: f64,
+        z_loss: f64,
+        loss: *mut Handle,
+    ) -> c_int;
+    fn tl_head_loss(
+        x: Handle,
+        weight: Handle,
+        target: Handle,
+        chunks: i64,
+        scale: f64,
+        label_smoothing: f64,
+        z_loss: f64,
+        loss: *mut Handle,
+    ) -> c_int;
+    fn tl_adamw(
+        n: c_int,
+        param: *mut Handle,
+        grad: *mut Handle,
+        exp_avg: *mut Handle,
+        exp_avg_sq: *mut Handle,
+        weight: *mut Handle,
+        clip: Handle,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+        weight_decay: f64,
+        step: i64,
+        clear_grad: c_int,
+    ) -> c_int;
+    fn tl_grad_norm(
+        n: c_int,
+        grad: *mut Handle,
+        max_norm: f64,
+        norm: *mut Handle,
+        clip: *mut Handle,
+    ) -> c_int;
+}
+
+/// A null handle for an absent tensor.
+fn optional(tensor: Option<&Tensor>) -> Handle {
+    tensor.map_or(null_mut(), handle)
+}
+
+/// Runs a call that makes one tensor.
+fn one(call: impl FnOnce(*mut Handle) -> c_int) -> Result<Tensor> {
+    let mut out: Handle = null_mut();
+    check(call(&mut out))?;
+    // SAFETY: on success `out` is a new tensor that this side owns.
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// Runs a call that makes two tensors.
+fn two(call: impl FnOnce(*mut Handle, *mut Handle) -> c_int) -> Result<(Tensor, Tensor)> {
+    let (mut a, mut b): (Handle, Handle) = (null_mut(), null_mut());
+    check(call(&mut a, &mut b))?;
+    // SAFETY: on success both are new tensors that this side owns.
+    Ok(unsafe { (Tensor::from_ptr(a), Tensor::from_ptr(b)) })
+}
+
+/// A point in the work of the current CUDA stream.
+#[derive(Debug)]
+pub struct Event(*mut c_void);
+
+impl Event {
+    /// Records the stream's state now. No CPU wait.
+    pub fn record() -> Result<Self> {
+        let mut event = null_mut();
+        // SAFETY: on success `event` is a new CUDA event, freed by `drop`.
+        check(unsafe { tl_event_new(&mut event) })?;
+        let event = Self(event);
+        check(unsafe { tl_event_record(event.0) })?;
+        Ok(event)
+    }
+
+    /// Milliseconds of GPU time since `earlier`. The CPU waits for this event.
+    pub fn elapsed_ms(&self, earlier: &Event) -> Result<f64> {
+        let mut ms = 0f32;
+        // SAFETY: both events are live and were recorded.
+        check(unsafe { tl_event_elapsed_ms(earlier.0, self.0, &mut ms) })?;
+        Ok(f64::from(ms))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `tl_event_new`, freed once.
+        unsafe { tl_event_free(self.0) }
+    }
+}
+
+/// `out.backward(grad)`, keeping the graph: gradients are added to the leaves' `.grad`.
+pub fn backward(out: &Tensor, grad: &Tensor) -> Result<()> {
+    // SAFETY: both tensors outlive the call.
+    check(unsafe { tl_backward(handle(out), handle(grad)) })
+}
+
+/// `torch.autograd.grad([out], inputs, [grad])`, keeping the graph; nothing is accumulated.
+pub fn gradients(out: &Tensor, grad: &Tensor, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    gradients_of(&[(out, grad)], inputs)
+}
+
+/// [`gradients`] of several outputs, each with its gradient.
+pub fn gradients_of(outputs: &[(&Tensor, &Tensor)], inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let mut out: Vec<Handle> = outputs.iter().map(|(out, _)| handle(out)).collect();
+    let mut grad: Vec<Handle> = outputs.iter().map(|(_, grad)| handle(grad)).collect();
+    let mut wanted: Vec<Handle> = inputs.iter().map(|t| handle(t)).collect();
+    let mut found: Vec<Handle> = vec![null_mut(); inputs.len()];
+    // SAFETY: the arrays have as many entries as said; on success each of `found` is a new tensor of
+    // this side's.
+    check(unsafe {
+        tl_gradients(
+            outputs.len() as c_int,
+            out.as_mut_ptr(),
+            grad.as_mut_ptr(),
+            inputs.len() as c_int,
+            wanted.as_mut_ptr(),
+            found.as_mut_ptr(),
+        )
+    })?;
+    Ok(found.into_iter().map(|t| unsafe { Tensor::from_ptr(t) }).collect())
+}
+
+/// How attention is computed; documents are `(start, end)`, each (B, S) i32 (see `csrc/api.h`).
+#[derive(Clone, Copy, Debug)]
+pub struct FlashOptions<'a> {
+    pub causal: bool,
+    pub documents: Option<(&'a Tensor, &'a Tensor)>,
+    /// The backward pass repeats bit for bit; also switched on by deterministic algorithms.
+    pub deterministic: bool,
+    /// 80 or 90 picks the kernels; 0: the card's own.
+    pub arch: i32,
+}
+
+/// FlashAttention: q (B, H, T, D), k, v (B, G, S, D) -> out (B, H, T, D), log sum exp (B, H, T).
+pub fn flash_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: FlashOptions,
+) -> Result<(Tensor, Tensor)> {
+    let (start, end) = (optional(o.documents.map(|d| d.0)), optional(o.documents.map(|d| d.1)));
+    let (q, k, v) = (handle(q), handle(k), handle(v));
+    // SAFETY: the tensors outlive the call; both outputs are filled on success.
+    two(|out, lse| unsafe {
+        let (causal, deterministic) = (o.causal.into(), o.deterministic.into());
+        tl_flash_attention(q, k, v, start, end, 0.0, causal, deterministic, o.arch, out, lse)
+    })
+}
+
+/// FlashAttention on a packed projection: qkv (B, T, H + 2G, D) -> (B, H, T, D).
+pub fn flash_attention_qkv(qkv: &Tensor, h: i64, g: i64, o: FlashOptions) -> Result<Tensor> {
+    let (start, end) = (optional(o.documents.map(|d| d.0)), optional(o.documents.map(|d| d.1)));
+    // SAFETY: the tensors outlive the call.
+    one(|out| unsafe {
+        let (causal, deterministic) = (o.causal.into(), o.deterministic.into());
+        tl_flash_attention_qkv(
+            handle(qkv),
+            h,
+            g,
+            start,
+            end,
+            0.0,
+            causal,
+            deterministic,
+            o.arch,
+            out,
+        )
+    })
+}
+
+/// RMSNorm of x (.., C).
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    // SAFETY: the tensors outlive the call; without a residual there is no second output.
+    one(|out| unsafe { tl_rms_norm(handle(x), null_mut(), handle(weight), eps, out, null_mut()) })
+}
+
+/// (RMSNorm of x + residual, x + residual).
+pub fn add_rms_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    // SAFETY: the tensors outlive the call.
+    two(|y, sum| unsafe { tl_rms_norm(handle(x), handle(residual), handle(weight), eps, y, sum) })
+}
+
+/// Rotates the first `heads` heads of x (B, T, heads' D) in place and returns it.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, heads: i64, head_size: i64) -> Result<Tensor> {
+    // SAFETY: the tensors outlive the call.
+    one(|out| unsafe { tl_rope(handle(x), handle(cos), handle(sin), heads, head_size, out) })
+}
+
+/// gate_up (.., 2F) -> silu(gate) * up (.., F).
+pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+    // SAFETY: the tensor outlives the call.
+    one(|out| unsafe { tl_swiglu(handle(gate_up), out) })
+}
+
+/// The LLaMA MLP without biases.
+pub fn swiglu_mlp(x: &Tensor, fc_1: &Tensor, fc_2: &Tensor, proj: &Tensor) -> Result<Tensor> {
+    // SAFETY: the tensors outlive the call.
+    one(|out| unsafe { tl_swiglu_mlp(handle(x), handle(fc_1), handle(fc_2), handle(proj), out) })
+}
+
+/// Scalars of the loss.
+#[derive(Clone, Copy, Debug)]
+pub struct LossScalars {
+    pub scale: f64,
+    pub label_smoothing: f64,
+    pub z_loss: f64,
+}
+
+/// Loss of logits (N, V), which become their gradient.
+pub fn cross_entropy(logits: &Tensor, target: &Tensor, s: LossScalars) -> Result<Tensor> {
+    // SAFETY: the tensors outlive the call.
+    one(|loss| unsafe {
+        let (logits, target) = (handle(logits), handle(target));
+        tl_cross_entropy(logits, target, s.scale, s.label_smoothing, s.z_loss, loss)
+    })
+}
+
+/// Loss of the logits x weight^T, `chunks` pieces of rows one after the other.
+pub fn head_loss(
+    x: &Tensor,
+    weight: &Tensor,
+    target: &Tensor,
+    chunks: i64,
+    s: LossScalars,
+) -> Result<Tensor> {
+    // SAFETY: the tensors outlive the call.
+    one(|loss| unsafe {
+        let (x, weight, target) = (handle(x), handle(weight), handle(target));
+        tl_head_loss(x, weight, target, chunks, s.scale, s.label_smoothing, s.z_loss, loss)
+    })
+}
+
+/// The tensors of one parameter in an AdamW step; all fp32 on one CUDA device but `weight` (bf16).
+#[derive(Debug)]
+pub struct AdamWTensors<'a> {
+    pub param: &'a Tensor,
+    pub grad: &'a Tensor,
+    pub exp_avg: &'a Tensor,
+    pub exp_avg_sq: &'a Tensor,
+    pub weight: Option<&'a Tensor>,
+}
+
+/// Scalars of one AdamW step; `step` counts from 1.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWScalars {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    pub step: i64,
+    /// Leave zeros in the gradients.
+    pub clear_grad: bool,
+}
+
+/// One fused AdamW update in place (formula in `csrc/adamw.cu`). Gradients are multiplied by `clip`,
+/// a 0-dim fp32 CUDA tensor; where it is not finite nothing is written. The CPU does not wait.
+pub fn adamw(tensors: &[AdamWTensors], clip: &Tensor, s: AdamWScalars) -> Result<()> {
+    let column = |f: for<'a, 'b> fn(&'b AdamWTensors<'a>) -> &'a Tensor| -> Vec<Handle> {
+        tensors.iter().map(|t| handle(f(t))).collect()
+    };
+    let mut param = column(|t| t.param);
+    let mut grad = column(|t| t.grad);
+    let mut exp_avg = column(|t| t.exp_avg);
+    let mut exp_avg_sq = column(|t| t.exp_avg_sq);
+    let mut weight: Vec<Handle> = tensors.iter().map(|t| optional(t.weight)).collect();
+    // SAFETY: all five arrays have `tensors.len()` entries; the tensors outlive the call, and C++ checks
+    // dtype, layout, device and size before it launches.
+    check(unsafe {
+        tl_adamw(
+            tensors.len() as c_int,
+            param.as_mut_ptr(),
+            grad.as_mut_ptr(),
+            exp_avg.as_mut_ptr(),
+            exp_avg_sq.as_mut_ptr(),
+            weight.as_mut_ptr(),
+            handle(clip),
+            s.lr,
+            s.beta1,
+            s.beta2,
+            s.eps,
+            s.weight_decay,
+            s.step,
+            s.clear_grad.into(),
+        )
+    })
+}
+
+/// L2 norm over all gradients, and the factor that brings it to `max_norm` (`None`: 1), both () fp32 on the
+/// device; the factor is not finite where the norm is not. The CPU does not wait.
+pub fn grad_norm(grads: &[&Tensor], max_norm: Option<f64>) -> Result<(Tensor, Tensor)> {
+    let mut grad: Vec<Handle> = grads.iter().map(|t| handle(t)).collect();
+    let max_norm = max_norm.unwrap_or(f64::INFINITY);
+    // SAFETY: the array has `grads.len()` entries; the tensors outlive the call.
+    two(|norm, clip| unsafe {
+        tl_grad_norm(grads.len() as c_int, grad.as_mut_ptr(), max_norm, norm, clip)
+    })
+}

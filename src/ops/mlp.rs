@@ -1,0 +1,57 @@
+//! SwiGLU and the MLP around it.
+
+use super::{fused_here, or_panic};
+use crate::ffi;
+use tch::{Kind, Tensor};
+
+/// `silu(gate) * up` of a packed projection `[gate | up]`.
+///
+/// `fused` uses `csrc/swiglu.cu` on a GPU; otherwise [`swiglu_reference`].
+///
+/// # Shapes
+/// gate_up (.., 2F) -> (.., F), dtype of the input.
+///
+/// # Numerics
+/// fp32 inside, rounded once; test `swiglu_agrees_with_its_reference`.
+///
+/// # Source
+/// arXiv 2002.05202.
+pub fn swiglu(gate_up: &Tensor, fused: bool) -> Tensor {
+    let f = gate_up.size().last().map_or(0, |two_f| two_f / 2);
+    if fused && fused_here(gate_up) && f % vector(gate_up) == 0 {
+        return or_panic(ffi::swiglu(&gate_up.contiguous()));
+    }
+    swiglu_reference(&gate_up.narrow(-1, 0, f), &gate_up.narrow(-1, f, f))
+}
+
+/// The plain formula, `silu(gate) * up`.
+///
+/// # Shapes
+/// gate, up (.., F) -> (.., F), dtype of the inputs.
+pub fn swiglu_reference(gate: &Tensor, up: &Tensor) -> Tensor {
+    gate.silu() * up
+}
+
+/// The LLaMA MLP: `(silu(x W1^T) * (x W2^T)) W3^T`.
+///
+/// `fused` is one autograd function that keeps only x and `[x W1^T | x W2^T]`, and computes the product again
+/// in the backward pass; otherwise plain operations, each of which keeps its input. W1 and W2 that lie behind
+/// each other in memory are multiplied as one matrix.
+///
+/// # Shapes
+/// x (.., C); fc_1, fc_2 (F, C); proj (C, F) -> (.., C).
+///
+/// # Numerics
+/// Products in the dtype of x with fp32 sums; test `the_mlp_agrees_with_its_reference`.
+pub fn swiglu_mlp(x: &Tensor, fc_1: &Tensor, fc_2: &Tensor, proj: &Tensor, fused: bool) -> Tensor {
+    if fused && fused_here(x) && fc_1.size()[0] % vector(x) == 0 {
+        return or_panic(ffi::swiglu_mlp(&x.contiguous(), fc_1, fc_2, proj));
+    }
+    let linear = |x: &Tensor, w: &Tensor| x.linear(w, None::<Tensor>);
+    linear(&swiglu_reference(&linear(x, fc_1), &linear(x, fc_2)), proj) // (.., C)
+}
+
+/// Values in 16 bytes.
+fn vector(x: &Tensor) -> i64 {
+    if x.kind() == Kind::Float { 4 } else { 8 }
+}
