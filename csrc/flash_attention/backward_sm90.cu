@@ -241,14 +241,14 @@ __device__ void work(BackwardShared<D>& sm, const Backward& p, const Place& at, 
       wgmma_commit();
 
       wgmma_wait<1>(dq);
-      if (lane == 0) barrier_arrive(&sm.dout_empty[st]);
+      barrier_arrive_warp(&sm.dout_empty[st]);
       const int block = D == 64 ? 2 * m + wg : m;  // 64 queries
       const int64_t tile = ((int64_t)(at.b * p.f.heads + h) * (t_pad / 64) + block) * (D / 64) + (D == 64 ? 0 : wg);
       const int query = min(m * BQ, p.f.t - 1) + offset;
       const int order = p.turn ? (at.key - visible_keys(p.f.mask, at.b, query).begin / BN * BN) / BN : 0;
       add_dq(dq, p.dq_sum + tile * 64 * 64, p.turn ? p.turn + tile : nullptr, order, wg);
       wgmma_wait<0>(dk);
-      if (lane == 0) barrier_arrive(&sm.q_empty[st]);
+      barrier_arrive_warp(&sm.q_empty[st]);
     }
   }
   wgmma_wait<0>(dv);

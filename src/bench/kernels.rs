@@ -118,15 +118,18 @@ fn time(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(ms / CALLS as f64)
 }
 
-/// Median GPU milliseconds of `f`, after one to warm up.
+/// Median GPU milliseconds of `f`, of 10 times after one to warm up. The CPU waits at the end only, so that
+/// the card is never idle between them.
 fn time_all(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
     f()?;
-    let mut times = vec![];
+    let mut events = vec![Event::record()?];
     for _ in 0..10 {
-        let start = Event::record()?;
         f()?;
-        times.push(Event::record()?.elapsed_ms(&start)?);
+        events.push(Event::record()?);
     }
+    let times: Result<Vec<f64>> =
+        events.windows(2).map(|pair| pair[1].elapsed_ms(&pair[0])).collect();
+    let mut times = times?;
     times.sort_by(f64::total_cmp);
     Ok(times[times.len() / 2])
 }
