@@ -107,12 +107,13 @@ std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor&
   return {out, lse};
 }
 
-// How many blocks share the query heads of a group: more than one only where there would be too few blocks.
-int head_splits(const flash::Forward& p) {
-  const int blocks = (p.mask.s + 127) / 128 * p.batch * p.groups, heads = p.heads / p.groups;
-  const int wanted = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+// How many blocks share the query heads of a group: more than one only where the blocks would not fill the card
+// about twice, so that short ones (late keys of a causal row) can make up for long ones.
+int head_splits(const flash::Forward& p, bool sm90) {
+  const int64_t blocks = (p.mask.s + 127) / 128 * p.batch * p.groups, heads = p.heads / p.groups;
+  const int64_t at_once = at::cuda::getCurrentDeviceProperties()->multiProcessorCount * (sm90 ? 1 : 2);
   int splits = 1;
-  while (blocks * splits < wanted && heads % (2 * splits) == 0) splits *= 2;
+  while (10 * blocks * splits < 19 * at_once && heads % (2 * splits) == 0) splits *= 2;
   return splits;
 }
 
@@ -136,7 +137,7 @@ void backward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, con
   p.delta = rows.data_ptr<float>();
   p.lse2 = p.delta + rows.numel() / 2;
   p.dq_sum = dq_sum.data_ptr<float>();
-  p.splits = head_splits(p.f);
+  p.splits = head_splits(p.f, use_sm90(o.arch));
   at::Tensor dkv_sum, turn;
   if (p.splits > 1) {
     dkv_sum = at::empty({2 * p.splits * k.numel()}, fp32);

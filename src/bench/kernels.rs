@@ -4,6 +4,7 @@
 //! that must be done (causal attention: half the square). The two ceilings, a large copy and a large matrix
 //! product, are measured in the same run.
 
+use crate::bail_hint;
 use crate::config::AttentionBackend;
 use crate::ffi::{self, Event, FlashOptions, LossScalars};
 use crate::ops::{self, Mask};
@@ -72,7 +73,10 @@ const EPS: f64 = 1e-5;
 /// Measures all ops, or those whose name contains `only`.
 pub fn run(device: Device, tokens: &[i64], only: Option<&str>) -> Result<Report> {
     let Device::Cuda(index) = device else {
-        bail!("kernels run on a CUDA card; this machine shows none to libtorch");
+        bail_hint!(
+            "run it on a machine with a card; `tinyllama doctor` says what libtorch sees";
+            "kernels run on a CUDA card, and this machine shows none to libtorch"
+        );
     };
     if let Some(bad) = tokens.iter().find(|&&n| n < T || n % T != 0) {
         bail!("`--tokens` takes multiples of {T}, got {bad}");

@@ -650,3 +650,17 @@ fn bad_arguments_are_refused_with_op_argument_expected_and_got() {
     Cuda::synchronize(0);
     assert!(ffi::rms_norm(&x, &w, 1e-5).is_ok());
 }
+
+#[test]
+fn without_a_card_the_kernel_bench_says_what_is_missing() {
+    if Cuda::is_available() {
+        return;
+    }
+    let output =
+        assert_cmd::cargo::cargo_bin_cmd!("tinyllama").args(["bench", "kernels"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("error:") && text.contains("CUDA card"), "{text}");
+    assert!(text.contains("hint:"), "{text}");
+    assert!(output.stdout.is_empty());
+}
