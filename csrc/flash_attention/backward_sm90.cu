@@ -63,28 +63,44 @@ __device__ Place find_place(const Backward& p, const Order& order) {
   return at;
 }
 
+// The producer warp. Tiles come by TMA; lse2 and delta, a float4 a lane, by ordinary loads, so that compute-sanitizer
+// can follow them (it takes bulk copies behind mbarriers for races). Each "full" barrier waits for both.
 template <int D>
 __device__ void produce(BackwardShared<D>& sm, const BackwardMaps& maps, const Backward& p, const Place& at, int t_pad) {
   constexpr int P = D / 64, BQ = BackwardShared<D>::BQ;
-  barrier_expect(&sm.kv_full, 2 * BN * D * 2);
-  for (int c = 0; c < P; ++c) {
-    tma_load(sm.k[c], &maps.k, &sm.kv_full, 64 * c, at.key, at.g, at.b);
-    tma_load(sm.v[c], &maps.v, &sm.kv_full, 64 * c, at.key, at.g, at.b);
+  const int lane = threadIdx.x;
+  const bool copies_rows = lane < BQ / 4;
+  if (lane == 0) {
+    barrier_expect(&sm.kv_full, 2 * BN * D * 2);
+    for (int c = 0; c < P; ++c) {
+      tma_load(sm.k[c], &maps.k, &sm.kv_full, 64 * c, at.key, at.g, at.b);
+      tma_load(sm.v[c], &maps.v, &sm.kv_full, 64 * c, at.key, at.g, at.b);
+    }
   }
+  auto fill = [&](uint64_t* empty, uint64_t* full, uint32_t phase, auto& panels, const CUtensorMap& map, int row,
+                  int head, float* rows, float4 values) {
+    barrier_wait(empty, phase);
+    if (lane == 0) {
+      barrier_expect(full, BQ * D * 2);
+      for (int c = 0; c < P; ++c) tma_load(panels[c], &map, full, 64 * c, row, head, at.b);
+    }
+    if (copies_rows) *reinterpret_cast<float4*>(rows + 4 * lane) = values;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(full);
+  };
   int i = 0;
   for (int h = at.head; h < at.head + at.heads; ++h) {
-    const int64_t line = (int64_t)(at.b * p.f.heads + h) * t_pad;
     for (int m = at.tile_begin; m < at.tile_end; ++m, ++i) {
       const int st = i % STAGES;
       const uint32_t phase = (i / STAGES & 1) ^ 1;
-      barrier_wait(&sm.q_empty[st], phase);
-      barrier_expect(&sm.q_full[st], BQ * D * 2 + BQ * 4);
-      for (int c = 0; c < P; ++c) tma_load(sm.q[st][c], &maps.q, &sm.q_full[st], 64 * c, m * BQ, h, at.b);
-      bulk_load(sm.lse2[st], p.lse2 + line + m * BQ, BQ * 4, &sm.q_full[st]);
-      barrier_wait(&sm.dout_empty[st], phase);
-      barrier_expect(&sm.dout_full[st], BQ * D * 2 + BQ * 4);
-      for (int c = 0; c < P; ++c) tma_load(sm.dout[st][c], &maps.dout, &sm.dout_full[st], 64 * c, m * BQ, h, at.b);
-      bulk_load(sm.delta[st], p.delta + line + m * BQ, BQ * 4, &sm.dout_full[st]);
+      const int64_t row = (int64_t)(at.b * p.f.heads + h) * t_pad + m * BQ + 4 * lane;
+      float4 lse2{}, delta{};
+      if (copies_rows) {
+        lse2 = *reinterpret_cast<const float4*>(p.lse2 + row);
+        delta = *reinterpret_cast<const float4*>(p.delta + row);
+      }
+      fill(&sm.q_empty[st], &sm.q_full[st], phase, sm.q[st], maps.q, m * BQ, h, sm.lse2[st], lse2);
+      fill(&sm.dout_empty[st], &sm.dout_full[st], phase, sm.dout[st], maps.dout, m * BQ, h, sm.delta[st], delta);
     }
   }
 }
@@ -241,14 +257,14 @@ __device__ void work(BackwardShared<D>& sm, const Backward& p, const Place& at, 
       wgmma_commit();
 
       wgmma_wait<1>(dq);
-      barrier_arrive_warp(&sm.dout_empty[st]);
+      if (lane == 0) barrier_arrive(&sm.dout_empty[st]);
       const int block = D == 64 ? 2 * m + wg : m;  // 64 queries
       const int64_t tile = ((int64_t)(at.b * p.f.heads + h) * (t_pad / 64) + block) * (D / 64) + (D == 64 ? 0 : wg);
       const int query = min(m * BQ, p.f.t - 1) + offset;
       const int order = p.turn ? (at.key - visible_keys(p.f.mask, at.b, query).begin / BN * BN) / BN : 0;
       add_dq(dq, p.dq_sum + tile * 64 * 64, p.turn ? p.turn + tile : nullptr, order, wg);
       wgmma_wait<0>(dk);
-      barrier_arrive_warp(&sm.q_empty[st]);
+      if (lane == 0) barrier_arrive(&sm.q_empty[st]);
     }
   }
   wgmma_wait<0>(dv);
@@ -268,8 +284,8 @@ __global__ void __launch_bounds__(kBlock, 1)
   if (threadIdx.x == 0) {
     barrier_init(&sm.kv_full, 1);
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(&sm.q_full[i], 1);
-      barrier_init(&sm.dout_full[i], 1);
+      barrier_init(&sm.q_full[i], 2);
+      barrier_init(&sm.dout_full[i], 2);
       barrier_init(&sm.q_empty[i], kWorkers / 32);
       barrier_init(&sm.dout_empty[i], kWorkers / 32);
     }
@@ -279,7 +295,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   const Place at = find_place<BackwardShared<D>::BQ>(p, order);
   if (threadIdx.x < 128) {
     fewer_registers<24>();
-    if (threadIdx.x == 0) produce<D>(sm, maps, p, at, t_pad);
+    if (threadIdx.x < 32) produce<D>(sm, maps, p, at, t_pad);
   } else {
     more_registers<240>();
     work<T, D>(sm, p, at, t_pad);

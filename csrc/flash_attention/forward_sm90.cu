@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(128 * WGS, D == 64 ? 2 : 1)
     }
     __syncwarp();
     wgmma_wait<0>(s);
-    barrier_arrive_warp(&sm.k_empty[st]);
+    if (lane == 0) barrier_arrive(&sm.k_empty[st]);
 
     const int key = (tile_end - 1 - i) * BN;
     if (key < common_begin || key + BN > common_end) mask_scores(s, key + lane % 4 * 2, keys0, keys1);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(128 * WGS, D == 64 ? 2 : 1)
       Wgmma<T, D>::template rs<MN_MAJOR>(o, prob[kk], advance(v_desc, kk * 16 * 128), 1);
     wgmma_commit();
     wgmma_wait<0>(o);
-    barrier_arrive_warp(&sm.v_empty[st]);
+    if (lane == 0) barrier_arrive(&sm.v_empty[st]);
   }
 
   // O / sum through this warpgroup's part of Q's memory, which nobody else reads.

@@ -25,11 +25,6 @@ __device__ inline void barrier_init_done() { asm volatile("fence.mbarrier_init.r
 __device__ inline void barrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
-// One arrival for the warp, once all its lanes have read what they are giving back.
-__device__ inline void barrier_arrive_warp(uint64_t* bar) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(bar);
-}
 // Arrives and says how many bytes the copies of this phase will bring.
 __device__ inline void barrier_expect(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
@@ -75,14 +70,6 @@ __device__ inline void tma_store(const CUtensorMap* map, const void* panel, int 
 __device__ inline void tma_store_wait() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// Contiguous bytes, a multiple of 16.
-__device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(bar))
-               : "memory");
-}
-
 // ---- wgmma -------------------------------------------------------------------------------------------
 
 // Operand descriptor of a 128-byte-swizzled panel: start, and strides in bytes between groups of eight rows
