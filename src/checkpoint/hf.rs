@@ -26,13 +26,8 @@ pub fn load_config(dir: &Path) -> Result<ModelConfig> {
 
 /// Builds the model of a checkpoint folder in the given dtype.
 pub fn load_model(dir: &Path, kind: Kind, device: Device) -> Result<GPT> {
-    let model = GPT::empty(&load_config(dir)?, device);
-    // Not `to_kind`, which would read the uninitialised fp32 memory: untouched, the CPU's is never
-    // even committed.
-    for (_, mut parameter) in model.named_parameters() {
-        let fresh = Tensor::empty(parameter.size(), (kind, device));
-        tch::no_grad(|| parameter.set_data(&fresh));
-    }
+    let mut model = GPT::empty(&load_config(dir)?, device);
+    model.reallocate(kind);
     load_weights(&model, dir)?;
     Ok(model)
 }

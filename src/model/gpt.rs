@@ -157,12 +157,23 @@ impl GPT {
 
     /// Converts every parameter in place (`model.to(dtype)`).
     pub fn to_kind(&mut self, kind: Kind) {
+        self.replace_parameters(|parameter| parameter.to_kind(kind), true);
+    }
+
+    /// Gives every parameter uninitialised memory of another dtype, without reading the old one: on the CPU,
+    /// memory that was never touched is never committed.
+    pub fn reallocate(&mut self, kind: Kind) {
+        let fresh = |p: &Tensor| Tensor::empty(p.size(), (kind, p.device()));
+        self.replace_parameters(fresh, false);
+    }
+
+    fn replace_parameters(&mut self, new: impl Fn(&Tensor) -> Tensor, keep: bool) {
         tch::no_grad(|| {
             for (_, mut parameter) in self.named_parameters() {
-                let converted = parameter.to_kind(kind);
-                parameter.set_data(&converted);
+                parameter.set_data(&new(&parameter));
             }
         });
+        self.h.iter_mut().for_each(|block| block.mlp.join(keep));
     }
 
     /// Turns gradients of every parameter on or off.

@@ -3,6 +3,7 @@
 use crate::common::{max_difference, tiny_llama, tiny_neox};
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::AttentionBackend;
+use tinyllama::model::mlp::Mlp;
 use tinyllama::model::{GPT, KvCache, ModelConfig, init};
 use tinyllama::ops::{self, Mask};
 
@@ -117,4 +118,37 @@ fn the_loss_ignores_masked_targets_and_sums_over_the_rest() {
     let want: f64 = picked.iter().map(|&(b, t, v)| -log_p.double_value(&[b, t, v])).sum();
     let got = ops::cross_entropy_sum(&logits, &target).double_value(&[]);
     assert!((got - want).abs() < 1e-5, "{got} {want}");
+}
+
+#[test]
+fn gate_and_up_lie_behind_each_other_as_one_matrix_whatever_becomes_of_the_model() {
+    let joined = |model: &GPT| {
+        model.h.iter().all(|block| match &block.mlp {
+            Mlp::LLaMA(mlp) => {
+                let (gate, up) = (&mlp.fc_1.weight, &mlp.fc_2.weight);
+                let bytes = gate.numel() * gate.kind().elt_size_in_bytes();
+                up.data_ptr() as usize == gate.data_ptr() as usize + bytes
+            }
+            Mlp::GptNeox(_) => false,
+        })
+    };
+    tch::manual_seed(6);
+    let mut model = GPT::new(&tiny_llama(), Device::Cpu);
+    assert!(joined(&model), "after GPT::new");
+    let idx = tokens(tiny_llama().vocab_size, 1, 8);
+    let before = model.forward(&idx, None);
+    let gate = match &model.h[0].mlp {
+        Mlp::LLaMA(mlp) => mlp.fc_1.weight.copy(),
+        Mlp::GptNeox(_) => unreachable!("a Llama"),
+    };
+    model.to_kind(Kind::BFloat16);
+    assert!(joined(&model), "after to_kind");
+    let Mlp::LLaMA(mlp) = &model.h[0].mlp else { unreachable!("a Llama") };
+    assert!(mlp.fc_1.weight.equal(&gate.to_kind(Kind::BFloat16)));
+    let after = model.forward(&idx, None).to_kind(Kind::Float);
+    assert!(max_difference(&before, &after) < 2e-2);
+    // Writing one does not touch the other.
+    let up = mlp.fc_2.weight.copy();
+    let _ = tch::no_grad(|| mlp.fc_1.weight.shallow_clone().zero_());
+    assert!(mlp.fc_2.weight.equal(&up));
 }
