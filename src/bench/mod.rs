@@ -1,3 +1,4 @@
 //! Measurements, each beside a peer in the same minutes.
 
 pub mod kernels;
+pub mod train;

@@ -1,6 +1,7 @@
 //! `tinyllama bench`.
 
 use crate::bench::kernels::{self, Report, Unit};
+use crate::bench::train;
 use crate::error::exit;
 use crate::{device, guard};
 use anyhow::Result;
@@ -18,6 +19,26 @@ enum Kind {
     /// Each kernel of csrc/ against its plain reference and libtorch's best, on the shapes of
     /// TinyLlama-1.1B: time, speed, share of the card's copy or matrix-product speed, error
     Kernels(KernelArgs),
+    /// Tokens a second, utilisation and memory of a run's configuration, on its own data
+    Train(TrainArgs),
+}
+
+#[derive(clap::Args)]
+struct TrainArgs {
+    /// The run's YAML
+    config: PathBuf,
+    /// Override a key, e.g. --set train.micro_batch_size=4 (repeatable)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Steps that are timed
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    steps: usize,
+    /// Steps before them
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    warmup: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(clap::Args)]
@@ -33,13 +54,20 @@ struct KernelArgs {
     json: bool,
     /// The card
     #[arg(long, default_value = "auto")]
-    device: PathBuf,
+    device: String,
 }
 
 /// Runs `bench`.
 pub fn run(args: Args) -> Result<u8> {
-    let Kind::Kernels(args) = args.kind;
-    let device = device::resolve(&args.device.to_string_lossy())?;
+    match args.kind {
+        Kind::Kernels(args) => run_kernels(args)?,
+        Kind::Train(args) => run_train(args)?,
+    }
+    Ok(exit::OK)
+}
+
+fn run_kernels(args: KernelArgs) -> Result<()> {
+    let device = device::resolve(&args.device)?;
     let lower = "give fewer `--tokens`, or `--only` an op";
     let report = guard::catch("the benchmark", device, lower, || {
         kernels::run(device, &args.tokens, args.only.as_deref())
@@ -49,7 +77,30 @@ pub fn run(args: Args) -> Result<u8> {
     } else {
         print(&report);
     }
-    Ok(exit::OK)
+    Ok(())
+}
+
+fn run_train(args: TrainArgs) -> Result<()> {
+    let r = train::run(&args.config, &args.sets, args.warmup, args.steps)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&r)?);
+        return Ok(());
+    }
+    let percent = |x: Option<f64>| x.map_or("n/a".into(), |x| format!("{:.1} %", 100.0 * x));
+    let [low, high] = r.tokens_per_sec_quartiles;
+    println!("{} in {} on {}", r.model, r.precision, r.device);
+    println!(
+        "step      {} x {} = {} tokens",
+        r.micro_batch_size, r.accumulation, r.tokens_per_step
+    );
+    println!("time      {:.4} s, median of {}", r.step_seconds, r.steps);
+    println!("speed     {:.0} tok/s (quartiles {low:.0} to {high:.0})", r.tokens_per_sec);
+    println!("mfu       {} full attention, {} causal", percent(r.mfu), percent(r.mfu_causal));
+    if let Some(gib) = r.peak_memory_gib {
+        println!("memory    {gib:.1} GiB peak");
+    }
+    println!("loss      {:.4} -> {:.4}", r.loss[0], r.loss[1]);
+    Ok(())
 }
 
 fn print(report: &Report) {

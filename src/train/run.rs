@@ -175,6 +175,13 @@ impl Run {
         self.elapsed_before + self.started.elapsed().as_secs_f64()
     }
 
+    /// Model FLOPs utilisation at this many tokens a second: full attention, causal attention; `None` where the
+    /// device's peak is not known.
+    pub fn utilisation(&self, tokens_per_sec: f64) -> (Option<f64>, Option<f64>) {
+        let of_peak = |flops: f64| self.peak_flops.map(|peak| tokens_per_sec * flops / peak);
+        (of_peak(self.flops.full), of_peak(self.flops.causal))
+    }
+
     /// Counts a finished step.
     pub fn advance(&mut self) {
         self.progress.step += 1;
@@ -186,6 +193,7 @@ impl Run {
     /// Logs a step that took `seconds`.
     pub fn log_step(&mut self, loss: f64, lr: f64, grad_norm: f64, seconds: f64) -> Result<()> {
         let rate = self.plan.tokens_per_step as f64 / seconds;
+        let (mfu, mfu_causal) = self.utilisation(rate);
         let peak_memory = match self.device {
             Device::Cuda(i) => {
                 Some(ffi::cuda_memory(i)?.peak_allocated as f64 / (1u64 << 30) as f64)
@@ -201,8 +209,8 @@ impl Run {
             grad_norm,
             tokens_per_sec: rate,
             tokens_per_sec_per_gpu: rate / self.plan.world as f64,
-            mfu: self.peak_flops.map(|peak| rate * self.flops.full / peak),
-            mfu_causal: self.peak_flops.map(|peak| rate * self.flops.causal / peak),
+            mfu,
+            mfu_causal,
             peak_memory_gib: peak_memory,
             iter_time_ms: seconds * 1e3 / self.plan.accumulation as f64,
             time: unix_time(),

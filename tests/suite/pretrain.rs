@@ -282,3 +282,34 @@ fn a_full_disk_stops_the_run_or_not_as_configured_and_spares_the_previous_checkp
     assert!(stderr.contains("checkpoint of step 15 not written"), "{stderr}");
     assert_eq!((goes_on.status.code(), last), (Some(1), Some(20)), "{stderr}");
 }
+
+#[test]
+fn bench_train_times_steps_and_leaves_nothing_behind() {
+    let setup = Setup::new();
+    let config = setup.path("run.yaml").display().to_string();
+    let bench = |more: &[&str]| {
+        let mut command = cargo_bin_cmd!("tinyllama");
+        command.env("TMPDIR", setup.dir.path()).args(["bench", "train", &config]);
+        command.args(more).output().unwrap()
+    };
+    let output = bench(&["--warmup", "1", "--steps", "3", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (report["steps"].as_u64(), report["tokens_per_step"].as_u64()),
+        (Some(3), Some(128))
+    );
+    let (speed, seconds) = (&report["tokens_per_sec"], &report["step_seconds"]);
+    let tokens = speed.as_f64().unwrap() * seconds.as_f64().unwrap();
+    assert!((tokens - 128.0).abs() < 1e-6, "{report}");
+    let left: Vec<_> =
+        fs::read_dir(setup.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 3, "train, val, run.yaml; found {left:?}");
+
+    let output = bench(&["--steps", "0"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("`--steps` must be at least 1, got 0"), "{}", text(&output));
+    let output = bench(&["--set", "optimizer.lr=1e30", "--warmup", "0", "--steps", "9"]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("not finite are not timed"), "{}", text(&output));
+}
