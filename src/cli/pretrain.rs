@@ -1,9 +1,14 @@
 //! `tinyllama pretrain CONFIG`.
 
-use crate::config;
+use crate::config::{self, BatchPlan, RunConfig};
+use crate::device;
+use crate::error::exit;
+use crate::ffi;
 use crate::train;
+use crate::train::memory::{self, MemoryPlan};
 use anyhow::Result;
 use std::path::PathBuf;
+use tch::Device;
 
 /// Arguments of `pretrain`.
 #[derive(clap::Args)]
@@ -16,6 +21,9 @@ pub struct Args {
     /// `auto` (newest checkpoint in out_dir, or start), `false`, or a checkpoint folder
     #[arg(long, value_name = "auto|false|PATH")]
     resume: Option<String>,
+    /// Check the configuration, print batch arithmetic and the GPU memory that it will need, and stop
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// Runs `pretrain`.
@@ -27,5 +35,56 @@ pub fn run(args: Args) -> Result<u8> {
         // Quoted as JSON, which is YAML: a path may look like a number.
         Some(text) => sets.push(format!("resume={}", serde_json::to_string(text)?)),
     }
-    train::pretrain(&config::load(&args.config, &sets)?)
+    let config = config::load(&args.config, &sets)?;
+    if args.dry_run {
+        return dry_run(&config);
+    }
+    train::pretrain(&config)
+}
+
+/// Prints what would run. Nothing is read but the configuration, nothing allocated or written.
+fn dry_run(config: &RunConfig) -> Result<u8> {
+    let model = config.model()?;
+    let sequence = config.sequence_length(&model);
+    let plan = BatchPlan::new(config, sequence, 1)?;
+    println!("model     {} with {:.1}M parameters", model.name, model.n_params() as f64 / 1e6);
+    println!("batch     {plan}");
+    if let Some(steps) = plan.total_steps {
+        println!("length    {steps} steps");
+    }
+    let micro = config.train.micro_batch_size;
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let memory_plan = MemoryPlan::new(&model, config.precision, micro, sequence as u64);
+    let Some(memory_plan) = memory_plan.filter(|_| config.fused) else {
+        println!(
+            "memory    no plan: it knows bf16-mixed and bf16-true with fused kernels and head sizes 64 and 128"
+        );
+        return Ok(exit::OK);
+    };
+    println!("\nGPU memory at micro_batch_size {micro}, {}, in GiB", config.precision);
+    for (name, bytes) in &memory_plan.parts {
+        println!("  {name:<44} {:>6.2}", gib(*bytes));
+    }
+    println!("  {:<44} {:>6.2}", "total", gib(memory_plan.total()));
+    println!("\nlargest micro_batch_size ({:.1} GiB left for CUDA itself)", gib(memory::RESERVE));
+    let fits = |name: &str, bytes: u64| {
+        let largest = memory::largest_micro_batch(&model, config.precision, sequence as u64, bytes);
+        match largest.unwrap_or(0) {
+            0 => println!("  {name:<44} {:>6}", "none"),
+            n => println!("  {name:<44} {n:>6}"),
+        }
+    };
+    match device::resolve(&config.device.0) {
+        Ok(Device::Cuda(i)) => {
+            let card = ffi::cuda_device(i)?;
+            fits(&format!("this {}", card.name), card.total_memory as u64);
+        }
+        _ => {
+            // What libtorch sees of such cards.
+            for (name, gib) in [("a card of 24 GB", 23.6), ("40 GB", 39.4), ("80 GB", 79.1)] {
+                fits(name, (gib * (1u64 << 30) as f64) as u64);
+            }
+        }
+    }
+    Ok(exit::OK)
 }

@@ -92,3 +92,9 @@ fn head_chunks(n: i64, v: i64, bytes: i64) -> i64 {
     const MOST: i64 = 512 << 20;
     ((n * v * bytes + MOST - 1) / MOST).clamp(1, n.max(1))
 }
+
+/// Rows of logits that the fused [`head_loss`] of n rows holds at a time.
+pub fn head_rows(n: i64, v: i64, bytes: i64) -> i64 {
+    let chunks = head_chunks(n, v, bytes);
+    (n + chunks - 1) / chunks
+}

@@ -2,6 +2,7 @@
 
 mod append;
 pub mod flops;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod plot;

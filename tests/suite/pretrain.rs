@@ -313,3 +313,28 @@ fn bench_train_times_steps_and_leaves_nothing_behind() {
     assert_eq!(output.status.code(), Some(1), "{}", text(&output));
     assert!(text(&output).contains("not finite are not timed"), "{}", text(&output));
 }
+
+#[test]
+fn a_dry_run_prints_arithmetic_and_memory_and_writes_nothing() {
+    let dry = |config: &str, more: &[&str]| {
+        let mut command = cargo_bin_cmd!("tinyllama");
+        command.args(["pretrain", config, "--dry-run", "--set", "device=cpu"]).args(more);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), text(&output))
+    };
+    let (code, out, err) = dry("configs/tinyllama-1xh100.yaml", &[]);
+    assert_eq!((code, err.as_str()), (Some(0), ""), "{out}");
+    for line in
+        ["524,288 tokens/step", "42000 steps", "master weights, fp32", "4.10", "total", "54.6"]
+    {
+        assert!(out.contains(line), "`{line}` is not in\n{out}");
+    }
+    let setup = Setup::new();
+    let config = setup.path("run.yaml").display().to_string();
+    let (code, out, _) = dry(&config, &[]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains("no plan"), "{out}");
+    assert!(!Path::new("out/pretrain").join("config.yaml").exists());
+    let (code, _, err) = dry(&config, &["--set", "train.micro_batch_size=3"]);
+    assert_eq!(code, Some(2), "{err}");
+}

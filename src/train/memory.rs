@@ -1,0 +1,143 @@
+//! How much GPU memory a run will need, before anything is allocated.
+//!
+//! The arithmetic of what the training step keeps (bytes; N tokens of a micro-batch, widths as in [`crate::model`]):
+//!
+//! - a parameter: 4 master + 8 moments + 4 gradient sum + 2 working copy + 2 gradient in `bf16-mixed`;
+//!   2 weight + 2 gradient + 4 moments in `bf16-true`;
+//! - a Llama block a token: twice the residual sum and its norm (4 C), the packed QKV (H + 2G) D, the attention
+//!   output H D, gate and up 2 F, each in bf16; log sum exp 4 H; 1/rms 8. The product silu(gate) up is computed
+//!   again in the backward pass;
+//! - a GPT-NeoX block a token: input and two norms 3 C, QKV 3 C, attention output C, the MLP's inner values
+//!   before and after gelu 2 F;
+//! - the head: a chunk of logits, dx, and the weight's gradient in fp32 and bf16, while all activations live; or,
+//!   where that is more, the buffers of an MLP's backward pass.
+
+use crate::config::Precision;
+use crate::model::{MlpClass, ModelConfig};
+use crate::ops;
+
+/// Memory that no plan sees: CUDA's context, workspaces of libraries, fragmentation.
+pub const RESERVE: u64 = 3 << 29; // 1.5 GiB
+
+/// Bytes by part.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemoryPlan {
+    /// What, and how many bytes.
+    pub parts: Vec<(String, u64)>,
+}
+
+impl MemoryPlan {
+    /// The plan of a micro-batch of this many sequences with fused kernels on a GPU; `None` where the plan knows
+    /// no arithmetic (`32-true`, head sizes without a kernel).
+    pub fn new(
+        model: &ModelConfig,
+        precision: Precision,
+        micro_batch: u64,
+        sequence: u64,
+    ) -> Option<Self> {
+        let per_parameter: &[(&str, u64)] = match precision {
+            Precision::Bf16Mixed => &[
+                ("master weights, fp32", 4),
+                ("AdamW moments, fp32", 8),
+                ("gradient sums, fp32", 4),
+                ("weights, bf16", 2),
+                ("gradients of a micro-batch, bf16", 2),
+            ],
+            Precision::Bf16True => {
+                &[("weights, bf16", 2), ("AdamW moments, bf16", 4), ("gradients, bf16", 2)]
+            }
+            Precision::Fp32True => return None,
+        };
+        if !matches!(model.head_size, 64 | 128) {
+            return None;
+        }
+        let n_params = model.n_params();
+        let mut parts: Vec<(String, u64)> =
+            per_parameter.iter().map(|&(name, bytes)| (name.into(), bytes * n_params)).collect();
+
+        let tokens = micro_batch * sequence;
+        let layers = model.n_layer as u64;
+        let blocks = layers * tokens * block_bytes(model);
+        parts.push((format!("activations of {layers} blocks, {tokens} tokens"), blocks));
+        let c = model.n_embd as u64;
+        parts.push(("embedding and final norm".into(), 3 * 2 * c * tokens));
+        let name = "head and loss, or the MLP's backward pass".to_owned();
+        parts.push((name, head_bytes(model, tokens).max(mlp_backward_bytes(model, tokens))));
+        Some(Self { parts })
+    }
+
+    /// All parts, in bytes.
+    pub fn total(&self) -> u64 {
+        self.parts.iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+/// The largest micro-batch whose plan and [`RESERVE`] fit into `memory` bytes; 0 where none does.
+pub fn largest_micro_batch(
+    model: &ModelConfig,
+    precision: Precision,
+    sequence: u64,
+    memory: u64,
+) -> Option<u64> {
+    let total = |micro| MemoryPlan::new(model, precision, micro, sequence).map(|plan| plan.total());
+    total(1)?;
+    let fits = |micro: &u64| total(*micro).is_some_and(|bytes| bytes + RESERVE <= memory);
+    Some((1..=4096).take_while(fits).last().unwrap_or(0))
+}
+
+/// Bytes that a block keeps for each token.
+fn block_bytes(model: &ModelConfig) -> u64 {
+    let (c, f) = (model.n_embd as u64, model.intermediate_size as u64);
+    let (h, d) = (model.n_head as u64, model.head_size as u64);
+    let attention = 2 * (model.qkv_rows() as u64 + h * d) + 4 * h;
+    match model.mlp_class {
+        MlpClass::LLaMAMLP => attention + 2 * (4 * c + 2 * f) + 8,
+        MlpClass::GptNeoxMLP => attention + 2 * (3 * c + 2 * f) + 16,
+    }
+}
+
+fn head_bytes(model: &ModelConfig, tokens: u64) -> u64 {
+    let (c, v) = (model.n_embd as u64, model.padded_vocab_size as u64);
+    let rows = ops::head_rows(tokens as i64, v as i64, 2) as u64;
+    2 * rows * v + 2 * tokens * c + 6 * v * c
+}
+
+fn mlp_backward_bytes(model: &ModelConfig, tokens: u64) -> u64 {
+    2 * tokens * (3 * model.intermediate_size as u64 + 3 * model.n_embd as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Peaks of the allocator on an H100, as `pretrain` printed them (docs/LOG.md), in GiB.
+    #[test]
+    fn the_plan_is_within_five_percent_of_the_peaks_that_were_measured() {
+        let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        for (micro, measured) in [(8, 37.8), (16, 54.4)] {
+            let plan = MemoryPlan::new(&model, Precision::Bf16Mixed, micro, 2048).unwrap();
+            let gib = plan.total() as f64 / (1u64 << 30) as f64;
+            assert!(
+                (gib / measured - 1.0).abs() < 0.05,
+                "micro {micro}: {gib:.1}, measured {measured}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_largest_micro_batch_is_the_last_that_fits() {
+        let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        for gib in [10, 24, 40, 80] {
+            let memory = gib << 30;
+            let largest = largest_micro_batch(&model, Precision::Bf16Mixed, 2048, memory).unwrap();
+            let total = |micro| {
+                let plan = MemoryPlan::new(&model, Precision::Bf16Mixed, micro, 2048).unwrap();
+                plan.total() + RESERVE
+            };
+            assert!(largest == 0 || total(largest) <= memory);
+            assert!(total(largest + 1) > memory, "{gib} GiB: {largest}");
+        }
+        let fp32 = largest_micro_batch(&model, Precision::Fp32True, 2048, 80 << 30);
+        assert_eq!(fp32, None);
+    }
+}
