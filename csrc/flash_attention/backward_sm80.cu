@@ -3,8 +3,8 @@
 //   S^T = K Q^T;  P^T = exp2(scale2 S^T - lse2);  dP^T = V dO^T;  dS^T = P^T (dP^T - delta)
 //   dV += P^T dO;  dK += dS^T Q;  dQ += dS K          (dK, dQ times scale at the end)
 //
-// A block owns BN keys of one key/value head, a warp MT strips of 16 of them, and loops over the query heads of the
-// group and over their tiles of 64 queries: dK and dV stay in registers for the whole group. Scores are kept
+// A block owns BN keys of one key/value head, a warp MT strips of 16 of them, and loops over the query heads of
+// the group and over their tiles of 64 queries, QP at a time: dK and dV stay in registers for the whole group. Scores are kept
 // transposed, so that P^T and dS^T leave the exponential as A operands in registers; only dS goes through
 // shared memory, for dQ, which needs all keys of the block. dQ is added to fp32 sums in global memory
 // (backward_helpers.cu); with `turn` the blocks of one query tile add in the order of their keys, so that the
@@ -18,7 +18,8 @@ using namespace ampere;
 constexpr int BQ = 64;
 
 template <class T, int D, int WARPS, int MT, int QP, int STAGES, int BLOCKS>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS) backward_kernel(const Backward p, const Order order_of_blocks, const int t_pad) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+    backward_kernel(const Backward p, const Order order_of_blocks, const int t_pad) {
   constexpr int THREADS = 32 * WARPS, BN = 16 * MT * WARPS;
   constexpr int Q_BYTES = BQ * D * 2, KV_BYTES = BN * D * 2;
   extern __shared__ __align__(1024) uint8_t raw[];

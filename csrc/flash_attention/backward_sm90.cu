@@ -63,10 +63,11 @@ __device__ Place find_place(const Backward& p, const Order& order) {
   return at;
 }
 
-// The producer warp. Tiles come by TMA; lse2 and delta, a float4 a lane, by ordinary loads, so that compute-sanitizer
-// can follow them (it takes bulk copies behind mbarriers for races). Each "full" barrier waits for both.
+// The producer warp. Tiles come by TMA; lse2 and delta, a float4 a lane, by ordinary loads that start before
+// the wait for a free place. Each "full" barrier waits for both.
 template <int D>
-__device__ void produce(BackwardShared<D>& sm, const BackwardMaps& maps, const Backward& p, const Place& at, int t_pad) {
+__device__ void produce(BackwardShared<D>& sm, const BackwardMaps& maps, const Backward& p, const Place& at,
+                        int t_pad) {
   constexpr int P = D / 64, BQ = BackwardShared<D>::BQ;
   const int lane = threadIdx.x;
   const bool copies_rows = lane < BQ / 4;

@@ -79,7 +79,8 @@ __device__ inline void load_b(uint32_t (&r)[4], uint32_t panels, int column, int
 template <int ROWS>
 __device__ inline void load_b_t(uint32_t (&r)[4], uint32_t panels, int inner, int column) {
   const int lane = threadIdx.x % 32;
-  load_matrices_transposed(r, panels + column / 64 * ROWS * 128 + swizzle(inner + lane % 16, column % 64 / 8 + lane / 16));
+  load_matrices_transposed(r, panels + column / 64 * ROWS * 128 +
+                                  swizzle(inner + lane % 16, column % 64 / 8 + lane / 16));
 }
 
 // d += A B, or d = A B where `first` (a constant after unrolling: it saves clearing d), 16 x 8 x 16, fp32 sums.

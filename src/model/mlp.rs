@@ -56,11 +56,15 @@ impl Mlp {
 
     /// Moves `fc_1` and `fc_2` of a Llama into one block of memory, `[W1; W2]`, which
     /// [`ops::swiglu_mlp`] multiplies as one matrix: a tenth faster than two. They stay two parameters.
-    /// `keep` copies their values.
+    /// `keep` copies their values. Sizes that would start W2 between multiples of 16 bytes, which kernels
+    /// need, stay apart.
     pub fn join(&mut self, keep: bool) {
         let Self::LLaMA(mlp) = self else { return };
         let weights = [&mut mlp.fc_1.weight, &mut mlp.fc_2.weight];
         let (f, c) = weights[0].size2().expect("a matrix is (F, C)");
+        if f * c % 8 != 0 {
+            return;
+        }
         let block = Tensor::empty([2 * f, c], (weights[0].kind(), weights[0].device())); // (2F, C)
         tch::no_grad(|| {
             for (i, weight) in weights.into_iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Training: the loop in [`pretrain`], one step in [`step`], the optimizer in [`optimizer`].
+//! Training: the loop in [`mod@pretrain`], one step in [`step`], the optimizer in [`optimizer`].
 
 mod append;
 pub mod flops;

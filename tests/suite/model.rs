@@ -132,6 +132,11 @@ fn gate_and_up_lie_behind_each_other_as_one_matrix_whatever_becomes_of_the_model
             Mlp::GptNeox(_) => false,
         })
     };
+    // W2 would start at byte 35 x 12 x 2 = 840, no multiple of 16.
+    let odd =
+        ModelConfig { n_embd: 12, n_head: 2, n_query_groups: 1, head_size: 6, ..tiny_llama() };
+    assert!(!joined(&GPT::new(&ModelConfig { intermediate_size: 35, ..odd }, Device::Cpu)));
+
     tch::manual_seed(6);
     let mut model = GPT::new(&tiny_llama(), Device::Cpu);
     assert!(joined(&model), "after GPT::new");
