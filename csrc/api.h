@@ -52,6 +52,10 @@ int tl_backward(TlTensor out, TlTensor grad);
 // torch.autograd.grad(out, inputs, grad), keeping the graph: n new tensors, nothing accumulated.
 int tl_gradients(int n_out, TlTensor* out, TlTensor* grad, int n, TlTensor* inputs, TlTensor* gradients);
 
+// Runs the backward function of the one op that made `out`, given the gradients of its first n results, and drops what
+// it returns: without the autograd engine, whose cost would hide that of a short kernel.
+int tl_node_backward(TlTensor out, int n, TlTensor* gradients);
+
 // ---- attention (csrc/torch/attention.cpp -> csrc/flash_attention) ----------------------------------------
 
 // softmax(scale q k^T + mask) v, differentiable. q (B, H, T, D), k and v (B, G, S, D): bf16 or fp16 on one CUDA

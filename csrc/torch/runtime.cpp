@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/api/include/torch/version.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
 #ifdef TL_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
@@ -122,6 +123,19 @@ extern "C" int tl_gradients(int n_out, TlTensor* out, TlTensor* grad, int n, TlT
   TL_GUARD({
     auto found = torch::autograd::grad(list(out, n_out), list(inputs, n), list(grad, n_out), /*retain_graph=*/true);
     for (int i = 0; i < n; ++i) gradients[i] = new at::Tensor(found[i]);
+  });
+}
+
+extern "C" int tl_node_backward(TlTensor out, int n, TlTensor* gradients) {
+  TL_GUARD({
+    c10::AutoGradMode off(false);
+    auto node = static_cast<at::Tensor*>(out)->grad_fn();
+    TORCH_CHECK(node, "node_backward: no differentiable op made this tensor");
+    TORCH_CHECK(n > 0 && static_cast<uint32_t>(n) <= node->num_inputs(), "node_backward: ", node->name(), " takes ",
+                node->num_inputs(), " gradients, got ", n);
+    torch::autograd::variable_list list(node->num_inputs());
+    for (int i = 0; i < n; ++i) list[i] = *static_cast<at::Tensor*>(gradients[i]);
+    (*node)(std::move(list));
   });
 }
 

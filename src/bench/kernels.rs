@@ -138,9 +138,18 @@ fn time_all(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(times[times.len() / 2])
 }
 
-/// Median GPU milliseconds of one backward pass of `f`: [`CALLS`] of them, over the same memory, in one run of
-/// the autograd engine, whose own cost would exceed that of a short kernel.
+/// How a backward pass is run.
+#[derive(Clone, Copy, PartialEq)]
+enum Backward {
+    /// By autograd's engine: for several ops, or one of milliseconds.
+    Engine,
+    /// The op's own backward function: the engine takes as long as a short kernel, about 75 us an op.
+    Node,
+}
+
+/// Median GPU milliseconds of one backward pass of `f`, of [`CALLS`] over the same inputs.
 fn time_backward(
+    how: Backward,
     inputs: &[&Tensor],
     dy: &[Tensor],
     f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
@@ -154,7 +163,10 @@ fn time_backward(
     let leaves: Vec<&Tensor> = leaves.iter().collect();
     let outputs: Vec<(&Tensor, &Tensor)> =
         results.iter().flat_map(|all| all.iter().zip(dy)).collect();
-    let ms = time_all(|| ffi::gradients_of(&outputs, &leaves).map(drop))?;
+    let ms = time_all(|| match how {
+        Backward::Engine => ffi::gradients_of(&outputs, &leaves).map(drop),
+        Backward::Node => results.iter().try_for_each(|all| ffi::node_backward(&all[0], dy)),
+    })?;
     Ok(ms / CALLS as f64)
 }
 
@@ -235,6 +247,7 @@ impl Lab {
     fn both(
         &mut self,
         (op, tokens, kernel): (&str, i64, &str),
+        how: Backward,
         inputs: &[&Tensor],
         dy: &Tensor,
         work: [Work; 2],
@@ -253,7 +266,7 @@ impl Lab {
             time(|| f(&leaves).map(drop))?
         };
         drop(y);
-        let backward = time_backward(inputs, &[dy.shallow_clone()], |x| Ok(vec![f(x)?]))?;
+        let backward = time_backward(how, inputs, &[dy.shallow_clone()], |x| Ok(vec![f(x)?]))?;
         self.add(&format!("{op} forward"), tokens, kernel, forward, work[0], Some(error));
         self.add(&format!("{op} backward"), tokens, kernel, backward, work[1], Some(error));
         Ok(())
@@ -318,13 +331,13 @@ impl Lab {
             let dy = [dy.shallow_clone()];
             let backward = if cudnn || flash {
                 let (q, k, v) = ops::split_heads(&qkv, H, G);
-                time_backward(&[&q, &k, &v], &dy, |x| {
+                time_backward(Backward::Engine, &[&q, &k, &v], &dy, |x| {
                     let y =
                         ops::attention(&x[0], &x[1], &x[2], Mask::CAUSAL, AttentionBackend::Cudnn);
                     Ok(vec![y])
                 })?
             } else {
-                time_backward(&[&qkv], &dy, |x| Ok(vec![f(&x[0])?]))?
+                time_backward(Backward::Engine, &[&qkv], &dy, |x| Ok(vec![f(&x[0])?]))?
             };
             self.add("attention forward", n, name, forward, work[0], Some(error));
             self.add("attention backward", n, name, backward, work[1], Some(error));
@@ -346,13 +359,27 @@ impl Lab {
             let want = in_fp32(&[&x, &w], &dy, reference)?;
             let work = [Work::Bytes(2.0 * tensor), Work::Bytes(3.0 * tensor)];
             let inputs = [&x, &w];
-            self.both(("rms_norm", n, "ours"), &inputs, &dy, work, &want, |x| {
+            self.both(("rms_norm", n, "ours"), Backward::Node, &inputs, &dy, work, &want, |x| {
                 ffi::rms_norm(&x[0], &x[1], EPS)
             })?;
-            self.both(("rms_norm", n, "libtorch fused"), &inputs, &dy, work, &want, |x| {
-                Ok(Tensor::internal_fused_rms_norm(&x[0], C, Some(&x[1]), EPS).0)
-            })?;
-            self.both(("rms_norm", n, "reference"), &inputs, &dy, work, &want, reference)?;
+            self.both(
+                ("rms_norm", n, "libtorch fused"),
+                Backward::Node,
+                &inputs,
+                &dy,
+                work,
+                &want,
+                |x| Ok(Tensor::internal_fused_rms_norm(&x[0], C, Some(&x[1]), EPS).0),
+            )?;
+            self.both(
+                ("rms_norm", n, "reference"),
+                Backward::Engine,
+                &inputs,
+                &dy,
+                work,
+                &want,
+                reference,
+            )?;
         }
         if self.wants("add_rms_norm") {
             // The gradient of the sum arrives by both ways, as in a model.
@@ -368,9 +395,23 @@ impl Lab {
                 let sum = &x[0] + &x[1];
                 Ok((Tensor::internal_fused_rms_norm(&sum, C, Some(&x[2]), EPS).0, sum))
             };
-            self.pair(("add_rms_norm", n, "ours"), &inputs, &both, work, ours)?;
-            self.pair(("add_rms_norm", n, "libtorch fused"), &inputs, &both, work, libtorch)?;
-            self.pair(("add_rms_norm", n, "reference"), &inputs, &both, work, reference)?;
+            self.pair(("add_rms_norm", n, "ours"), Backward::Node, &inputs, &both, work, ours)?;
+            self.pair(
+                ("add_rms_norm", n, "libtorch fused"),
+                Backward::Engine,
+                &inputs,
+                &both,
+                work,
+                libtorch,
+            )?;
+            self.pair(
+                ("add_rms_norm", n, "reference"),
+                Backward::Engine,
+                &inputs,
+                &both,
+                work,
+                reference,
+            )?;
         }
         Ok(())
     }
@@ -379,6 +420,7 @@ impl Lab {
     fn pair(
         &mut self,
         (op, tokens, kernel): (&str, i64, &str),
+        how: Backward,
         inputs: &[&Tensor],
         dy: &Tensor,
         work: [Work; 2],
@@ -389,7 +431,7 @@ impl Lab {
             let _guard = tch::no_grad_guard();
             time(|| f(&leaves).map(drop))?
         };
-        let backward = time_backward(inputs, &[dy.get(0), dy.get(1)], |x| {
+        let backward = time_backward(how, inputs, &[dy.get(0), dy.get(1)], |x| {
             let (y, sum) = f(x)?;
             Ok(vec![y, sum])
         })?;
@@ -434,10 +476,18 @@ impl Lab {
             };
             let want = in_fp32(&[&gate_up], &dy, reference)?;
             let work = [Work::Bytes(3.0 * act), Work::Bytes(5.0 * act)];
-            self.both(("swiglu", n, "ours"), &[&gate_up], &dy, work, &want, |x| {
+            self.both(("swiglu", n, "ours"), Backward::Node, &[&gate_up], &dy, work, &want, |x| {
                 ffi::swiglu(&x[0])
             })?;
-            self.both(("swiglu", n, "reference"), &[&gate_up], &dy, work, &want, reference)?;
+            self.both(
+                ("swiglu", n, "reference"),
+                Backward::Engine,
+                &[&gate_up],
+                &dy,
+                work,
+                &want,
+                reference,
+            )?;
         }
         if self.wants("mlp") {
             let x = self.random(&[n, C]);
@@ -450,8 +500,16 @@ impl Lab {
             let flops = (2 * 3 * n * C * F) as f64;
             let work = [Work::Flops(flops), Work::Flops(2.0 * flops)];
             let ours = |x: &[Tensor]| ffi::swiglu_mlp(&x[0], &x[1], &x[2], &x[3]);
-            self.both(("mlp", n, "ours"), &inputs, &dy, work, &want, ours)?;
-            self.both(("mlp", n, "reference"), &inputs, &dy, work, &want, reference)?;
+            self.both(("mlp", n, "ours"), Backward::Engine, &inputs, &dy, work, &want, ours)?;
+            self.both(
+                ("mlp", n, "reference"),
+                Backward::Engine,
+                &inputs,
+                &dy,
+                work,
+                &want,
+                reference,
+            )?;
         }
         Ok(())
     }

@@ -23,6 +23,7 @@ unsafe extern "C" {
         inputs: *mut Handle,
         gradients: *mut Handle,
     ) -> c_int;
+    fn tl_node_backward(out: Handle, n: c_int, gradients: *mut Handle) -> c_int;
     fn tl_flash_attention(
         q: Handle,
         k: Handle,
@@ -197,6 +198,14 @@ pub fn gradients_of(outputs: &[(&Tensor, &Tensor)], inputs: &[&Tensor]) -> Resul
         )
     })?;
     Ok(found.into_iter().map(|t| unsafe { Tensor::from_ptr(t) }).collect())
+}
+
+/// Runs the backward function of the one op that made `out`, given the gradients of its first results, and drops
+/// what it returns; for timing without the autograd engine.
+pub fn node_backward(out: &Tensor, gradients: &[Tensor]) -> Result<()> {
+    let mut list: Vec<Handle> = gradients.iter().map(handle).collect();
+    // SAFETY: the tensors outlive the call; C++ checks their number.
+    check(unsafe { tl_node_backward(handle(out), list.len() as c_int, list.as_mut_ptr()) })
 }
 
 /// How attention is computed; documents are `(start, end)`, each (B, S) i32 (see `csrc/api.h`).

@@ -152,3 +152,15 @@ fn a_kernel_given_a_cpu_tensor_names_the_op_the_argument_and_the_device() {
         assert!(built_without || named, "{argument}: {error}");
     }
 }
+
+#[test]
+fn the_backward_function_of_one_op_runs_alone_and_checks_its_gradients() {
+    let x = Tensor::randn([3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let y = x.tanh();
+    ffi::node_backward(&y, &[y.ones_like()]).unwrap();
+    assert!(!x.grad().defined(), "nothing is accumulated");
+    let error = ffi::node_backward(&y, &[]).unwrap_err().to_string();
+    assert!(error.contains("TanhBackward0 takes 1 gradients, got 0"), "{error}");
+    let error = ffi::node_backward(&y.detach(), &[]).unwrap_err().to_string();
+    assert!(error.contains("no differentiable op"), "{error}");
+}
