@@ -246,8 +246,7 @@ impl Lab {
     /// Times `f` forward and, by autograd, backward.
     fn both(
         &mut self,
-        (op, tokens, kernel): (&str, i64, &str),
-        how: Backward,
+        (op, tokens, kernel, how): (&str, i64, &str, Backward),
         inputs: &[&Tensor],
         dy: &Tensor,
         work: [Work; 2],
@@ -359,12 +358,11 @@ impl Lab {
             let want = in_fp32(&[&x, &w], &dy, reference)?;
             let work = [Work::Bytes(2.0 * tensor), Work::Bytes(3.0 * tensor)];
             let inputs = [&x, &w];
-            self.both(("rms_norm", n, "ours"), Backward::Node, &inputs, &dy, work, &want, |x| {
+            self.both(("rms_norm", n, "ours", Backward::Node), &inputs, &dy, work, &want, |x| {
                 ffi::rms_norm(&x[0], &x[1], EPS)
             })?;
             self.both(
-                ("rms_norm", n, "libtorch fused"),
-                Backward::Node,
+                ("rms_norm", n, "libtorch fused", Backward::Node),
                 &inputs,
                 &dy,
                 work,
@@ -372,8 +370,7 @@ impl Lab {
                 |x| Ok(Tensor::internal_fused_rms_norm(&x[0], C, Some(&x[1]), EPS).0),
             )?;
             self.both(
-                ("rms_norm", n, "reference"),
-                Backward::Engine,
+                ("rms_norm", n, "reference", Backward::Engine),
                 &inputs,
                 &dy,
                 work,
@@ -395,18 +392,16 @@ impl Lab {
                 let sum = &x[0] + &x[1];
                 Ok((Tensor::internal_fused_rms_norm(&sum, C, Some(&x[2]), EPS).0, sum))
             };
-            self.pair(("add_rms_norm", n, "ours"), Backward::Node, &inputs, &both, work, ours)?;
+            self.pair(("add_rms_norm", n, "ours", Backward::Node), &inputs, &both, work, ours)?;
             self.pair(
-                ("add_rms_norm", n, "libtorch fused"),
-                Backward::Engine,
+                ("add_rms_norm", n, "libtorch fused", Backward::Engine),
                 &inputs,
                 &both,
                 work,
                 libtorch,
             )?;
             self.pair(
-                ("add_rms_norm", n, "reference"),
-                Backward::Engine,
+                ("add_rms_norm", n, "reference", Backward::Engine),
                 &inputs,
                 &both,
                 work,
@@ -419,8 +414,7 @@ impl Lab {
     /// As [`Lab::both`] for an op with two results; `dy` (2, ..) holds their gradients.
     fn pair(
         &mut self,
-        (op, tokens, kernel): (&str, i64, &str),
-        how: Backward,
+        (op, tokens, kernel, how): (&str, i64, &str, Backward),
         inputs: &[&Tensor],
         dy: &Tensor,
         work: [Work; 2],
@@ -476,12 +470,11 @@ impl Lab {
             };
             let want = in_fp32(&[&gate_up], &dy, reference)?;
             let work = [Work::Bytes(3.0 * act), Work::Bytes(5.0 * act)];
-            self.both(("swiglu", n, "ours"), Backward::Node, &[&gate_up], &dy, work, &want, |x| {
+            self.both(("swiglu", n, "ours", Backward::Node), &[&gate_up], &dy, work, &want, |x| {
                 ffi::swiglu(&x[0])
             })?;
             self.both(
-                ("swiglu", n, "reference"),
-                Backward::Engine,
+                ("swiglu", n, "reference", Backward::Engine),
                 &[&gate_up],
                 &dy,
                 work,
@@ -500,10 +493,9 @@ impl Lab {
             let flops = (2 * 3 * n * C * F) as f64;
             let work = [Work::Flops(flops), Work::Flops(2.0 * flops)];
             let ours = |x: &[Tensor]| ffi::swiglu_mlp(&x[0], &x[1], &x[2], &x[3]);
-            self.both(("mlp", n, "ours"), Backward::Engine, &inputs, &dy, work, &want, ours)?;
+            self.both(("mlp", n, "ours", Backward::Engine), &inputs, &dy, work, &want, ours)?;
             self.both(
-                ("mlp", n, "reference"),
-                Backward::Engine,
+                ("mlp", n, "reference", Backward::Engine),
                 &inputs,
                 &dy,
                 work,
