@@ -87,7 +87,7 @@ fn one_step(run: &mut Run, config: &RunConfig) -> Result<f64> {
         (0..run.plan.accumulation).map(|_| run.loader.next()).collect::<Result<Vec<_>>>()?;
     let (model, optimizer) = (&run.model, &mut run.optimizer);
     let out = guard::catch("the training step", run.device, LOWER, || {
-        train_step(model, optimizer, &batches, lr, config.train.max_norm)
+        train_step(model, optimizer, &batches, lr, &config.train)
     })?;
     let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
     let grad_norm = out.grad_norm.double_value(&[]);

@@ -194,6 +194,10 @@ pub struct TrainConfig {
     pub decay_fraction: f64,
     /// Clip the global L2 norm of the gradients to this; `null`: no clipping.
     pub max_norm: Option<f64>,
+    /// Share of the target's probability that is spread over the vocabulary in the training loss.
+    pub label_smoothing: f64,
+    /// Weight of `(log sum exp(logits))^2` in the training loss, which keeps logits from drifting; PaLM: 1e-4.
+    pub z_loss: f64,
     /// Steps between log lines.
     pub log_interval: u64,
     /// Steps between checkpoints; `null`: only at the end and on a signal.
@@ -310,6 +314,8 @@ impl Default for TrainConfig {
             min_lr: 4e-5,
             decay_fraction: 0.1,
             max_norm: Some(1.0),
+            label_smoothing: 0.0,
+            z_loss: 0.0,
             log_interval: 1,
             save_interval: Some(1000),
             keep_last: None,

@@ -254,6 +254,13 @@ fn check_optimizer(config: &RunConfig, problems: &mut Vec<String>) {
         problems
             .push(format!("`optimizer.weight_decay`: must be at least 0, got {}", o.weight_decay));
     }
+    if !(0.0..1.0).contains(&t.label_smoothing) {
+        let got = t.label_smoothing;
+        problems.push(format!("`train.label_smoothing`: must be in [0, 1), got {got}"));
+    }
+    if t.z_loss < 0.0 {
+        problems.push(format!("`train.z_loss`: must be at least 0, got {}", t.z_loss));
+    }
     if t.min_lr < 0.0 {
         problems.push(format!("`train.min_lr`: must be at least 0, got {}", t.min_lr));
     }

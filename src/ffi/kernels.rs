@@ -299,6 +299,11 @@ pub struct LossScalars {
     pub z_loss: f64,
 }
 
+impl LossScalars {
+    /// The plain sum.
+    pub const SUM: Self = Self { scale: 1.0, label_smoothing: 0.0, z_loss: 0.0 };
+}
+
 /// Loss of logits (N, V), which become their gradient.
 pub fn cross_entropy(logits: &Tensor, target: &Tensor, s: LossScalars) -> Result<Tensor> {
     // SAFETY: the tensors outlive the call.

@@ -89,13 +89,13 @@ impl GPT {
         self.ln_f.forward(&x, delta.as_ref(), self.fused).0 // (B, T, C)
     }
 
-    /// `scale` times the summed cross-entropy of the next tokens, without all logits in memory.
+    /// The summed cross-entropy of the next tokens, with the terms of [`ops::cross_entropy`], without all logits
+    /// in memory.
     ///
     /// # Shapes
     /// idx, target (B, T) of i64, target -100 where nothing is to be learned -> () fp32.
-    pub fn loss(&self, idx: &Tensor, target: &Tensor, scale: f64) -> Tensor {
+    pub fn loss(&self, idx: &Tensor, target: &Tensor, scalars: LossScalars) -> Tensor {
         let x = self.hidden(idx, None).view([-1, self.config.n_embd]); // (N, C)
-        let scalars = LossScalars { scale, label_smoothing: 0.0, z_loss: 0.0 };
         ops::head_loss(&x, self.head_weight(), &target.reshape([-1]), scalars, self.fused)
     }
 

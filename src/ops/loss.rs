@@ -19,8 +19,7 @@ use tch::{Kind, Reduction, Tensor};
 /// `torch.nn.functional.cross_entropy(reduction="sum", ignore_index=-100)`.
 pub fn cross_entropy_sum(logits: &Tensor, target: &Tensor) -> Tensor {
     let v = *logits.size().last().expect("logits are (.., V)");
-    let scalars = LossScalars { scale: 1.0, label_smoothing: 0.0, z_loss: 0.0 };
-    cross_entropy_reference(&logits.reshape([-1, v]), &target.reshape([-1]), scalars)
+    cross_entropy_reference(&logits.reshape([-1, v]), &target.reshape([-1]), LossScalars::SUM)
 }
 
 /// `scale * sum over targets of ((1 - e) (lse - x[target]) + e (lse - mean(x)) + z lse^2)`, where

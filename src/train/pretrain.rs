@@ -40,7 +40,7 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
             (0..run.plan.accumulation).map(|_| run.loader.next()).collect::<Result<Vec<_>>>()?;
         let (model, optimizer) = (&run.model, &mut run.optimizer);
         let out = guard::catch("the training step", run.device, LOWER, || {
-            train_step(model, optimizer, &batches, lr, train.max_norm)
+            train_step(model, optimizer, &batches, lr, train)
         })?;
         let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
         let grad_norm = out.grad_norm.double_value(&[]);

@@ -3,6 +3,7 @@
 use super::step::to_device;
 use crate::data::ValidationSet;
 use crate::model::GPT;
+use crate::ops::LossScalars;
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
@@ -20,7 +21,7 @@ pub fn validate(model: &GPT, set: &ValidationSet, max_iters: Option<u64>) -> Res
         let batch = batch?;
         let input = to_device(&batch.input, model.device())?; // (B, T)
         let target = to_device(&batch.target, model.device())?; // (B, T)
-        let _ = sum.g_add_(&model.loss(&input, &target, 1.0).to_kind(Kind::Double));
+        let _ = sum.g_add_(&model.loss(&input, &target, LossScalars::SUM).to_kind(Kind::Double));
         n_targets += batch.n_targets;
     }
     Ok(sum.double_value(&[]) / n_targets.max(1) as f64)

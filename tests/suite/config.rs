@@ -224,6 +224,11 @@ fn lengths_and_rates_that_cannot_be_are_refused() {
     );
     let negative = ["`train.min_lr`: must be at least 0, got -1"];
     assert_eq!(problems(BASE, &["train.min_lr=-1"]), negative);
+    let loss = [
+        "`train.label_smoothing`: must be in [0, 1), got 1",
+        "`train.z_loss`: must be at least 0, got -0.1",
+    ];
+    assert_eq!(problems(BASE, &["train.label_smoothing=1", "train.z_loss=-0.1"]), loss);
     let zero = ["`train.global_batch_size`: must be at least 1, got 0"];
     assert_eq!(problems(BASE, &["train.global_batch_size=0"]), zero);
     assert_eq!(problems("[1, 2]", &[]), ["the file: expected a table of keys, got a list of 2"]);

@@ -139,7 +139,8 @@ fn twenty_training_steps_equal_pytorchs() {
                     Batch { input, target, n_targets }
                 })
                 .collect();
-            let out = train_step(&model, &mut optimizer, &batches, lr, Some(1.0)).unwrap();
+            let out =
+                train_step(&model, &mut optimizer, &batches, lr, &TrainConfig::default()).unwrap();
             optimizer.zero_grad();
             let relative = |got: f64, want: f64| (got / want - 1.0).abs();
             worst_loss = worst_loss.max(relative(out.loss.double_value(&[]), losses[step - 1]));

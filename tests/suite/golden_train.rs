@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 use tinyllama::checkpoint::{self, names};
-use tinyllama::config::{OptimizerConfig, Precision};
+use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::data::packed::PackedSet;
 use tinyllama::train::optimizer::AdamW;
@@ -55,7 +55,7 @@ fn train(family: &str, precision: Precision, expected: &Value) -> (Vec<f64>, Vec
     let mut optimizer = AdamW::new(&mut model, precision, &settings);
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for (step, lr) in batches().iter().zip(floats(&expected["lr"])) {
-        let out = train_step(&model, &mut optimizer, step, lr, Some(1.0)).unwrap();
+        let out = train_step(&model, &mut optimizer, step, lr, &TrainConfig::default()).unwrap();
         optimizer.zero_grad();
         losses.push(out.loss.double_value(&[]));
         norms.push(out.grad_norm.double_value(&[]));

@@ -3,6 +3,7 @@
 use tch::{Cuda, Device, Kind, Tensor};
 use tinyllama::config::{AttentionBackend, OptimizerConfig, Precision};
 use tinyllama::model::{GPT, ModelConfig};
+use tinyllama::ops::LossScalars;
 use tinyllama::train::optimizer::AdamW;
 
 /// The GPU, or `None` after saying that the test is skipped.
@@ -120,7 +121,7 @@ fn loss_and_gradients(device: Device, fused: bool, backend: AttentionBackend) ->
     let idx = Tensor::randint(512, [2, 200], (Kind::Int64, device));
     let target = Tensor::randint(512, [2, 200], (Kind::Int64, device));
     let _ = target.narrow(1, 0, 3).fill_(-100);
-    let loss = model.loss(&idx, &target, 1.0 / 394.0);
+    let loss = model.loss(&idx, &target, LossScalars { scale: 1.0 / 394.0, ..LossScalars::SUM });
     loss.backward();
     let mut all = vec![loss.detach()];
     all.extend(model.named_parameters().iter().map(|(_, p)| p.grad()));

@@ -2,7 +2,7 @@
 
 use crate::common::{max_difference, tiny_llama, tiny_neox};
 use tch::{Device, Kind, Tensor};
-use tinyllama::config::{OptimizerConfig, Precision};
+use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::model::{GPT, ModelConfig};
 use tinyllama::train::optimizer::AdamW;
@@ -36,7 +36,8 @@ fn both_families_overfit_one_batch_in_every_precision() {
             let data = [batch(&config, 2, 16)];
             let mut losses = Vec::new();
             for _ in 0..60 {
-                let out = train_step(&model, &mut optimizer, &data, 1e-2, Some(1.0)).unwrap();
+                let out = train_step(&model, &mut optimizer, &data, 1e-2, &TrainConfig::default())
+                    .unwrap();
                 optimizer.zero_grad();
                 losses.push(out.loss.double_value(&[]));
             }
@@ -61,7 +62,8 @@ fn two_micro_batches_of_two_equal_one_of_four_also_with_masked_targets() {
         let (model, mut optimizer) = fresh(&config, Precision::Fp32True);
         let mut losses = Vec::new();
         for _ in 0..3 {
-            let out = train_step(&model, &mut optimizer, batches, 1e-4, Some(1.0)).unwrap();
+            let out =
+                train_step(&model, &mut optimizer, batches, 1e-4, &TrainConfig::default()).unwrap();
             optimizer.zero_grad();
             losses.push(out.loss.double_value(&[]));
         }
@@ -83,7 +85,7 @@ fn mixed_precision_keeps_exact_masters_and_refreshes_the_bf16_copy() {
     let (model, mut optimizer) = fresh(&config, Precision::Bf16Mixed);
     assert_eq!(model.kind(), Kind::BFloat16);
     let data = [batch(&config, 2, 16), batch(&config, 2, 16)];
-    let _ = train_step(&model, &mut optimizer, &data, 1e-4, Some(1.0)).unwrap();
+    let _ = train_step(&model, &mut optimizer, &data, 1e-4, &TrainConfig::default()).unwrap();
     for p in &optimizer.params {
         assert_eq!(p.master.kind(), Kind::Float);
         assert_eq!(p.grad.kind(), Kind::Float);
@@ -115,7 +117,7 @@ fn the_optimizers_state_survives_a_round_trip_bit_for_bit_and_refuses_a_stranger
     let config = tiny_llama();
     let (model, mut optimizer) = fresh(&config, Precision::Fp32True);
     let data = [batch(&config, 2, 16)];
-    let _ = train_step(&model, &mut optimizer, &data, 1e-3, Some(1.0)).unwrap();
+    let _ = train_step(&model, &mut optimizer, &data, 1e-3, &TrainConfig::default()).unwrap();
     let saved: Vec<(String, Tensor)> =
         optimizer.state().into_iter().map(|(n, t)| (n, t.copy())).collect();
 
@@ -127,4 +129,31 @@ fn the_optimizers_state_survives_a_round_trip_bit_for_bit_and_refuses_a_stranger
     let (_, mut stranger) = fresh(&tiny_neox(), Precision::Fp32True);
     let error = stranger.load_state(1, &saved).unwrap_err().to_string();
     assert!(error.contains("optimizer state"), "{error}");
+}
+
+#[test]
+fn label_smoothing_and_z_loss_are_in_the_training_loss_and_not_in_validation() {
+    tch::manual_seed(7);
+    let model = GPT::new(&tiny_llama(), Device::Cpu);
+    let idx = Tensor::randint(97, [2, 8], (Kind::Int64, Device::Cpu));
+    let target = Tensor::randint(97, [2, 8], (Kind::Int64, Device::Cpu));
+    let batch = Batch { input: idx.copy(), target: target.copy(), n_targets: 16 };
+    let step = |train: TrainConfig| {
+        tch::manual_seed(7);
+        let mut model = GPT::new(&tiny_llama(), Device::Cpu);
+        let mut optimizer =
+            AdamW::new(&mut model, Precision::Fp32True, &OptimizerConfig::default());
+        let batches = std::slice::from_ref(&batch);
+        train_step(&model, &mut optimizer, batches, 1e-4, &train).unwrap().loss.double_value(&[])
+    };
+    let logits = model.forward(&idx, None).view([16, -1]).to_kind(Kind::Double);
+    let lse = logits.logsumexp([-1].as_slice(), false); // (N,)
+    let z = lse.square().mean(Kind::Double).double_value(&[]);
+    let uniform = (&lse - logits.mean_dim([-1].as_slice(), false, Kind::Double)).mean(Kind::Double);
+    let plain = step(TrainConfig::default());
+    let with_z = step(TrainConfig { z_loss: 0.1, ..TrainConfig::default() });
+    assert!((with_z - plain - 0.1 * z).abs() < 1e-4, "{with_z} {plain} {z}");
+    let smooth = step(TrainConfig { label_smoothing: 0.2, ..TrainConfig::default() });
+    let want = 0.8 * plain + 0.2 * uniform.double_value(&[]);
+    assert!((smooth - want).abs() < 1e-4, "{smooth} {want}");
 }
