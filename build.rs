@@ -41,7 +41,8 @@ fn main() {
     let mut archs = String::new();
     if with_cuda {
         for source in sources("csrc", "cu") {
-            jobs.push(Job::new(&source, nvcc_command(&layout, compiler.path())));
+            let archs = archs_of(&source);
+            jobs.push(Job::new(&source, nvcc_command(&layout, compiler.path(), &archs)));
         }
         println!("cargo:rustc-cfg=cuda_kernels");
         archs = CUDA_ARCHS.join(",");
@@ -107,7 +108,7 @@ fn host_command(compiler: &cc::Tool, layout: &Layout, with_cuda: bool) -> Comman
 }
 
 /// nvcc compiles a file's host half with the same C++ compiler; `NVCC_CCBIN` names another.
-fn nvcc_command(layout: &Layout, host_compiler: &Path) -> Command {
+fn nvcc_command(layout: &Layout, host_compiler: &Path, archs: &[&str]) -> Command {
     println!("cargo:rerun-if-env-changed=NVCC_CCBIN");
     let mut command = Command::new(&layout.nvcc);
     command.args(["-std=c++17", "-O3", "-lineinfo", "-MMD", "-Icsrc", "-DTL_WITH_CUDA="]);
@@ -115,10 +116,16 @@ fn nvcc_command(layout: &Layout, host_compiler: &Path) -> Command {
     if env::var_os("NVCC_CCBIN").is_none() {
         command.arg("-ccbin").arg(host_compiler);
     }
-    for arch in CUDA_ARCHS {
+    for arch in archs {
         command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
     }
     command
+}
+
+/// A file named `.._sm90.cu` uses instructions that only Hopper has.
+fn archs_of(source: &Path) -> Vec<&'static str> {
+    let hopper_only = source.to_string_lossy().ends_with("_sm90.cu");
+    CUDA_ARCHS.into_iter().filter(|arch| !hopper_only || *arch == "90a").collect()
 }
 
 /// A wrapper over kernels; `no_cuda.cpp` stands in for it.
