@@ -20,24 +20,15 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Barrier `id` among `threads` threads of the block; `arrive` does not wait for the others.
-__device__ inline void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Rows [row, row + ROWS) of one head -> D/64 panels of ROWS x 64; rows from `limit` on are zero.
 template <int ROWS, int D, int THREADS>
-__device__ inline void copy_tile(uint32_t panels, const void* data, int64_t row_stride, int row, int limit,
-                                 int thread = threadIdx.x) {
+__device__ inline void copy_tile(uint32_t panels, const void* data, int64_t row_stride, int row, int limit) {
   constexpr int CHUNKS = D / 8;
   static_assert(ROWS * CHUNKS % THREADS == 0, "each thread copies as many chunks");
   const auto* base = static_cast<const uint16_t*>(data);
 #pragma unroll
   for (int i = 0; i < ROWS * CHUNKS / THREADS; ++i) {
-    const int at = i * THREADS + thread, r = at / CHUNKS, c = at % CHUNKS;
+    const int at = i * THREADS + threadIdx.x, r = at / CHUNKS, c = at % CHUNKS;
     const bool valid = row + r < limit;
     copy16(panels + c / 8 * ROWS * 128 + swizzle(r, c % 8), base + (valid ? (row + r) * row_stride : 0) + 8 * c, valid);
   }
