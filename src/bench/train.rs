@@ -3,21 +3,14 @@
 //! A timed step is what `pretrain` does between two log lines: read the batches, forward, backward and update,
 //! and read loss and gradient norm, where the CPU waits for the card. Validation and checkpoints are left out.
 
-use crate::config::RunConfig;
 use crate::ffi;
-use crate::guard;
-use crate::train::run::Run;
-use crate::train::schedule::lr_at;
-use crate::train::step::train_step;
+use crate::train::run::{Run, TakenStep};
 use crate::{bail_hint, config};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
 use tch::Device;
-
-/// What to do where memory runs out.
-const LOWER: &str = "lower `train.micro_batch_size` with `--set`";
 
 /// What `bench train` measured.
 #[derive(Debug, Serialize)]
@@ -71,7 +64,7 @@ pub fn run(path: &Path, sets: &[String], warmup: usize, steps: usize) -> Result<
     let mut losses = vec![];
     for i in 0..warmup + steps {
         let started = Instant::now();
-        losses.push(one_step(&mut run, &config)?);
+        losses.push(one_step(&mut run)?);
         if i >= warmup {
             seconds.push(started.elapsed().as_secs_f64());
         }
@@ -80,17 +73,8 @@ pub fn run(path: &Path, sets: &[String], warmup: usize, steps: usize) -> Result<
 }
 
 /// One optimizer step as in `pretrain`; its loss.
-fn one_step(run: &mut Run, config: &RunConfig) -> Result<f64> {
-    let step = run.progress.step + 1;
-    let lr = lr_at(step, run.plan.total_steps, &config.train, config.optimizer.lr);
-    let batches =
-        (0..run.plan.accumulation).map(|_| run.loader.next()).collect::<Result<Vec<_>>>()?;
-    let (model, optimizer) = (&run.model, &mut run.optimizer);
-    let out = guard::catch("the training step", run.device, LOWER, || {
-        train_step(model, optimizer, &batches, lr, &config.train)
-    })?;
-    let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
-    let grad_norm = out.grad_norm.double_value(&[]);
+fn one_step(run: &mut Run) -> Result<f64> {
+    let TakenStep { step, loss, grad_norm, .. } = run.take_step()?; // the CPU waits for the GPU
     if !loss.is_finite() || !grad_norm.is_finite() {
         bail_hint!(
             "lower `optimizer.lr` with `--set`";

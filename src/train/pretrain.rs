@@ -1,9 +1,7 @@
 //! Pretraining: the loop, from top to bottom.
 
-use super::run::Run;
-use super::schedule::lr_at;
+use super::run::{Run, TakenStep};
 use super::signals::StopSignal;
-use super::step::train_step;
 use super::{LOWER, plot, saver};
 use crate::config::{OnSaveError, RunConfig};
 use crate::error::{WithHint, exit};
@@ -34,16 +32,7 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
     while !run.finished() {
         // ---- one optimizer step ----------------------------------------------------------------
         let started = Instant::now();
-        let step = run.progress.step + 1;
-        let lr = lr_at(step, run.plan.total_steps, train, config.optimizer.lr);
-        let batches =
-            (0..run.plan.accumulation).map(|_| run.loader.next()).collect::<Result<Vec<_>>>()?;
-        let (model, optimizer) = (&run.model, &mut run.optimizer);
-        let out = guard::catch("the training step", run.device, LOWER, || {
-            train_step(model, optimizer, &batches, lr, train)
-        })?;
-        let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
-        let grad_norm = out.grad_norm.double_value(&[]);
+        let TakenStep { step, lr, loss, grad_norm } = run.take_step()?; // the CPU waits for the GPU
         check_finite(&run, step, loss, grad_norm)?;
         run.optimizer.zero_grad();
         run.advance();

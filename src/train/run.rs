@@ -3,6 +3,8 @@
 use super::flops::{self, FlopsPerToken};
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::AdamW;
+use super::schedule::lr_at;
+use super::step::train_step;
 use super::{saver, validate};
 use crate::config::{AttentionBackend, BatchPlan, Precision, Resume, RunConfig};
 use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
@@ -26,6 +28,19 @@ pub struct Progress {
     pub tokens: u64,
     /// Seconds of training, over all resumes.
     pub elapsed: f64,
+}
+
+/// Numbers of one optimizer step.
+#[derive(Clone, Copy, Debug)]
+pub struct TakenStep {
+    /// Counted from 1.
+    pub step: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Mean loss over the step's targets, in nats a token.
+    pub loss: f64,
+    /// L2 norm of the gradients before clipping.
+    pub grad_norm: f64,
 }
 
 /// A run in progress.
@@ -180,6 +195,29 @@ impl Run {
     pub fn utilisation(&self, tokens_per_sec: f64) -> (Option<f64>, Option<f64>) {
         let of_peak = |flops: f64| self.peak_flops.map(|peak| tokens_per_sec * flops / peak);
         (of_peak(self.flops.full), of_peak(self.flops.causal))
+    }
+
+    /// One optimizer step: reads its batches, runs forward, backward and update, and reads the two numbers that
+    /// say how it went. The caller looks at them, then clears the gradients and calls [`Run::advance`].
+    ///
+    /// # Errors
+    /// Bad data; CUDA out of memory.
+    ///
+    /// # Sync
+    /// The CPU waits for the GPU at the end.
+    pub fn take_step(&mut self) -> Result<TakenStep> {
+        let train = &self.config.train;
+        let step = self.progress.step + 1;
+        let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
+        let batches =
+            (0..self.plan.accumulation).map(|_| self.loader.next()).collect::<Result<Vec<_>>>()?;
+        let (model, optimizer) = (&self.model, &mut self.optimizer);
+        let out = guard::catch("the training step", self.device, super::LOWER, || {
+            train_step(model, optimizer, &batches, lr, train)
+        })?;
+        let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
+        let grad_norm = out.grad_norm.double_value(&[]);
+        Ok(TakenStep { step, lr, loss, grad_norm })
     }
 
     /// Counts a finished step.
