@@ -1,10 +1,8 @@
 //! Attention with grouped queries: causal or full, within documents or across a whole row.
 
-use super::{fused_here, or_panic};
+use super::{fused_here, or_panic, say_once};
 use crate::config::AttentionBackend;
 use crate::ffi::{self, FlashOptions};
-use std::collections::BTreeSet;
-use std::sync::Mutex;
 use tch::{Device, Kind, Tensor};
 
 /// Which keys a query sees.
@@ -144,19 +142,12 @@ fn kernel(x: &Tensor, t: i64, backend: AttentionBackend) -> Kernel {
         return Kernel::Libtorch;
     }
     if d != 64 && d != 128 {
-        say_once(d);
+        say_once(format!(
+            "attention   libtorch's kernels: ours cover head sizes 64 and 128, this model has {d}"
+        ));
         return Kernel::Libtorch;
     }
     Kernel::Own
-}
-
-fn say_once(d: i64) {
-    static SAID: Mutex<BTreeSet<i64>> = Mutex::new(BTreeSet::new());
-    if SAID.lock().is_ok_and(|mut said| said.insert(d)) {
-        eprintln!(
-            "attention   libtorch's kernels: ours cover head sizes 64 and 128, this model has {d}"
-        );
-    }
 }
 
 fn options<'a>(mask: Mask<'a>) -> FlashOptions<'a> {

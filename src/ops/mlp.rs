@@ -1,6 +1,6 @@
 //! SwiGLU and the MLP around it.
 
-use super::{fused_here, or_panic};
+use super::{fused_here, or_panic, say_once};
 use crate::ffi;
 use tch::{Kind, Tensor};
 
@@ -18,7 +18,7 @@ use tch::{Kind, Tensor};
 /// arXiv 2002.05202.
 pub fn swiglu(gate_up: &Tensor, fused: bool) -> Tensor {
     let f = gate_up.size().last().map_or(0, |two_f| two_f / 2);
-    if fused && fused_here(gate_up) && f % vector(gate_up) == 0 {
+    if fused && kernel_takes(gate_up, f) {
         return or_panic(ffi::swiglu(&gate_up.contiguous()));
     }
     swiglu_reference(&gate_up.narrow(-1, 0, f), &gate_up.narrow(-1, f, f))
@@ -44,14 +44,21 @@ pub fn swiglu_reference(gate: &Tensor, up: &Tensor) -> Tensor {
 /// # Numerics
 /// Products in the dtype of x with fp32 sums; test `the_mlp_agrees_with_its_reference`.
 pub fn swiglu_mlp(x: &Tensor, fc_1: &Tensor, fc_2: &Tensor, proj: &Tensor, fused: bool) -> Tensor {
-    if fused && fused_here(x) && fc_1.size()[0] % vector(x) == 0 {
+    if fused && kernel_takes(x, fc_1.size()[0]) {
         return or_panic(ffi::swiglu_mlp(&x.contiguous(), fc_1, fc_2, proj));
     }
     let linear = |x: &Tensor, w: &Tensor| x.linear(w, None::<Tensor>);
     linear(&swiglu_reference(&linear(x, fc_1), &linear(x, fc_2)), proj) // (.., C)
 }
 
-/// Values in 16 bytes.
-fn vector(x: &Tensor) -> i64 {
-    if x.kind() == Kind::Float { 4 } else { 8 }
+/// Whether the kernel covers this F: it works in 16-byte pieces. Says so where it does not.
+fn kernel_takes(x: &Tensor, f: i64) -> bool {
+    let vector = if x.kind() == Kind::Float { 4 } else { 8 };
+    let here = fused_here(x);
+    if here && f % vector != 0 {
+        say_once(format!(
+            "swiglu      plain operations: the kernel covers multiples of {vector}, not {f}"
+        ));
+    }
+    here && f % vector == 0
 }

@@ -17,6 +17,8 @@ pub use mlp::{swiglu, swiglu_mlp, swiglu_reference};
 pub use norm::{add_rms_norm, layer_norm, rms_norm, rms_norm_reference};
 pub use rope::{rope_qkv, rope_reference};
 
+use std::collections::BTreeSet;
+use std::sync::Mutex;
 use tch::{Kind, Tensor};
 
 /// Whether this binary has a kernel for the tensor's device and dtype.
@@ -25,6 +27,14 @@ fn fused_here(x: &Tensor) -> bool {
         && x.device().is_cuda()
         && matches!(x.kind(), Kind::Float | Kind::BFloat16 | Kind::Half)
         && x.numel() > 0
+}
+
+/// Says on stderr, once a process, why a kernel of ours is not used.
+fn say_once(text: String) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().is_ok_and(|mut said| said.insert(text.clone())) {
+        eprintln!("{text}");
+    }
 }
 
 fn or_panic<T>(result: anyhow::Result<T>) -> T {

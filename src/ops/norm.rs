@@ -1,6 +1,6 @@
 //! Normalisation.
 
-use super::{fused_here, or_panic};
+use super::{fused_here, or_panic, say_once};
 use crate::ffi;
 use tch::{Kind, Tensor};
 
@@ -45,11 +45,20 @@ pub fn add_rms_norm(
     (rms_norm_reference(&sum, weight, eps), sum)
 }
 
-/// Largest C of the kernels, which hold a row in registers, and its granularity.
+/// Whether the kernel covers this C: it holds a row in registers, in 16-byte pieces. Says so where it does not.
 fn kernel_takes(x: &Tensor, weight: &Tensor) -> bool {
+    if !fused_here(x) || weight.kind() != x.kind() {
+        return false;
+    }
     let c = weight.numel() as i64;
     let (vector, max) = if x.kind() == Kind::Float { (4, 8192) } else { (8, 16_384) };
-    fused_here(x) && weight.kind() == x.kind() && c % vector == 0 && c <= max
+    let covered = c % vector == 0 && c <= max;
+    if !covered {
+        say_once(format!(
+            "rms_norm    plain operations: the kernel covers multiples of {vector} up to {max}, not {c}"
+        ));
+    }
+    covered
 }
 
 /// The plain formula of [`rms_norm`]; also in fp64.
