@@ -81,12 +81,13 @@ pub fn run(device: Device, tokens: &[i64], only: Option<&str>) -> Result<Report>
     if let Some(bad) = tokens.iter().find(|&&n| n < T || n % T != 0) {
         bail!("`--tokens` takes multiples of {T}, got {bad}");
     }
-    let versions = ffi::versions()?;
+    let (versions, card) = (ffi::versions()?, ffi::cuda_device(index)?);
     let mut lab = Lab {
         device,
+        hopper: card.capability == (9, 0),
         only: only.map(str::to_owned),
         report: Report {
-            card: ffi::cuda_device(index)?.name,
+            card: card.name,
             libtorch: versions.libtorch,
             cudnn: versions.cudnn,
             copy_tb_s: copy_speed(device)?,
@@ -102,6 +103,13 @@ pub fn run(device: Device, tokens: &[i64], only: Option<&str>) -> Result<Report>
         lab.loss(n)?;
     }
     lab.optimizer()?;
+    if lab.report.rows.is_empty() {
+        bail_hint!(
+            "leave it out for all: attention, rms_norm, add_rms_norm, rope, swiglu, mlp, cross_entropy, \
+             head_loss, grad_norm, adamw";
+            "`--only`: no op has `{}` in its name", only.unwrap_or_default()
+        );
+    }
     // What is computed, then by which kernel, in the order measured.
     let rows = std::mem::take(&mut lab.report.rows);
     for i in 0..rows.len() {
@@ -212,6 +220,8 @@ enum Work {
 
 struct Lab {
     device: Device,
+    /// The sm_90a kernels run here.
+    hopper: bool,
     only: Option<String>,
     report: Report,
 }
@@ -243,36 +253,30 @@ impl Lab {
         Tensor::randn(shape, (Kind::BFloat16, self.device))
     }
 
-    /// Times `f` forward and, by autograd, backward.
+    /// Times `f` forward and backward and compares its results and gradients with `want`.
     fn both(
         &mut self,
         (op, tokens, kernel, how): (&str, i64, &str, Backward),
         inputs: &[&Tensor],
-        dy: &Tensor,
+        dy: &[Tensor],
         work: [Work; 2],
         want: &[Tensor],
-        f: impl Fn(&[Tensor]) -> Result<Tensor>,
+        f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
     ) -> Result<()> {
-        let leaves: Vec<Tensor> = inputs.iter().map(|x| leaf(x)).collect();
-        let wanted: Vec<&Tensor> = leaves.iter().collect();
-        let y = f(&leaves)?;
-        let mut got = vec![y.detach()];
-        got.extend(ffi::gradients(&y, dy, &wanted)?);
-        let error = error(&got, want);
-        drop(got);
+        let error = error(&results_and_gradients(inputs, dy, &f)?, want);
         let forward = {
             let _guard = tch::no_grad_guard();
-            time(|| f(&leaves).map(drop))?
+            let inputs: Vec<Tensor> = inputs.iter().map(|x| x.shallow_clone()).collect();
+            time(|| f(&inputs).map(drop))?
         };
-        drop(y);
-        let backward = time_backward(how, inputs, &[dy.shallow_clone()], |x| Ok(vec![f(x)?]))?;
+        let backward = time_backward(how, inputs, dy, f)?;
         self.add(&format!("{op} forward"), tokens, kernel, forward, work[0], Some(error));
         self.add(&format!("{op} backward"), tokens, kernel, backward, work[1], Some(error));
         Ok(())
     }
 
     fn attention(&mut self, n: i64) -> Result<()> {
-        if !self.wants("attention forward") && !self.wants("attention backward") {
+        if !self.wants("attention") {
             return Ok(());
         }
         let b = n / T;
@@ -290,7 +294,7 @@ impl Lab {
         // Causal: half of the T x T scores, two products forward and five backward.
         let flops = (2 * 2 * b * H * T * T * D) as f64 / 2.0;
         let work = [Work::Flops(flops), Work::Flops(2.5 * flops)];
-        let hopper = ffi::cuda_device(0)?.capability.0 == 9;
+        let hopper = self.hopper;
         let own = |arch| {
             move |x: &Tensor| {
                 let o = FlashOptions { causal: true, documents: None, deterministic: false, arch };
@@ -350,87 +354,46 @@ impl Lab {
     }
 
     fn rms_norm(&mut self, n: i64) -> Result<()> {
-        let (x, residual, dy) = (self.random(&[n, C]), self.random(&[n, C]), self.random(&[n, C]));
+        let [x, residual, dy, dsum] = [0; 4].map(|_| self.random(&[n, C]));
         let w = Tensor::rand([C], (Kind::BFloat16, self.device)) + 0.5;
         let tensor = (n * C * 2) as f64; // bytes
-        let reference = |x: &[Tensor]| Ok(ops::rms_norm_reference(&x[0], &x[1], EPS));
+        use Backward::{Engine, Node};
         if self.wants("rms_norm") {
-            let want = in_fp32(&[&x, &w], &dy, reference)?;
+            let (inputs, dy) = ([&x, &w], [dy.shallow_clone()]);
             let work = [Work::Bytes(2.0 * tensor), Work::Bytes(3.0 * tensor)];
-            let inputs = [&x, &w];
-            self.both(("rms_norm", n, "ours", Backward::Node), &inputs, &dy, work, &want, |x| {
-                ffi::rms_norm(&x[0], &x[1], EPS)
-            })?;
-            self.both(
-                ("rms_norm", n, "libtorch fused", Backward::Node),
-                &inputs,
-                &dy,
-                work,
-                &want,
-                |x| Ok(Tensor::internal_fused_rms_norm(&x[0], C, Some(&x[1]), EPS).0),
-            )?;
-            self.both(
-                ("rms_norm", n, "reference", Backward::Engine),
-                &inputs,
-                &dy,
-                work,
-                &want,
-                reference,
-            )?;
+            let ours = |x: &[Tensor]| Ok(vec![ffi::rms_norm(&x[0], &x[1], EPS)?]);
+            let libtorch = |x: &[Tensor]| {
+                Ok(vec![Tensor::internal_fused_rms_norm(&x[0], C, Some(&x[1]), EPS).0])
+            };
+            let reference = |x: &[Tensor]| Ok(vec![ops::rms_norm_reference(&x[0], &x[1], EPS)]);
+            let want = in_fp32(&inputs, &dy, reference)?;
+            let op = |kernel, how| ("rms_norm", n, kernel, how);
+            self.both(op("ours", Node), &inputs, &dy, work, &want, ours)?;
+            self.both(op("libtorch fused", Node), &inputs, &dy, work, &want, libtorch)?;
+            self.both(op("reference", Engine), &inputs, &dy, work, &want, reference)?;
         }
         if self.wants("add_rms_norm") {
             // The gradient of the sum arrives by both ways, as in a model.
-            let both = Tensor::stack(&[&dy, &self.random(&[n, C])], 0); // (2, N, C)
-            let inputs = [&x, &residual, &w];
-            let reference = |x: &[Tensor]| {
-                let sum = &x[0] + &x[1];
-                Ok((ops::rms_norm_reference(&sum, &x[2], EPS), sum))
+            let (inputs, dy) = ([&x, &residual, &w], [dy, dsum]);
+            let work = [Work::Bytes(4.0 * tensor); 2];
+            let ours = |x: &[Tensor]| {
+                let (y, sum) = ffi::add_rms_norm(&x[0], &x[1], &x[2], EPS)?;
+                Ok(vec![y, sum])
             };
-            let work = [Work::Bytes(4.0 * tensor), Work::Bytes(4.0 * tensor)];
-            let ours = |x: &[Tensor]| ffi::add_rms_norm(&x[0], &x[1], &x[2], EPS);
             let libtorch = |x: &[Tensor]| {
                 let sum = &x[0] + &x[1];
-                Ok((Tensor::internal_fused_rms_norm(&sum, C, Some(&x[2]), EPS).0, sum))
+                Ok(vec![Tensor::internal_fused_rms_norm(&sum, C, Some(&x[2]), EPS).0, sum])
             };
-            self.pair(("add_rms_norm", n, "ours", Backward::Node), &inputs, &both, work, ours)?;
-            self.pair(
-                ("add_rms_norm", n, "libtorch fused", Backward::Engine),
-                &inputs,
-                &both,
-                work,
-                libtorch,
-            )?;
-            self.pair(
-                ("add_rms_norm", n, "reference", Backward::Engine),
-                &inputs,
-                &both,
-                work,
-                reference,
-            )?;
+            let reference = |x: &[Tensor]| {
+                let sum = &x[0] + &x[1];
+                Ok(vec![ops::rms_norm_reference(&sum, &x[2], EPS), sum])
+            };
+            let want = in_fp32(&inputs, &dy, reference)?;
+            let op = |kernel, how| ("add_rms_norm", n, kernel, how);
+            self.both(op("ours", Node), &inputs, &dy, work, &want, ours)?;
+            self.both(op("libtorch fused", Engine), &inputs, &dy, work, &want, libtorch)?;
+            self.both(op("reference", Engine), &inputs, &dy, work, &want, reference)?;
         }
-        Ok(())
-    }
-
-    /// As [`Lab::both`] for an op with two results; `dy` (2, ..) holds their gradients.
-    fn pair(
-        &mut self,
-        (op, tokens, kernel, how): (&str, i64, &str, Backward),
-        inputs: &[&Tensor],
-        dy: &Tensor,
-        work: [Work; 2],
-        f: impl Fn(&[Tensor]) -> Result<(Tensor, Tensor)>,
-    ) -> Result<()> {
-        let leaves: Vec<Tensor> = inputs.iter().map(|x| leaf(x)).collect();
-        let forward = {
-            let _guard = tch::no_grad_guard();
-            time(|| f(&leaves).map(drop))?
-        };
-        let backward = time_backward(how, inputs, &[dy.get(0), dy.get(1)], |x| {
-            let (y, sum) = f(x)?;
-            Ok(vec![y, sum])
-        })?;
-        self.add(&format!("{op} forward"), tokens, kernel, forward, work[0], None);
-        self.add(&format!("{op} backward"), tokens, kernel, backward, work[1], None);
         Ok(())
     }
 
@@ -462,46 +425,32 @@ impl Lab {
     }
 
     fn swiglu(&mut self, n: i64) -> Result<()> {
-        let act = (n * F * 2) as f64; // bytes
+        use Backward::{Engine, Node};
         if self.wants("swiglu") {
-            let (gate_up, dy) = (self.random(&[n, 2 * F]), self.random(&[n, F]));
-            let reference = |x: &[Tensor]| {
-                Ok(ops::swiglu_reference(&x[0].narrow(1, 0, F), &x[0].narrow(1, F, F)))
-            };
-            let want = in_fp32(&[&gate_up], &dy, reference)?;
+            let (gate_up, dy) = (self.random(&[n, 2 * F]), [self.random(&[n, F])]);
+            let act = (n * F * 2) as f64; // bytes
             let work = [Work::Bytes(3.0 * act), Work::Bytes(5.0 * act)];
-            self.both(("swiglu", n, "ours", Backward::Node), &[&gate_up], &dy, work, &want, |x| {
-                ffi::swiglu(&x[0])
-            })?;
-            self.both(
-                ("swiglu", n, "reference", Backward::Engine),
-                &[&gate_up],
-                &dy,
-                work,
-                &want,
-                reference,
-            )?;
+            let ours = |x: &[Tensor]| Ok(vec![ffi::swiglu(&x[0])?]);
+            let reference = |x: &[Tensor]| Ok(vec![ops::swiglu(&x[0], false)]);
+            let want = in_fp32(&[&gate_up], &dy, reference)?;
+            let op = |kernel, how| ("swiglu", n, kernel, how);
+            self.both(op("ours", Node), &[&gate_up], &dy, work, &want, ours)?;
+            self.both(op("reference", Engine), &[&gate_up], &dy, work, &want, reference)?;
         }
         if self.wants("mlp") {
-            let x = self.random(&[n, C]);
             let w12 = self.random(&[2 * F, C]) * 0.02;
-            let (w1, w2) = (w12.narrow(0, 0, F), w12.narrow(0, F, F));
-            let (w3, dy) = (self.random(&[C, F]) * 0.02, self.random(&[n, C]));
-            let reference = |x: &[Tensor]| Ok(ops::swiglu_mlp(&x[0], &x[1], &x[2], &x[3], false));
+            let (x, w1, w2) = (self.random(&[n, C]), w12.narrow(0, 0, F), w12.narrow(0, F, F));
+            let (w3, dy) = (self.random(&[C, F]) * 0.02, [self.random(&[n, C])]);
             let inputs = [&x, &w1, &w2, &w3];
-            let want = in_fp32(&inputs, &dy, reference)?;
             let flops = (2 * 3 * n * C * F) as f64;
             let work = [Work::Flops(flops), Work::Flops(2.0 * flops)];
-            let ours = |x: &[Tensor]| ffi::swiglu_mlp(&x[0], &x[1], &x[2], &x[3]);
-            self.both(("mlp", n, "ours", Backward::Engine), &inputs, &dy, work, &want, ours)?;
-            self.both(
-                ("mlp", n, "reference", Backward::Engine),
-                &inputs,
-                &dy,
-                work,
-                &want,
-                reference,
-            )?;
+            let ours = |x: &[Tensor]| Ok(vec![ffi::swiglu_mlp(&x[0], &x[1], &x[2], &x[3])?]);
+            let reference =
+                |x: &[Tensor]| Ok(vec![ops::swiglu_mlp(&x[0], &x[1], &x[2], &x[3], false)]);
+            let want = in_fp32(&inputs, &dy, reference)?;
+            let op = |kernel| ("mlp", n, kernel, Engine);
+            self.both(op("ours"), &inputs, &dy, work, &want, ours)?;
+            self.both(op("reference"), &inputs, &dy, work, &want, reference)?;
         }
         Ok(())
     }
@@ -596,16 +545,26 @@ impl Lab {
     }
 }
 
-/// Result and gradients in fp32.
+/// Results and gradients, one after the other.
+fn results_and_gradients(
+    inputs: &[&Tensor],
+    dy: &[Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
+) -> Result<Vec<Tensor>> {
+    let leaves: Vec<Tensor> = inputs.iter().map(|x| leaf(x)).collect();
+    let results = f(&leaves)?;
+    let outputs: Vec<(&Tensor, &Tensor)> = results.iter().zip(dy).collect();
+    let gradients = ffi::gradients_of(&outputs, &leaves.iter().collect::<Vec<_>>())?;
+    Ok(results.iter().map(Tensor::detach).chain(gradients).collect())
+}
+
+/// [`results_and_gradients`] in fp32.
 fn in_fp32(
     inputs: &[&Tensor],
-    dy: &Tensor,
-    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+    dy: &[Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>,
 ) -> Result<Vec<Tensor>> {
-    let leaves: Vec<Tensor> = inputs.iter().map(|x| leaf(&x.to_kind(Kind::Float))).collect();
-    let y = f(&leaves)?;
-    let wanted: Vec<&Tensor> = leaves.iter().collect();
-    let mut all = vec![y.detach()];
-    all.extend(ffi::gradients(&y, &dy.to_kind(Kind::Float), &wanted)?);
-    Ok(all)
+    let wide: Vec<Tensor> = inputs.iter().map(|x| x.to_kind(Kind::Float)).collect();
+    let dy: Vec<Tensor> = dy.iter().map(|x| x.to_kind(Kind::Float)).collect();
+    results_and_gradients(&wide.iter().collect::<Vec<_>>(), &dy, f)
 }
