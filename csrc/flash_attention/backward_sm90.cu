@@ -29,13 +29,13 @@ struct BackwardShared {
   alignas(1024) uint16_t q[STAGES][P][BQ * 64];
   alignas(1024) uint16_t dout[STAGES][P][BQ * 64];
   alignas(1024) uint16_t ds[2][BQ / 64][BN * 64];  // dS^T: a row a key, panels of 64 queries
-  alignas(16) float lse2[STAGES][BQ];
-  alignas(16) float delta[STAGES][BQ];
+  alignas(128) float lse2[STAGES][BQ];  // TMA writes to multiples of 128 bytes
+  alignas(128) float delta[STAGES][BQ];
   uint64_t kv_full, q_full[STAGES], q_empty[STAGES], dout_full[STAGES], dout_empty[STAGES];
 };
 
 struct BackwardMaps {
-  CUtensorMap q, k, v, dout;
+  CUtensorMap q, k, v, dout, lse2, delta;
 };
 
 // Where a block works: 128 keys from `key`, key/value head g of batch b, query heads [head, head + heads).
@@ -63,45 +63,29 @@ __device__ Place find_place(const Backward& p, const Order& order) {
   return at;
 }
 
-// The producer warp. Tiles come by TMA; lse2 and delta, a float4 a lane, by ordinary loads that start before
-// the wait for a free place. Each "full" barrier waits for both.
+// The producer, one thread. Also lse2 and delta come by tensor maps: compute-sanitizer's racecheck takes plain bulk
+// copies behind mbarriers for races.
 template <int D>
-__device__ void produce(BackwardShared<D>& sm, const BackwardMaps& maps, const Backward& p, const Place& at,
-                        int t_pad) {
+__device__ void produce(BackwardShared<D>& sm, const BackwardMaps& maps, const Backward& p, const Place& at) {
   constexpr int P = D / 64, BQ = BackwardShared<D>::BQ;
-  const int lane = threadIdx.x;
-  const bool copies_rows = lane < BQ / 4;
-  if (lane == 0) {
-    barrier_expect(&sm.kv_full, 2 * BN * D * 2);
-    for (int c = 0; c < P; ++c) {
-      tma_load(sm.k[c], &maps.k, &sm.kv_full, 64 * c, at.key, at.g, at.b);
-      tma_load(sm.v[c], &maps.v, &sm.kv_full, 64 * c, at.key, at.g, at.b);
-    }
+  barrier_expect(&sm.kv_full, 2 * BN * D * 2);
+  for (int c = 0; c < P; ++c) {
+    tma_load(sm.k[c], &maps.k, &sm.kv_full, 64 * c, at.key, at.g, at.b);
+    tma_load(sm.v[c], &maps.v, &sm.kv_full, 64 * c, at.key, at.g, at.b);
   }
-  auto fill = [&](uint64_t* empty, uint64_t* full, uint32_t phase, auto& panels, const CUtensorMap& map, int row,
-                  int head, float* rows, float4 values) {
-    barrier_wait(empty, phase);
-    if (lane == 0) {
-      barrier_expect(full, BQ * D * 2);
-      for (int c = 0; c < P; ++c) tma_load(panels[c], &map, full, 64 * c, row, head, at.b);
-    }
-    if (copies_rows) *reinterpret_cast<float4*>(rows + 4 * lane) = values;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(full);
-  };
   int i = 0;
   for (int h = at.head; h < at.head + at.heads; ++h) {
     for (int m = at.tile_begin; m < at.tile_end; ++m, ++i) {
       const int st = i % STAGES;
       const uint32_t phase = (i / STAGES & 1) ^ 1;
-      const int64_t row = (int64_t)(at.b * p.f.heads + h) * t_pad + m * BQ + 4 * lane;
-      float4 lse2{}, delta{};
-      if (copies_rows) {
-        lse2 = *reinterpret_cast<const float4*>(p.lse2 + row);
-        delta = *reinterpret_cast<const float4*>(p.delta + row);
-      }
-      fill(&sm.q_empty[st], &sm.q_full[st], phase, sm.q[st], maps.q, m * BQ, h, sm.lse2[st], lse2);
-      fill(&sm.dout_empty[st], &sm.dout_full[st], phase, sm.dout[st], maps.dout, m * BQ, h, sm.delta[st], delta);
+      barrier_wait(&sm.q_empty[st], phase);
+      barrier_expect(&sm.q_full[st], BQ * D * 2 + BQ * 4);
+      for (int c = 0; c < P; ++c) tma_load(sm.q[st][c], &maps.q, &sm.q_full[st], 64 * c, m * BQ, h, at.b);
+      tma_load(sm.lse2[st], &maps.lse2, &sm.q_full[st], m * BQ, h, at.b, 0);
+      barrier_wait(&sm.dout_empty[st], phase);
+      barrier_expect(&sm.dout_full[st], BQ * D * 2 + BQ * 4);
+      for (int c = 0; c < P; ++c) tma_load(sm.dout[st][c], &maps.dout, &sm.dout_full[st], 64 * c, m * BQ, h, at.b);
+      tma_load(sm.delta[st], &maps.delta, &sm.dout_full[st], m * BQ, h, at.b, 0);
     }
   }
 }
@@ -285,8 +269,8 @@ __global__ void __launch_bounds__(kBlock, 1)
   if (threadIdx.x == 0) {
     barrier_init(&sm.kv_full, 1);
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(&sm.q_full[i], 2);
-      barrier_init(&sm.dout_full[i], 2);
+      barrier_init(&sm.q_full[i], 1);
+      barrier_init(&sm.dout_full[i], 1);
       barrier_init(&sm.q_empty[i], kWorkers / 32);
       barrier_init(&sm.dout_empty[i], kWorkers / 32);
     }
@@ -296,7 +280,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   const Place at = find_place<BackwardShared<D>::BQ>(p, order);
   if (threadIdx.x < 128) {
     fewer_registers<24>();
-    if (threadIdx.x < 32) produce<D>(sm, maps, p, at, t_pad);
+    if (threadIdx.x == 0) produce<D>(sm, maps, p, at);
   } else {
     more_registers<240>();
     work<T, D>(sm, p, at, t_pad);
@@ -313,6 +297,8 @@ cudaError_t launch(const Backward& p, cudaStream_t stream) {
   if (!code) code = make_tensor_map(&maps.dout, p.dout, f.batch, f.t, f.heads, D, f.fp16, BQ);
   if (!code) code = make_tensor_map(&maps.k, f.k, f.batch, f.mask.s, f.groups, D, f.fp16, BN);
   if (!code) code = make_tensor_map(&maps.v, f.v, f.batch, f.mask.s, f.groups, D, f.fp16, BN);
+  if (!code) code = make_row_map(&maps.lse2, p.lse2, f.batch, f.heads, padded(f.t), BQ);
+  if (!code) code = make_row_map(&maps.delta, p.delta, f.batch, f.heads, padded(f.t), BQ);
   if (code) return code;
   auto kernel = backward_kernel<T, D>;
   constexpr int bytes = sizeof(BackwardShared<D>);

@@ -51,7 +51,8 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 
 // ---- TMA ---------------------------------------------------------------------------------------------
 
-// Box at (column, row, head, batch) of a 4-D tensor -> a swizzled panel. Rows outside the tensor are zero.
+// Box at (column, row, head, batch) of a 4-D tensor -> a panel, swizzled where the map says so. Rows outside the
+// tensor are zero.
 __device__ inline void tma_load(void* panel, const CUtensorMap* map, uint64_t* bar, int column, int row, int head,
                                 int batch) {
   asm volatile(
@@ -166,4 +167,6 @@ namespace flash {
 // A 4-D tensor map of a view: boxes of `rows` x 64 elements, 128-byte swizzle.
 cudaError_t make_tensor_map(CUtensorMap* map, const View& view, int batch, int rows_total, int heads, int head_size,
                             bool fp16, int rows);
+// A map of (B, H, T_pad) fp32: boxes of `columns` numbers at (column, head, batch, 0), not swizzled.
+cudaError_t make_row_map(CUtensorMap* map, float* data, int batch, int heads, int64_t t_pad, int columns);
 }  // namespace flash

@@ -38,4 +38,16 @@ cudaError_t make_tensor_map(CUtensorMap* map, const View& view, int batch, int r
   return code == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+cudaError_t make_row_map(CUtensorMap* map, float* data, int batch, int heads, int64_t t_pad, int columns) {
+  if (!encoder()) return cudaErrorNotSupported;
+  const cuuint64_t sizes[4] = {(cuuint64_t)t_pad, (cuuint64_t)heads, (cuuint64_t)batch, 1};
+  const cuuint64_t row = 4 * t_pad, strides[3] = {row, row * heads, row * heads * batch};
+  const cuuint32_t box[4] = {(cuuint32_t)columns, 1, 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult code = encoder()(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, data, sizes, strides, box, steps,
+                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return code == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace flash
