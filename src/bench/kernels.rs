@@ -467,31 +467,44 @@ impl Lab {
             let loss = ops::cross_entropy_reference(&x, &t, s);
             let mut want = vec![loss.detach()];
             want.extend(ffi::gradients(&loss, &loss.ones_like(), &[&x])?);
+            let x = leaf(&logits.narrow(0, 0, few));
+            let loss = ops::cross_entropy_reference(&x, &t, s);
+            let mut got = vec![loss.detach()];
+            got.extend(ffi::gradients(&loss, &loss.ones_like(), &[&x])?);
+            let libtorch = Some(error(&got, &want));
             let d = logits.narrow(0, 0, few).copy();
             let got = ffi::cross_entropy(&d, &t, s)?;
-            let error = Some(error(&[got, d], &want));
+            let ours = Some(error(&[got, d], &want));
             let work = Work::Bytes((2 * n * V * 2) as f64);
             let x = leaf(&logits);
             let ms = time(|| {
                 let loss = ops::cross_entropy_reference(&x, &target, s);
                 ffi::gradients(&loss, &loss.ones_like(), &[&x]).map(drop)
             })?;
-            self.add(name, n, "libtorch, fp32 logits", ms, work, None);
+            self.add(name, n, "libtorch, fp32 logits", ms, work, libtorch);
             drop(x);
             let _guard = tch::no_grad_guard();
             let ms = time(|| ffi::cross_entropy(&logits, &target, s).map(drop))?;
-            self.add(name, n, "ours, in place", ms, work, error);
+            self.add(name, n, "ours, in place", ms, work, ours);
         }
         if self.wants("head_loss") {
             let name = "head_loss forward + backward";
             let (x, w) = (leaf(&self.random(&[n, C])), leaf(&(self.random(&[V, C]) * 0.02)));
             let work = Work::Flops((3 * 2 * n * C * V) as f64);
+            let few = 2048; // rows compared in fp32
+            let run = |x: &Tensor, w: &Tensor, target: &Tensor, fused: bool| {
+                let loss = ops::head_loss(x, w, target, s, fused);
+                let mut all = vec![loss.detach()];
+                all.extend(ffi::gradients(&loss, &loss.ones_like(), &[x, w])?);
+                anyhow::Ok(all)
+            };
+            let wide = |x: &Tensor| leaf(&x.to_kind(Kind::Float));
+            let t = target.narrow(0, 0, few);
+            let want = run(&wide(&x.narrow(0, 0, few)), &wide(&w), &t, false)?;
             for (kernel, fused) in [("ours, chunked", true), ("reference, fp32 logits", false)] {
-                let ms = time(|| {
-                    let loss = ops::head_loss(&x, &w, &target, s, fused);
-                    ffi::gradients(&loss, &loss.ones_like(), &[&x, &w]).map(drop)
-                })?;
-                self.add(name, n, kernel, ms, work, None);
+                let error = error(&run(&leaf(&x.narrow(0, 0, few)), &w, &t, fused)?, &want);
+                let ms = time(|| run(&x, &w, &target, fused).map(drop))?;
+                self.add(name, n, kernel, ms, work, Some(error));
             }
         }
         Ok(())

@@ -51,9 +51,6 @@ pub struct Report {
 /// # Errors
 /// As `pretrain`; a loss that is not finite, since such numbers need less power and run faster.
 pub fn run(path: &Path, sets: &[String], warmup: usize, steps: usize) -> Result<Report> {
-    if steps == 0 {
-        bail_hint!("leave `--steps` out for 50"; "`--steps` must be at least 1, got 0");
-    }
     let folder = TemporaryFolder::new()?;
     let mut sets = sets.to_vec();
     sets.push(format!("out_dir={}", serde_json::to_string(&folder.0)?));

@@ -31,7 +31,7 @@ struct TrainArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Steps that are timed
-    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = at_least_one)]
     steps: usize,
     /// Steps before them
     #[arg(long, value_name = "N", default_value_t = 10)]
@@ -55,6 +55,14 @@ struct KernelArgs {
     /// The card
     #[arg(long, default_value = "auto")]
     device: String,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("expected at least 1; leave it out for 50".into()),
+        Ok(n) => Ok(n),
+        Err(e) => Err(format!("{e}")),
+    }
 }
 
 /// Runs `bench`.
