@@ -229,7 +229,12 @@ fn link(layout: &Layout, with_cuda: bool) {
     if with_cuda {
         folders.push(layout.nvidia.join("cu13/lib"));
         // pip's wheel has no `libcudart.so` without a version.
-        libraries.extend(["-ltorch_cuda", "-lc10_cuda", "-l:libcudart.so.13"]);
+        libraries.extend([
+            "-ltorch_cuda",
+            "-lc10_cuda",
+            "-l:libcudart.so.13",
+            "-l:libcublasLt.so.13",
+        ]);
     }
     for folder in folders {
         println!("cargo:rustc-link-search=native={}", folder.display());

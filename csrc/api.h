@@ -56,6 +56,24 @@ int tl_gradients(int n_out, TlTensor* out, TlTensor* grad, int n, TlTensor* inpu
 // it returns: without the autograd engine, whose cost would hide that of a short kernel.
 int tl_node_backward(TlTensor out, int n, TlTensor* gradients);
 
+// ---- CUDA graphs and copies beside the work (csrc/torch/graph.cpp) ---------------------------------------
+
+// Starts to capture what this thread and its backward passes launch, on a stream of its own; waits for the card first.
+// tl_graph_free also ends a capture that was broken off.
+int tl_graph_begin(void** graph);
+int tl_graph_end(void* graph);
+int tl_graph_replay(void* graph);
+void tl_graph_free(void* graph);
+
+// Copies a CPU tensor to the card beside the current work; tl_stage_take makes the current stream, not the CPU, wait.
+int tl_stage_new(TlTensor tensor, int device, void** staged);
+int tl_stage_take(void* staged, TlTensor* out);
+void tl_stage_free(void* staged);
+// Copies a CUDA tensor into page-locked memory when the work before it is done, and records the event after it.
+int tl_read_back(TlTensor numbers, TlTensor* host, void* event);
+// Makes the CPU wait for the event.
+int tl_event_wait(void* event);
+
 // ---- attention (csrc/torch/attention.cpp -> csrc/flash_attention) ----------------------------------------
 
 // softmax(scale q k^T + mask) v, differentiable. q (B, H, T, D), k and v (B, G, S, D): bf16 or fp16 on one CUDA
@@ -69,6 +87,17 @@ int tl_flash_attention(TlTensor q, TlTensor k, TlTensor v, TlTensor doc_start, T
 // The same on a packed projection qkv (B, T, H + 2G, D); its gradient is packed as well.
 int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor doc_start, TlTensor doc_end,
                            double scale, int causal, int deterministic, int arch, TlTensor* out);
+
+// ---- matrix products (csrc/torch/matmul.cpp, linear.cpp) ----------------------------------------------------
+
+// How products of 16-bit matrices in the ops below are computed: 0 by libtorch, 1 by cuBLASLt with its first choice,
+// 2 by cuBLASLt with the fastest of its candidates, found at first use and kept in `file` (null: only in the process).
+int tl_set_matmul(int mode, const char* file);
+// x (.., C), weight (O, C) -> (.., O), differentiable, without bias. Here and in the ops below, where weight.grad is fp32
+// and the weight is not, its gradient is added there.
+int tl_linear(TlTensor x, TlTensor weight, TlTensor* out);
+// weight.grad = grad, also of another dtype; a null grad takes it away.
+int tl_set_grad(TlTensor weight, TlTensor grad);
 
 // ---- element-wise ops, differentiable: fp32, bf16 or fp16, contiguous, on one CUDA device ------------------
 

@@ -3,13 +3,12 @@
 // The loss of a model is nearly always differentiated, so the forward pass computes the gradient too. It is right
 // for a gradient of 1 of the loss; another one (a device number, which the CPU does not read) multiplies it in the
 // backward pass by a kernel that returns at once where the number is 1.
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "matmul.h"
 #include "tensors.h"
 
 namespace tl {
@@ -64,14 +63,6 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   }
 };
 
-// out = a b + beta out in fp32 from matrices of 16 or 32 bits.
-void accumulate(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) {
-  if (a.scalar_type() == at::kFloat)
-    at::addmm_out(out, out, a, b, add ? 1 : 0);
-  else
-    at::addmm_out(out, out, a, b, at::kFloat, add ? 1 : 0);
-}
-
 struct HeadLossFunction : torch::autograd::Function<HeadLossFunction> {
   // x (N, C), weight (V, C), target (N,) -> (); logits exist for a chunk of rows at a time, in x's dtype
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
@@ -89,26 +80,29 @@ struct HeadLossFunction : torch::autograd::Function<HeadLossFunction> {
       const int64_t count = std::min(rows, n - start);
       const at::Tensor part = x.narrow(0, start, count);
       at::Tensor l = logits.narrow(0, 0, count);
-      at::mm_out(l, part, weight.t());
+      product(l, part, weight.t());
       C10_CUDA_CHECK(cross_entropy({type, count, v, l.data_ptr(), target.data_ptr<int64_t>() + start, IGNORE,
                                     static_cast<float>(scale), static_cast<float>(label_smoothing),
                                     static_cast<float>(z_loss), loss.data_ptr<float>() + start},
                                    stream()));
-      if (need_dx) {
-        at::Tensor d = dx.narrow(0, start, count);
-        at::mm_out(d, l, weight);
-      }
-      if (need_dw) accumulate(dw, l.t(), part, start > 0);
+      if (need_dx) product(dx.narrow(0, start, count), l, weight);
+      if (need_dw) product(dw, l.t(), part, /*add=*/start > 0);
     }
-    if (need_dw) dw = dw.to(weight.scalar_type());
-    ctx->save_for_backward({dx, dw});
+    ctx->save_for_backward({weight, dx, dw});
     return loss.sum();
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto s = ctx->get_saved_variables();
     c10::cuda::OptionalCUDAGuard device(device_of(grads[0]));
-    multiply(ctx, "head_loss", grads[0], {s[0], s[1]});
-    return {s[0], s[1], {}, {}, {}, {}, {}, {}, {}};
+    const at::Tensor &weight = s[0], &dx = s[1];
+    at::Tensor dw = s[2];
+    multiply(ctx, "head_loss", grads[0], {dx, dw});
+    if (dw.defined()) {
+      const at::Tensor sum = gradient_buffer(weight);
+      if (sum.defined()) sum.add_(dw);
+      dw = sum.defined() ? at::Tensor() : dw.to(weight.scalar_type());
+    }
+    return {dx, dw, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 

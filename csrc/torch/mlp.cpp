@@ -4,13 +4,11 @@
 //
 // The MLP saves x and the packed projection [gate | up]; the product silu(gate) * up is computed again in the
 // backward pass. W1 and W2 that lie behind each other in memory are multiplied as one (2F, C) matrix.
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "matmul.h"
 #include "tensors.h"
 
 namespace tl {
@@ -63,13 +61,6 @@ struct SwiGluFunction : torch::autograd::Function<SwiGluFunction> {
   }
 };
 
-// [W1; W2] as one (2F, C) view where W2 begins where W1 ends; undefined otherwise.
-at::Tensor joined(const at::Tensor& w1, const at::Tensor& w2) {
-  const bool together = w1.is_contiguous() && w2.is_contiguous() && w1.storage().is_alias_of(w2.storage()) &&
-                        w2.storage_offset() == w1.storage_offset() + w1.numel();
-  return together ? at::as_strided(w1, {2 * w1.size(0), w1.size(1)}, {w1.size(1), 1}) : at::Tensor();
-}
-
 struct MlpFunction : torch::autograd::Function<MlpFunction> {
   // x (N, C), w1 and w2 (F, C), w3 (C, F) -> (N, C)
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
@@ -78,14 +69,13 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     const int64_t f = w1.size(0);
     at::Tensor gate_up = at::empty({x.size(0), 2 * f}, x.options());
     if (at::Tensor w = joined(w1, w2); w.defined()) {
-      at::mm_out(gate_up, x, w.t());
+      product(gate_up, x, w.t());
     } else {
-      at::Tensor gate = gate_up.narrow(1, 0, f), up = gate_up.narrow(1, f, f);
-      at::mm_out(gate, x, w1.t());
-      at::mm_out(up, x, w2.t());
+      product(gate_up.narrow(1, 0, f), x, w1.t());
+      product(gate_up.narrow(1, f, f), x, w2.t());
     }
     ctx->save_for_backward({x, w1, w2, w3, gate_up});
-    return at::mm(activate(gate_up), w3.t());
+    return product(activate(gate_up), w3.t());
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -94,23 +84,35 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
     const int64_t f = w1.size(0);
     const at::Tensor dy = block(grads[0]);
-    at::Tensor act = at::mm(dy, w3);                                         // (N, F): dact, then act
+    at::Tensor act = product(dy, w3);                                              // (N, F): dact, then act
     const at::Tensor dgate_up = activate_backward(gate_up, act, act.data_ptr());  // (N, 2F)
     const at::Tensor dgate = dgate_up.narrow(1, 0, f), dup = dgate_up.narrow(1, f, f);
     at::Tensor dx, dw1, dw2, dw3;
     if (ctx->needs_input_grad(0)) {
-      const at::Tensor w = joined(w1, w2);
-      dx = w.defined() ? at::mm(dgate_up, w) : at::addmm(at::mm(dgate, w1), dup, w2);
+      if (const at::Tensor w = joined(w1, w2); w.defined()) {
+        dx = product(dgate_up, w);
+      } else {
+        dx = product(dgate, w1);
+        product(dx, dup, w2, /*add=*/true);
+      }
     }
     if (ctx->needs_input_grad(1) && ctx->needs_input_grad(2)) {
-      const at::Tensor dw = at::mm(dgate_up.t(), x);  // (2F, C)
-      dw1 = dw.narrow(0, 0, f);
-      dw2 = dw.narrow(0, f, f);
+      const at::Tensor sum1 = gradient_buffer(w1), sum2 = gradient_buffer(w2);
+      if (!sum1.defined() && !sum2.defined()) {
+        const at::Tensor dw = product(dgate_up.t(), x);  // (2F, C)
+        dw1 = dw.narrow(0, 0, f);
+        dw2 = dw.narrow(0, f, f);
+      } else if (const at::Tensor sum = joined(sum1, sum2); sum.defined()) {
+        product(sum, dgate_up.t(), x, /*add=*/true);
+      } else {
+        dw1 = weight_gradient(w1, dgate, x);
+        dw2 = weight_gradient(w2, dup, x);
+      }
     } else {
-      if (ctx->needs_input_grad(1)) dw1 = at::mm(dgate.t(), x);
-      if (ctx->needs_input_grad(2)) dw2 = at::mm(dup.t(), x);
+      if (ctx->needs_input_grad(1)) dw1 = weight_gradient(w1, dgate, x);
+      if (ctx->needs_input_grad(2)) dw2 = weight_gradient(w2, dup, x);
     }
-    if (ctx->needs_input_grad(3)) dw3 = at::mm(dy.t(), act);
+    if (ctx->needs_input_grad(3)) dw3 = weight_gradient(w3, dy, act);
     return {dx, dw1, dw2, dw3};
   }
 };

@@ -13,6 +13,8 @@
 using T = TlTensor;
 TL_ABSENT(tl_flash_attention, T, T, T, T, T, double, int, int, int, T*, T*)
 TL_ABSENT(tl_flash_attention_qkv, T, int64_t, int64_t, T, T, double, int, int, int, T*)
+TL_ABSENT(tl_linear, T, T, T*)
+TL_ABSENT(tl_set_matmul, int, const char*)
 TL_ABSENT(tl_rms_norm, T, T, T, double, T*, T*)
 TL_ABSENT(tl_rope, T, T, T, int64_t, int64_t, T*)
 TL_ABSENT(tl_swiglu, T, T*)
@@ -21,8 +23,17 @@ TL_ABSENT(tl_cross_entropy, T, T, double, double, double, T*)
 TL_ABSENT(tl_head_loss, T, T, T, int64_t, double, double, double, T*)
 TL_ABSENT(tl_adamw, int, T*, T*, T*, T*, T*, T, double, double, double, double, double, int64_t, int)
 TL_ABSENT(tl_grad_norm, int, T*, double, T*, T*)
+TL_ABSENT(tl_graph_begin, void**)
+TL_ABSENT(tl_graph_end, void*)
+TL_ABSENT(tl_graph_replay, void*)
+TL_ABSENT(tl_stage_new, T, int, void**)
+TL_ABSENT(tl_stage_take, void*, T*)
+TL_ABSENT(tl_read_back, T, T*, void*)
+TL_ABSENT(tl_event_wait, void*)
 TL_ABSENT(tl_event_new, void**)
 TL_ABSENT(tl_event_record, void*)
 TL_ABSENT(tl_event_elapsed_ms, void*, void*, float*)
 extern "C" void tl_event_free(void*) {}
+extern "C" void tl_graph_free(void*) {}
+extern "C" void tl_stage_free(void*) {}
 #endif

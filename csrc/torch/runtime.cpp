@@ -101,6 +101,9 @@ extern "C" void tl_event_free(void* event) { cudaEventDestroy(static_cast<cudaEv
 extern "C" int tl_event_record(void* event) {
   TL_GUARD(C10_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(event), at::cuda::getCurrentCUDAStream())));
 }
+extern "C" int tl_event_wait(void* event) {
+  TL_GUARD(C10_CUDA_CHECK(cudaEventSynchronize(static_cast<cudaEvent_t>(event))));
+}
 extern "C" int tl_event_elapsed_ms(void* from, void* to, float* ms) {
   TL_GUARD({
     C10_CUDA_CHECK(cudaEventSynchronize(static_cast<cudaEvent_t>(to)));
@@ -112,6 +115,17 @@ extern "C" int tl_event_elapsed_ms(void* from, void* to, float* ms) {
 extern "C" int tl_backward(TlTensor out, TlTensor grad) {
   TL_GUARD(torch::autograd::backward({*static_cast<at::Tensor*>(out)}, {*static_cast<at::Tensor*>(grad)},
                                      /*retain_graph=*/true));
+}
+
+extern "C" int tl_set_grad(TlTensor weight, TlTensor grad) {
+  TL_GUARD({
+    auto& w = *static_cast<at::Tensor*>(weight);
+    const at::Tensor g = grad ? *static_cast<at::Tensor*>(grad) : at::Tensor();
+    TORCH_CHECK(w.is_leaf(), "set_grad: weight must be a leaf");
+    TORCH_CHECK(!g.defined() || (g.sizes() == w.sizes() && g.device() == w.device()), "set_grad: grad must be ",
+                w.sizes(), " on ", w.device(), ", got ", g.sizes(), " on ", g.device());
+    w.mutable_grad() = g;
+  });
 }
 
 extern "C" int tl_gradients(int n_out, TlTensor* out, TlTensor* grad, int n, TlTensor* inputs, TlTensor* gradients) {

@@ -1,7 +1,8 @@
 //! Training speed: the steps of a configuration, with its data, its model and its optimizer.
 //!
-//! A timed step is what `pretrain` does between two log lines: read the batches, forward, backward and update,
-//! and read loss and gradient norm, where the CPU waits for the card. Validation and checkpoints are left out.
+//! A timed step is what `pretrain` does between two log lines: read the batches, forward, backward and update, and
+//! read the step's loss and gradient norm while the next one runs; its time is that from one reading to the next.
+//! Validation and checkpoints are left out.
 
 use crate::ffi;
 use crate::train::run::{Run, TakenStep};
@@ -59,27 +60,33 @@ pub fn run(path: &Path, sets: &[String], warmup: usize, steps: usize) -> Result<
     let mut run = Run::assemble(&config)?;
     let mut seconds = vec![];
     let mut losses = vec![];
-    for i in 0..warmup + steps {
-        let started = Instant::now();
-        losses.push(one_step(&mut run)?);
-        if i >= warmup {
-            seconds.push(started.elapsed().as_secs_f64());
+    let mut clock = Instant::now();
+    let mut in_flight = None;
+    for i in 0..=warmup + steps {
+        let launched = (i < warmup + steps).then(|| run.launch_step()).transpose()?;
+        // While the card works on this step, the CPU looks at the one before.
+        if let Some(before) = std::mem::replace(&mut in_flight, launched) {
+            losses.push(finite(before.wait()?)?);
+            let now = Instant::now();
+            if i > warmup {
+                seconds.push((now - clock).as_secs_f64());
+            }
+            clock = now;
         }
     }
     report(&run, seconds, [losses[0], losses[losses.len() - 1]])
 }
 
-/// One optimizer step as in `pretrain`; its loss.
-fn one_step(run: &mut Run) -> Result<f64> {
-    let TakenStep { step, loss, grad_norm, .. } = run.take_step()?; // the CPU waits for the GPU
+/// The loss of a step whose numbers are finite.
+fn finite(taken: TakenStep) -> Result<f64> {
+    let TakenStep { progress, loss, grad_norm, .. } = taken;
     if !loss.is_finite() || !grad_norm.is_finite() {
         bail_hint!(
             "lower `optimizer.lr` with `--set`";
-            "step {step}: loss {loss}, gradient norm {grad_norm}; numbers that are not finite are not timed"
+            "step {}: loss {loss}, gradient norm {grad_norm}; numbers that are not finite are not timed",
+            progress.step
         );
     }
-    run.optimizer.zero_grad();
-    run.advance();
     Ok(loss)
 }
 

@@ -34,6 +34,12 @@ pub struct RunConfig {
     /// The same losses bit for bit from run to run on a GPU, at the price of speed: attention sums its
     /// gradients in a fixed order. On the CPU this holds anyway.
     pub deterministic: bool,
+    /// Matrix products on a GPU: `search` times cuBLASLt's algorithms once for each shape and keeps the fastest,
+    /// `heuristic` takes cuBLASLt's first choice, `aten` libtorch's. `deterministic` takes libtorch's.
+    pub matmul: MatmulBackend,
+    /// `auto`: a micro-batch's forward and backward pass is captured as a CUDA graph and launched by one call;
+    /// `never`: each kernel is launched by itself.
+    pub cuda_graph: CudaGraph,
     /// What to train and validate on.
     pub data: DataConfig,
     /// Batch sizes, schedule, stopping, saving.
@@ -85,6 +91,28 @@ pub enum AttentionBackend {
     Cudnn,
     /// The plain formula: a T x S matrix in memory. The reference of the others.
     Math,
+}
+
+/// Matrix products of the fused path on a GPU.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum MatmulBackend {
+    /// The fastest of cuBLASLt's algorithms, found by measurement and kept in `~/.cache/tinyllama/matmul.txt`.
+    Search,
+    /// cuBLASLt's first choice.
+    Heuristic,
+    /// libtorch's choice.
+    Aten,
+}
+
+/// Whether micro-batches run as a CUDA graph.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum CudaGraph {
+    /// On a GPU with fused kernels.
+    Auto,
+    /// Not at all.
+    Never,
 }
 
 /// Training and validation sets: folders of packed files.
@@ -286,6 +314,8 @@ impl Default for RunConfig {
             attention: AttentionBackend::Auto,
             fused: true,
             deterministic: false,
+            matmul: MatmulBackend::Search,
+            cuda_graph: CudaGraph::Auto,
             data: DataConfig::default(),
             train: TrainConfig::default(),
             eval: EvalConfig::default(),

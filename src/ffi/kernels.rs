@@ -5,14 +5,15 @@
 
 use super::{Handle, check, handle};
 use anyhow::Result;
-use std::ffi::{c_int, c_void};
-use std::ptr::null_mut;
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::ptr::{null, null_mut};
 use tch::Tensor;
 
 unsafe extern "C" {
     fn tl_event_new(event: *mut *mut c_void) -> c_int;
     fn tl_event_free(event: *mut c_void);
     fn tl_event_record(event: *mut c_void) -> c_int;
+    fn tl_event_wait(event: *mut c_void) -> c_int;
     fn tl_event_elapsed_ms(from: *mut c_void, to: *mut c_void, ms: *mut f32) -> c_int;
     fn tl_backward(out: Handle, grad: Handle) -> c_int;
     fn tl_gradients(
@@ -65,6 +66,9 @@ unsafe extern "C" {
         head_size: i64,
         out: *mut Handle,
     ) -> c_int;
+    fn tl_set_matmul(mode: c_int, file: *const c_char) -> c_int;
+    fn tl_linear(x: Handle, weight: Handle, out: *mut Handle) -> c_int;
+    fn tl_set_grad(weight: Handle, grad: Handle) -> c_int;
     fn tl_swiglu(gate_up: Handle, out: *mut Handle) -> c_int;
     fn tl_swiglu_mlp(
         x: Handle,
@@ -150,6 +154,16 @@ impl Event {
         let event = Self(event);
         check(unsafe { tl_event_record(event.0) })?;
         Ok(event)
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut c_void {
+        self.0
+    }
+
+    /// Makes the CPU wait for what was launched before the event.
+    pub fn wait(&self) -> Result<()> {
+        // SAFETY: the event is live and was recorded.
+        check(unsafe { tl_event_wait(self.0) })
     }
 
     /// Milliseconds of GPU time since `earlier`. The CPU waits for this event.
@@ -279,6 +293,41 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, heads: i64, head_size: i64) 
     one(|out| unsafe { tl_rope(handle(x), handle(cos), handle(sin), heads, head_size, out) })
 }
 
+/// How products of 16-bit matrices in [`linear`] and the ops with weights below are computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Matmul<'a> {
+    /// By libtorch.
+    Aten,
+    /// By cuBLASLt with its first choice.
+    Heuristic,
+    /// By cuBLASLt with the fastest of its candidates, kept in this file or in the process.
+    Search(Option<&'a std::path::Path>),
+}
+
+/// Process-wide switch.
+pub fn set_matmul(how: Matmul) -> Result<()> {
+    let (mode, file) = match how {
+        Matmul::Aten => (0, None),
+        Matmul::Heuristic => (1, None),
+        Matmul::Search(file) => (2, file),
+    };
+    let file = file.map(|path| CString::new(path.as_os_str().as_encoded_bytes())).transpose()?;
+    // SAFETY: the text outlives the call; null stands for none.
+    check(unsafe { tl_set_matmul(mode, file.as_ref().map_or(null(), |text| text.as_ptr())) })
+}
+
+/// x (.., C), weight (O, C) -> (.., O).
+pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    // SAFETY: the tensors outlive the call.
+    one(|out| unsafe { tl_linear(handle(x), handle(weight), out) })
+}
+
+/// `weight.grad = grad`, also of another dtype: backward passes add to it in place.
+pub fn set_grad(weight: &Tensor, grad: &Tensor) -> Result<()> {
+    // SAFETY: both tensors outlive the call; C++ keeps a handle of its own.
+    check(unsafe { tl_set_grad(handle(weight), handle(grad)) })
+}
+
 /// gate_up (.., 2F) -> silu(gate) * up (.., F).
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     // SAFETY: the tensor outlives the call.
@@ -292,7 +341,7 @@ pub fn swiglu_mlp(x: &Tensor, fc_1: &Tensor, fc_2: &Tensor, proj: &Tensor) -> Re
 }
 
 /// Scalars of the loss.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossScalars {
     pub scale: f64,
     pub label_smoothing: f64,

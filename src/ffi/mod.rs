@@ -3,8 +3,10 @@
 //! Everything here takes and returns [`tch::Tensor`]; a failure carries the C++ exception's full text.
 
 pub mod driver;
+mod graph;
 mod kernels;
 
+pub use graph::*;
 pub use kernels::*;
 
 use anyhow::{Result, bail};

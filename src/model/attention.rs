@@ -52,7 +52,7 @@ impl CausalSelfAttention {
         let (b, t, _) = x.size3().expect("x is (B, T, C)");
         let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
 
-        let qkv = self.qkv.forward(x); // (B, T, (H+2G)*D)
+        let qkv = self.qkv.forward(x, at.fused); // (B, T, (H+2G)*D)
         let qkv = ops::rope_qkv(&qkv, &at.cos, &at.sin, h + g, d, at.fused); // unchanged
         let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
 
@@ -65,6 +65,6 @@ impl CausalSelfAttention {
             }
         };
         let y = y.transpose(1, 2).reshape([b, t, h * d]); // (B, T, H*D)
-        self.proj.forward(&y) // (B, T, C)
+        self.proj.forward(&y, at.fused) // (B, T, C)
     }
 }

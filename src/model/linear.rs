@@ -1,5 +1,6 @@
 //! `nn.Linear` and `nn.Embedding`.
 
+use crate::ops;
 use tch::{Device, Kind, Tensor};
 
 /// `y = x W^T + b`.
@@ -24,9 +25,9 @@ impl Linear {
         }
     }
 
-    /// `torch.nn.functional.linear`.
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+    /// See [`ops::linear`].
+    pub fn forward(&self, x: &Tensor, fused: bool) -> Tensor {
+        ops::linear(x, &self.weight, self.bias.as_ref(), fused)
     }
 }
 

@@ -86,12 +86,13 @@ impl Mlp {
                 ops::swiglu_mlp(x, fc_1, fc_2, proj, fused) // (B, T, C)
             }
             Self::LLaMA(mlp) => {
-                let x = ops::swiglu_reference(&mlp.fc_1.forward(x), &mlp.fc_2.forward(x)); // (B, T, F)
-                mlp.proj.forward(&x) // (B, T, C)
+                let x =
+                    ops::swiglu_reference(&mlp.fc_1.forward(x, fused), &mlp.fc_2.forward(x, fused)); // (B, T, F)
+                mlp.proj.forward(&x, fused) // (B, T, C)
             }
             Self::GptNeox(mlp) => {
-                let x = mlp.fc.forward(x).gelu("none"); // (B, T, F)
-                mlp.proj.forward(&x) // (B, T, C)
+                let x = mlp.fc.forward(x, fused).gelu("none"); // (B, T, F)
+                mlp.proj.forward(&x, fused) // (B, T, C)
             }
         }
     }

@@ -5,6 +5,7 @@
 //! its message, as tch's own operations do; [`crate::guard::catch`] makes an error of it.
 
 mod attention;
+mod linear;
 mod loss;
 mod mlp;
 mod norm;
@@ -12,6 +13,7 @@ mod rope;
 
 pub use crate::ffi::LossScalars;
 pub use attention::{Documents, Mask, attention, attention_qkv, attention_reference, split_heads};
+pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_reference, cross_entropy_sum, head_loss, head_rows};
 pub use mlp::{swiglu, swiglu_mlp, swiglu_reference};
 pub use norm::{add_rms_norm, layer_norm, rms_norm, rms_norm_reference};

@@ -5,6 +5,10 @@
 //! | `32-true`    | fp32                        | the master itself              | fp32         |
 //! | `bf16-mixed` | fp32                        | bf16 copy, refreshed each step | fp32         |
 //! | `bf16-true`  | bf16                        | the master itself              | bf16         |
+//!
+//! The gradient sums lie in one buffer. Each parameter's part of it is that weight's `.grad` for the whole run, in
+//! `bf16-mixed` an fp32 `.grad` of a bf16 weight: autograd adds to it in place, and on a GPU the matrix products of
+//! the backward pass do so themselves (`csrc/torch/matmul.h`), with no bf16 gradient in between.
 
 use crate::config::{OptimizerConfig, Precision};
 use crate::ffi;
@@ -21,7 +25,7 @@ pub struct ParamState {
     pub weight: Tensor,
     /// Exact weights; in `32-true` and `bf16-true` the same storage as `weight`.
     pub master: Tensor,
-    /// Sum of the gradients since the last step; undefined until the first backward.
+    /// Sum of the gradients since the last step; the `.grad` of `weight`.
     pub grad: Tensor,
     /// First moment.
     pub exp_avg: Tensor,
@@ -44,6 +48,7 @@ pub struct AdamW {
     eps: f64,
     mixed: bool,
     fused: bool,
+    grads: Tensor,
 }
 
 impl AdamW {
@@ -60,38 +65,33 @@ impl AdamW {
         }
         model.requires_grad(true);
 
+        let weights = model.named_parameters();
         let mixed = precision == Precision::Bf16Mixed;
+        let grad_kind = if mixed { Kind::Float } else { weights[0].1.kind() };
+        let (grads, parts) = gradient_buffer(&weights, grad_kind);
         let mut masters = masters.into_iter();
-        let state = |(name, weight): (String, Tensor)| {
+        let mut params = vec![];
+        for ((name, weight), grad) in weights.into_iter().zip(parts) {
+            ffi::set_grad(&weight, &grad).expect("a part of the buffer has its weight's shape");
             let master = masters.next().unwrap_or_else(|| weight.detach());
-            let grad = if mixed { master.zeros_like() } else { Tensor::new() };
             let (exp_avg, exp_avg_sq) = (master.zeros_like(), master.zeros_like());
-            ParamState { name, weight, master, grad, exp_avg, exp_avg_sq }
-        };
+            params.push(ParamState { name, weight, master, grad, exp_avg, exp_avg_sq });
+        }
         Self {
-            params: model.named_parameters().into_iter().map(state).collect(),
+            params,
             step_count: 0,
             betas: config.betas,
             weight_decay: config.weight_decay,
             eps: config.eps,
             mixed,
             fused: model.fused && model.device().is_cuda() && precision != Precision::Bf16True,
+            grads,
         }
     }
 
-    /// Call after each `loss.backward()`: adds the micro-batch's bf16 gradients to the fp32 sums
-    /// (`bf16-mixed`); elsewhere autograd itself accumulates in place.
-    pub fn accumulate(&mut self) {
-        tch::no_grad(|| {
-            for p in &mut self.params {
-                if self.mixed {
-                    let _ = p.grad.g_add_(&p.weight.grad());
-                    p.weight.zero_grad();
-                } else {
-                    p.grad = p.weight.grad();
-                }
-            }
-        });
+    /// Whether steps run as one kernel over all parameters, with no CPU wait.
+    pub fn is_fused(&self) -> bool {
+        self.fused
     }
 
     /// L2 norm over all gradient sums, `() fp32` on their device. The CPU does not wait.
@@ -167,16 +167,12 @@ impl AdamW {
         }
     }
 
-    /// Zeroes the gradient sums in place; the fused step has done so.
+    /// Zeroes the gradient sums in place, before a step's micro-batches; the fused update has done so.
     pub fn zero_grad(&mut self) {
         if self.fused {
             return;
         }
-        for p in &mut self.params {
-            if p.grad.defined() {
-                let _ = p.grad.zero_();
-            }
-        }
+        let _ = self.grads.zero_();
     }
 
     /// Names of the parameters whose gradient sum holds a value that is not finite.
@@ -184,8 +180,7 @@ impl AdamW {
     /// # Sync
     /// The CPU waits once a parameter; for the message of a run that stops.
     pub fn non_finite(&self) -> Vec<&str> {
-        let bad =
-            |p: &&ParamState| p.grad.defined() && !p.grad.norm().double_value(&[]).is_finite();
+        let bad = |p: &&ParamState| !p.grad.norm().double_value(&[]).is_finite();
         self.params.iter().filter(bad).map(|p| p.name.as_str()).collect()
     }
 
@@ -235,4 +230,20 @@ impl AdamW {
             }
         }
     }
+}
+
+/// A zeroed buffer with a part in each parameter's shape, in the parameters' order. Weights that lie behind each other
+/// in memory have gradients that do so too, where their size is a multiple of 64.
+fn gradient_buffer(weights: &[(String, Tensor)], kind: Kind) -> (Tensor, Vec<Tensor>) {
+    let room = |weight: &Tensor| (weight.numel() as i64 + 63) / 64 * 64; // kernels need 16 bytes
+    let total = weights.iter().map(|(_, weight)| room(weight)).sum::<i64>();
+    let buffer = Tensor::zeros([total], (kind, weights[0].1.device()));
+    let mut start = 0;
+    let mut part = |weight: &Tensor| {
+        let part = buffer.narrow(0, start, weight.numel() as i64).view_(weight.size());
+        start += room(weight);
+        part
+    };
+    let parts = weights.iter().map(|(_, weight)| part(weight)).collect();
+    (buffer, parts)
 }

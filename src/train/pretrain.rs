@@ -1,6 +1,6 @@
 //! Pretraining: the loop, from top to bottom.
 
-use super::run::{Run, TakenStep};
+use super::run::{LaunchedStep, Run, TakenStep};
 use super::signals::StopSignal;
 use super::{LOWER, plot, saver};
 use crate::config::{OnSaveError, RunConfig};
@@ -18,7 +18,7 @@ use std::time::Instant;
 /// Bad data, a full disk, CUDA out of memory, a loss or gradient that is not finite.
 ///
 /// # Sync
-/// The CPU waits for the GPU once a step, when it reads loss and gradient norm.
+/// The CPU waits for the GPU once a step, for the loss and gradient norm of the step before, while the card has work.
 pub fn pretrain(config: &RunConfig) -> Result<u8> {
     let mut run = Run::assemble(config)?;
     let stop = StopSignal::install()?;
@@ -29,25 +29,36 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
     }
     let due = |interval: Option<u64>, step: u64| interval.is_some_and(|n| step.is_multiple_of(n));
 
+    let mut in_flight: Option<LaunchedStep> = None;
+    let mut clock = Instant::now();
     while !run.finished() {
         // ---- one optimizer step ----------------------------------------------------------------
-        let started = Instant::now();
-        let TakenStep { step, lr, loss, grad_norm } = run.take_step()?; // the CPU waits for the GPU
-        check_finite(&run, step, loss, grad_norm)?;
-        run.optimizer.zero_grad();
-        run.advance();
-
-        // ---- log, validate, save ---------------------------------------------------------------
-        if due(Some(train.log_interval), step) || run.finished() {
-            run.log_step(loss, lr, grad_norm, started.elapsed().as_secs_f64())?;
+        let launched = run.launch_step()?;
+        let step = run.progress.step;
+        // While the card works on this step, the CPU looks at the one before.
+        if let Some(before) = in_flight.replace(launched) {
+            conclude(&mut run, before, &mut clock)?;
         }
-        if due(eval.interval, step) && !run.finished() {
+        let validates = due(eval.interval, step) && !run.finished();
+        let saves = due(train.save_interval, step) && !run.finished();
+        let stops = stop.requested();
+        let pause = validates || saves || stops.is_some() || run.finished();
+        if pause || !run.runs_ahead() {
+            let last = in_flight.take().into_iter();
+            last.map(|step| conclude(&mut run, step, &mut clock)).collect::<Result<()>>()?;
+        }
+
+        // ---- validate, save --------------------------------------------------------------------
+        if validates {
             run.validate(eval.max_iters)?;
         }
-        if due(train.save_interval, step) && !run.finished() {
+        if saves {
             save_periodic(&mut run, step)?;
         }
-        if let Some(signal) = stop.requested() {
+        if pause {
+            clock = Instant::now();
+        }
+        if let Some(signal) = stops {
             let path = saver::save(&mut run, &format!("step-{step:08}"))?;
             run.log.finish()?;
             eprintln!("stopped by signal {signal}; saved {}", path.display());
@@ -58,8 +69,21 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
     finish(&mut run)
 }
 
-/// A loss or gradient that is not finite ends the run before it touches the weights.
-fn check_finite(run: &Run, step: u64, loss: f64, grad_norm: f64) -> Result<()> {
+/// Waits for a step's numbers, looks at them and logs them. `clock` started when the step before was concluded.
+fn conclude(run: &mut Run, step: LaunchedStep, clock: &mut Instant) -> Result<()> {
+    let taken = step.wait()?; // the CPU waits for the GPU here, once a step
+    let seconds = std::mem::replace(clock, Instant::now()).elapsed().as_secs_f64();
+    check_finite(run, &taken)?;
+    let is_last = taken.progress.step == run.progress.step && run.finished();
+    if taken.progress.step.is_multiple_of(run.config.train.log_interval) || is_last {
+        run.log_step(&taken, seconds)?;
+    }
+    Ok(())
+}
+
+/// A loss or gradient that is not finite ends the run; it has not touched the weights.
+fn check_finite(run: &Run, taken: &TakenStep) -> Result<()> {
+    let (step, loss, grad_norm) = (taken.progress.step, taken.loss, taken.grad_norm);
     if loss.is_finite() && grad_norm.is_finite() {
         return Ok(());
     }

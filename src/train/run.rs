@@ -4,18 +4,21 @@ use super::flops::{self, FlopsPerToken};
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::AdamW;
 use super::schedule::lr_at;
-use super::step::train_step;
+use super::step::{MicroStep, train_step};
 use super::{saver, validate};
-use crate::config::{AttentionBackend, BatchPlan, Precision, Resume, RunConfig};
+use crate::config::{
+    AttentionBackend, BatchPlan, CudaGraph, MatmulBackend, Precision, Resume, RunConfig,
+};
 use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
 use crate::error::WithHint;
+use crate::ffi::ReadBack;
 use crate::model::{GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
 use crate::{bail_hint, checkpoint, config, device, ffi, guard};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use std::path::PathBuf;
 use std::time::Instant;
-use tch::Device;
+use tch::{Device, Tensor};
 
 /// Counters that a checkpoint carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -30,17 +33,49 @@ pub struct Progress {
     pub elapsed: f64,
 }
 
+/// A step whose work was launched; on a GPU it may not have begun.
+#[derive(Debug)]
+pub struct LaunchedStep {
+    progress: Progress,
+    lr: f64,
+    numbers: Numbers,
+}
+
+/// Loss and gradient norm.
+#[derive(Debug)]
+enum Numbers {
+    Coming(ReadBack),
+    Here([f64; 2]),
+}
+
 /// Numbers of one optimizer step.
 #[derive(Clone, Copy, Debug)]
 pub struct TakenStep {
-    /// Counted from 1.
-    pub step: u64,
+    /// Counters after it; `progress.step` is its own number, from 1.
+    pub progress: Progress,
     /// Learning rate.
     pub lr: f64,
     /// Mean loss over the step's targets, in nats a token.
     pub loss: f64,
     /// L2 norm of the gradients before clipping.
     pub grad_norm: f64,
+}
+
+impl LaunchedStep {
+    /// What came out.
+    ///
+    /// # Sync
+    /// The CPU waits for the step's end.
+    pub fn wait(self) -> Result<TakenStep> {
+        let [loss, grad_norm] = match self.numbers {
+            Numbers::Here(numbers) => numbers,
+            Numbers::Coming(numbers) => match numbers.wait()?[..] {
+                [loss, grad_norm] => [loss, grad_norm],
+                _ => bail!("two numbers a step"),
+            },
+        };
+        Ok(TakenStep { progress: self.progress, lr: self.lr, loss, grad_norm })
+    }
 }
 
 /// A run in progress.
@@ -65,6 +100,8 @@ pub struct Run {
     pub log: RunLog,
     /// Counters.
     pub progress: Progress,
+    /// Forward and backward of a micro-batch.
+    pub micro: MicroStep,
     /// Newest checkpoint written or read.
     pub last_checkpoint: Option<PathBuf>,
     flops: FlopsPerToken,
@@ -80,7 +117,7 @@ impl Run {
         let device = device::resolve(&config.device.0)?;
         let sequence = config.sequence_length(&model_config);
         let plan = BatchPlan::new(config, sequence, 1)?;
-        set_backends(config)?;
+        set_backends(config, device)?;
 
         // 1. Which checkpoint, before anything is prepared; tokenizer and data.
         let resume_from = find_resume(config)?;
@@ -126,6 +163,9 @@ impl Run {
         let resumed = resume_from.is_some().then_some(progress.step);
         let log = RunLog::open(&config.out_dir, resumed, totals, false)?;
 
+        let micro = MicroStep::new(
+            device.is_cuda() && config.fused && config.cuda_graph == CudaGraph::Auto,
+        );
         let width = model_config.n_head * model_config.head_size;
         let flops = flops::flops_per_token(
             model_config.n_matmul_params(),
@@ -148,6 +188,7 @@ impl Run {
             tokenizer,
             log,
             progress,
+            micro,
             flops,
         };
         run.announce()?;
@@ -185,6 +226,11 @@ impl Run {
             || t.max_time.is_some_and(|limit| self.elapsed() >= limit)
     }
 
+    /// Whether a step may be launched before the numbers of the one before are known.
+    pub fn runs_ahead(&self) -> bool {
+        self.optimizer.is_fused()
+    }
+
     /// Seconds of training so far, over all resumes.
     pub fn elapsed(&self) -> f64 {
         self.elapsed_before + self.started.elapsed().as_secs_f64()
@@ -197,39 +243,43 @@ impl Run {
         (of_peak(self.flops.full), of_peak(self.flops.causal))
     }
 
-    /// One optimizer step: reads its batches, runs forward, backward and update, and reads the two numbers that
-    /// say how it went. The caller looks at them, then clears the gradients and calls [`Run::advance`].
+    /// Reads the batches of the next optimizer step, launches forward, backward and update, and counts the step.
+    ///
+    /// A step whose gradient norm is not finite changes no weight, nor do the steps after it where
+    /// [`Run::runs_ahead`], since the fused update leaves such gradients as they are. There the caller may look at a
+    /// step's numbers after the next one's launch.
     ///
     /// # Errors
     /// Bad data; CUDA out of memory.
     ///
     /// # Sync
-    /// The CPU waits for the GPU at the end.
-    pub fn take_step(&mut self) -> Result<TakenStep> {
+    /// None on a GPU with fused kernels, but where a CUDA graph is captured or a matrix product is searched.
+    pub fn launch_step(&mut self) -> Result<LaunchedStep> {
         let train = &self.config.train;
         let step = self.progress.step + 1;
         let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
         let batches =
             (0..self.plan.accumulation).map(|_| self.loader.next()).collect::<Result<Vec<_>>>()?;
-        let (model, optimizer) = (&self.model, &mut self.optimizer);
-        let out = guard::catch("the training step", self.device, super::LOWER, || {
-            train_step(model, optimizer, &batches, lr, train)
+        let (model, optimizer, micro) = (&self.model, &mut self.optimizer, &mut self.micro);
+        let numbers = guard::catch("the training step", self.device, super::LOWER, || {
+            optimizer.zero_grad();
+            let out = train_step(model, optimizer, micro, &batches, lr, train)?;
+            let both = Tensor::stack(&[out.loss, out.grad_norm], 0); // (2,)
+            Ok(match both.device() {
+                Device::Cuda(_) => Numbers::Coming(ReadBack::start(&both)?),
+                _ => Numbers::Here([both.double_value(&[0]), both.double_value(&[1])]),
+            })
         })?;
-        let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
-        let grad_norm = out.grad_norm.double_value(&[]);
-        Ok(TakenStep { step, lr, loss, grad_norm })
-    }
-
-    /// Counts a finished step.
-    pub fn advance(&mut self) {
         self.progress.step += 1;
         self.progress.iter += self.plan.accumulation;
         self.progress.tokens += self.plan.tokens_per_step;
         self.progress.elapsed = self.elapsed();
+        Ok(LaunchedStep { progress: self.progress, lr, numbers })
     }
 
     /// Logs a step that took `seconds`.
-    pub fn log_step(&mut self, loss: f64, lr: f64, grad_norm: f64, seconds: f64) -> Result<()> {
+    pub fn log_step(&mut self, taken: &TakenStep, seconds: f64) -> Result<()> {
+        let TakenStep { progress, lr, loss, grad_norm } = *taken;
         let rate = self.plan.tokens_per_step as f64 / seconds;
         let (mfu, mfu_causal) = self.utilisation(rate);
         let peak_memory = match self.device {
@@ -239,9 +289,9 @@ impl Run {
             _ => None,
         };
         self.log.step(&StepRecord {
-            step: self.progress.step,
-            iter: self.progress.iter,
-            tokens: self.progress.tokens,
+            step: progress.step,
+            iter: progress.iter,
+            tokens: progress.tokens,
             loss,
             lr,
             grad_norm,
@@ -269,8 +319,16 @@ impl Run {
 
 /// Process-wide switches of libtorch. TF32 for fp32 products is the original's choice. cuDNN's attention
 /// adds its gradients with atomics; FlashAttention-2 has a mode with a fixed order.
-fn set_backends(config: &RunConfig) -> Result<()> {
+fn set_backends(config: &RunConfig, device: Device) -> Result<()> {
     ffi::set_math_mode(true, config.deterministic)?;
+    let cache = matmul_cache();
+    if device.is_cuda() {
+        ffi::set_matmul(match config.matmul {
+            MatmulBackend::Aten => ffi::Matmul::Aten,
+            MatmulBackend::Heuristic => ffi::Matmul::Heuristic,
+            MatmulBackend::Search => ffi::Matmul::Search(cache.as_deref()),
+        })?;
+    }
     let only = |wanted: AttentionBackend| {
         config.attention == AttentionBackend::Auto || config.attention == wanted
     };
@@ -281,6 +339,17 @@ fn set_backends(config: &RunConfig) -> Result<()> {
         efficient: auto,
         cudnn: only(AttentionBackend::Cudnn) && !config.deterministic,
     })
+}
+
+/// Where matrix products that were chosen by measurement are kept from run to run; `None` where the system names no
+/// place.
+fn matmul_cache() -> Option<PathBuf> {
+    let folder = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+    let folder = folder.join("tinyllama");
+    std::fs::create_dir_all(&folder).ok()?;
+    Some(folder.join("matmul.txt"))
 }
 
 fn open_data(

@@ -3,13 +3,13 @@
 use super::optimizer::AdamW;
 use crate::config::TrainConfig;
 use crate::data::Batch;
-use crate::ffi;
+use crate::ffi::{Graph, Staged};
 use crate::model::GPT;
 use crate::ops::LossScalars;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-/// What a step leaves on the device; reading either makes the CPU wait.
+/// What a step leaves on the device; reading it makes the CPU wait.
 pub struct StepOutput {
     /// Mean loss over the step's targets, `() fp32`.
     pub loss: Tensor,
@@ -27,10 +27,11 @@ pub struct StepOutput {
 /// [`crate::guard::catch`] around the call makes an error of it.
 ///
 /// # Sync
-/// None on a GPU with fused kernels: the caller reads the output when it wants to.
+/// None on a GPU with fused kernels, but while a graph is captured: the caller reads the output when it wants to.
 pub fn train_step(
     model: &GPT,
     optimizer: &mut AdamW,
+    micro: &mut MicroStep,
     batches: &[Batch],
     lr: f64,
     train: &TrainConfig,
@@ -41,27 +42,131 @@ pub fn train_step(
         label_smoothing: train.label_smoothing,
         z_loss: train.z_loss,
     };
-    let mut step_loss = Tensor::zeros([], (Kind::Float, model.device()));
+    let device = model.device();
+    let mut loss = Tensor::zeros([], (Kind::Float, device));
+    let coming: Vec<Coming> =
+        batches.iter().map(|batch| Coming::new(batch, device)).collect::<Result<_>>()?;
+    for batch in coming {
+        let (input, target) = batch.take()?; // (B, T) x2
+        let _ = loss.g_add_(&micro.run(model, &input, &target, scalars)?);
+    }
+    let grad_norm = optimizer.step(lr, train.max_norm)?;
+    Ok(StepOutput { loss, grad_norm })
+}
 
-    for batch in batches {
-        let input = to_device(&batch.input, model.device())?; // (B, T)
-        let target = to_device(&batch.target, model.device())?; // (B, T)
-        let loss = model.loss(&input, &target, scalars); // ()
-        loss.backward();
-        optimizer.accumulate();
-        let _ = step_loss.g_add_(&loss.detach());
+/// Forward, loss and backward of one micro-batch; gradients are added to the weights' `.grad`.
+///
+/// With `graph`, its GPU work is captured once as a CUDA graph and then launched by one call each time that shape and
+/// scalars are the same; others run as if there were no graph.
+#[derive(Debug, Default)]
+pub struct MicroStep {
+    graph: bool,
+    runs: usize,
+    captured: Option<Captured>,
+}
+
+/// A captured micro-step with the memory that it reads and writes.
+#[derive(Debug)]
+struct Captured {
+    graph: Graph,
+    input: Tensor,  // (B, T)
+    target: Tensor, // (B, T)
+    loss: Tensor,   // ()
+    scalars: LossScalars,
+}
+
+impl MicroStep {
+    /// Runs before the capture: libraries make their workspaces, and products are chosen by measurement.
+    const WARM_UP: usize = 2;
+
+    /// `graph`: capture it; on a GPU only.
+    pub fn new(graph: bool) -> Self {
+        Self { graph, ..Self::default() }
     }
 
-    let grad_norm = optimizer.step(lr, train.max_norm)?;
-    Ok(StepOutput { loss: step_loss, grad_norm })
+    /// The loss of the micro-batch, `() fp32`.
+    ///
+    /// # Shapes
+    /// input, target (B, T) of i64 on the model's device.
+    pub fn run(
+        &mut self,
+        model: &GPT,
+        input: &Tensor,
+        target: &Tensor,
+        scalars: LossScalars,
+    ) -> Result<Tensor> {
+        self.runs += 1;
+        if !self.graph || self.runs <= Self::WARM_UP {
+            return Ok(forward_backward(model, input, target, scalars));
+        }
+        if self.captured.is_none() {
+            self.captured = Some(Captured::new(model, input, target, scalars)?);
+        }
+        match &mut self.captured {
+            Some(c) if c.scalars == scalars && c.input.size() == input.size() => {
+                c.run(input, target)
+            }
+            _ => Ok(forward_backward(model, input, target, scalars)),
+        }
+    }
+}
+
+impl Captured {
+    fn new(model: &GPT, input: &Tensor, target: &Tensor, scalars: LossScalars) -> Result<Self> {
+        let (input, target) = (input.copy(), target.copy());
+        let mut loss = Tensor::zeros([], (Kind::Float, input.device()));
+        let graph = Graph::capture(|| {
+            loss.copy_(&forward_backward(model, &input, &target, scalars));
+            Ok(())
+        })?;
+        Ok(Self { graph, input, target, loss, scalars })
+    }
+
+    fn run(&mut self, input: &Tensor, target: &Tensor) -> Result<Tensor> {
+        self.input.copy_(input);
+        self.target.copy_(target);
+        self.graph.replay()?;
+        Ok(self.loss.shallow_clone())
+    }
+}
+
+fn forward_backward(model: &GPT, input: &Tensor, target: &Tensor, scalars: LossScalars) -> Tensor {
+    let loss = model.loss(input, target, scalars); // ()
+    loss.backward();
+    loss.detach()
+}
+
+/// A batch on its way to the model's device.
+enum Coming {
+    /// Copied beside the work before.
+    Staged(Staged, Staged),
+    /// On the CPU, where the model is.
+    Here(Tensor, Tensor),
+}
+
+impl Coming {
+    fn new(batch: &Batch, device: Device) -> Result<Self> {
+        Ok(match device {
+            Device::Cuda(_) => Self::Staged(
+                Staged::new(&batch.input, device)?,
+                Staged::new(&batch.target, device)?,
+            ),
+            _ => Self::Here(batch.input.shallow_clone(), batch.target.shallow_clone()),
+        })
+    }
+
+    fn take(self) -> Result<(Tensor, Tensor)> {
+        Ok(match self {
+            Self::Staged(input, target) => (input.take()?, target.take()?),
+            Self::Here(input, target) => (input, target),
+        })
+    }
 }
 
 /// Copies a batch to the GPU from pinned memory, without a CPU wait; on the CPU, the tensor itself.
 pub fn to_device(tokens: &Tensor, device: Device) -> Result<Tensor> {
     match device {
-        Device::Cuda(_) => {
-            Ok(ffi::pin_memory(tokens)?.to_device_(device, Kind::Int64, true, false))
-        }
+        Device::Cuda(_) => Staged::new(tokens, device)?.take(),
         _ => Ok(tokens.shallow_clone()),
     }
 }

@@ -10,7 +10,7 @@ use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::data::packed::PackedSet;
 use tinyllama::train::optimizer::AdamW;
-use tinyllama::train::step::train_step;
+use tinyllama::train::step::{MicroStep, train_step};
 
 const VOCAB: usize = 128;
 
@@ -55,7 +55,15 @@ fn train(family: &str, precision: Precision, expected: &Value) -> (Vec<f64>, Vec
     let mut optimizer = AdamW::new(&mut model, precision, &settings);
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for (step, lr) in batches().iter().zip(floats(&expected["lr"])) {
-        let out = train_step(&model, &mut optimizer, step, lr, &TrainConfig::default()).unwrap();
+        let out = train_step(
+            &model,
+            &mut optimizer,
+            &mut MicroStep::default(),
+            step,
+            lr,
+            &TrainConfig::default(),
+        )
+        .unwrap();
         optimizer.zero_grad();
         losses.push(out.loss.double_value(&[]));
         norms.push(out.grad_norm.double_value(&[]));

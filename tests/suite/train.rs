@@ -6,7 +6,7 @@ use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::model::{GPT, ModelConfig};
 use tinyllama::train::optimizer::AdamW;
-use tinyllama::train::step::train_step;
+use tinyllama::train::step::{MicroStep, train_step};
 
 fn batch(config: &ModelConfig, b: i64, t: i64) -> Batch {
     let tokens = Tensor::randint(config.vocab_size, [b, t + 1], (Kind::Int64, Device::Cpu));
@@ -36,8 +36,15 @@ fn both_families_overfit_one_batch_in_every_precision() {
             let data = [batch(&config, 2, 16)];
             let mut losses = Vec::new();
             for _ in 0..60 {
-                let out = train_step(&model, &mut optimizer, &data, 1e-2, &TrainConfig::default())
-                    .unwrap();
+                let out = train_step(
+                    &model,
+                    &mut optimizer,
+                    &mut MicroStep::default(),
+                    &data,
+                    1e-2,
+                    &TrainConfig::default(),
+                )
+                .unwrap();
                 optimizer.zero_grad();
                 losses.push(out.loss.double_value(&[]));
             }
@@ -62,8 +69,15 @@ fn two_micro_batches_of_two_equal_one_of_four_also_with_masked_targets() {
         let (model, mut optimizer) = fresh(&config, Precision::Fp32True);
         let mut losses = Vec::new();
         for _ in 0..3 {
-            let out =
-                train_step(&model, &mut optimizer, batches, 1e-4, &TrainConfig::default()).unwrap();
+            let out = train_step(
+                &model,
+                &mut optimizer,
+                &mut MicroStep::default(),
+                batches,
+                1e-4,
+                &TrainConfig::default(),
+            )
+            .unwrap();
             optimizer.zero_grad();
             losses.push(out.loss.double_value(&[]));
         }
@@ -85,7 +99,15 @@ fn mixed_precision_keeps_exact_masters_and_refreshes_the_bf16_copy() {
     let (model, mut optimizer) = fresh(&config, Precision::Bf16Mixed);
     assert_eq!(model.kind(), Kind::BFloat16);
     let data = [batch(&config, 2, 16), batch(&config, 2, 16)];
-    let _ = train_step(&model, &mut optimizer, &data, 1e-4, &TrainConfig::default()).unwrap();
+    let _ = train_step(
+        &model,
+        &mut optimizer,
+        &mut MicroStep::default(),
+        &data,
+        1e-4,
+        &TrainConfig::default(),
+    )
+    .unwrap();
     for p in &optimizer.params {
         assert_eq!(p.master.kind(), Kind::Float);
         assert_eq!(p.grad.kind(), Kind::Float);
@@ -117,7 +139,15 @@ fn the_optimizers_state_survives_a_round_trip_bit_for_bit_and_refuses_a_stranger
     let config = tiny_llama();
     let (model, mut optimizer) = fresh(&config, Precision::Fp32True);
     let data = [batch(&config, 2, 16)];
-    let _ = train_step(&model, &mut optimizer, &data, 1e-3, &TrainConfig::default()).unwrap();
+    let _ = train_step(
+        &model,
+        &mut optimizer,
+        &mut MicroStep::default(),
+        &data,
+        1e-3,
+        &TrainConfig::default(),
+    )
+    .unwrap();
     let saved: Vec<(String, Tensor)> =
         optimizer.state().into_iter().map(|(n, t)| (n, t.copy())).collect();
 
@@ -144,7 +174,10 @@ fn label_smoothing_and_z_loss_are_in_the_training_loss_and_not_in_validation() {
         let mut optimizer =
             AdamW::new(&mut model, Precision::Fp32True, &OptimizerConfig::default());
         let batches = std::slice::from_ref(&batch);
-        train_step(&model, &mut optimizer, batches, 1e-4, &train).unwrap().loss.double_value(&[])
+        train_step(&model, &mut optimizer, &mut MicroStep::default(), batches, 1e-4, &train)
+            .unwrap()
+            .loss
+            .double_value(&[])
     };
     let logits = model.forward(&idx, None).view([16, -1]).to_kind(Kind::Double);
     let lse = logits.logsumexp([-1].as_slice(), false); // (N,)
