@@ -72,6 +72,44 @@ struct SwiGlu {
 cudaError_t swiglu_forward(const SwiGlu& p, cudaStream_t stream);
 cudaError_t swiglu_backward(const SwiGlu& p, cudaStream_t stream);
 
+// ---- fp8.cu: e4m3 with one scale a tensor -----------------------------------------------------------------
+
+// The scale of one tensor, on the device; 32 bytes. cuBLASLt reads `inverse`.
+struct Fp8Slot {
+  float inverse, scale;
+  float amax;       // largest magnitude cast since the last update
+  float largest;    // decaying maximum that the scale comes from
+  float last;       // amax of the last update
+  float overflows;  // updates in which a value was saturated
+  float unused[2];
+};
+
+enum class Fp8Source { plain, norm, act };
+struct Fp8Cast {
+  Fp8Source source;
+  int64_t rows;
+  int columns;         // of the result; both multiples of 16
+  const void* x;       // bf16 (rows, columns); act: [gate | up], (rows, 2 columns)
+  const float* rstd;   // norm: (rows,)
+  const void* weight;  // norm: bf16 (columns,)
+  uint8_t *out, *out_t;  // (rows, columns), (columns, rows); either may be null
+  Fp8Slot* slot;
+  bool note;  // the largest magnitude, in the slot
+};
+cudaError_t fp8_cast(const Fp8Cast& p, cudaStream_t stream);
+
+struct Fp8SwiGluBackward {
+  int64_t rows;
+  int width;  // F
+  const void *gate_up, *dact;  // bf16 (rows, 2F), (rows, F)
+  uint8_t *dgate_up, *dgate_up_t, *act_t;  // (rows, 2F), (2F, rows), (F, rows)
+  Fp8Slot *slot, *act_slot;  // of dgate_up; of act, only read
+};
+cudaError_t fp8_swiglu_backward(const Fp8SwiGluBackward& p, cudaStream_t stream);
+
+// New scales from what was noted.
+cudaError_t fp8_update(Fp8Slot* slots, int count, cudaStream_t stream);
+
 // ---- cross_entropy.cu ----------------------------------------------------------------------------------
 
 struct CrossEntropy {
