@@ -24,5 +24,8 @@ TL_ABSENT(tl_grad_norm, int, T*, double, T*, T*)
 TL_ABSENT(tl_event_new, void**)
 TL_ABSENT(tl_event_record, void*)
 TL_ABSENT(tl_event_elapsed_ms, void*, void*, float*)
+TL_ABSENT(tl_profile_start, void)
+TL_ABSENT(tl_profile_now, int64_t*)
+TL_ABSENT(tl_profile_stop, const TlActivity**, size_t*)
 extern "C" void tl_event_free(void*) {}
 #endif

@@ -2,12 +2,19 @@
 //!
 //! A timed step is what `pretrain` does between two log lines: read the batches, forward, backward and update,
 //! and read loss and gradient norm, where the CPU waits for the card. Validation and checkpoints are left out.
+//!
+//! After the timed steps a few more are recorded ([`profile`](super::profile)), to tell where their time goes.
 
+use super::profile::{Profile, StepSpan, write_trace};
+use crate::error::WithHint;
 use crate::ffi;
+use crate::ffi::profile::{Activity, Recording};
 use crate::train::run::{Run, TakenStep};
 use crate::{bail_hint, config};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
+use std::fs::File;
+use std::io::BufWriter;
 use std::path::Path;
 use std::time::Instant;
 use tch::Device;
@@ -43,20 +50,40 @@ pub struct Report {
     pub peak_memory_gib: Option<f64>,
     /// Loss of the first and of the last step: a run whose numbers are not finite is not timed.
     pub loss: [f64; 2],
+    /// Where the time of further steps went.
+    pub profile: Option<Profile>,
+    /// Why there is no `profile`, where one was asked for.
+    pub no_profile: Option<String>,
+}
+
+/// Which steps are run, and what is told of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// Steps before the timed ones.
+    pub warmup: usize,
+    /// Timed steps.
+    pub steps: usize,
+    /// Steps after them whose kernels are recorded; 0: none.
+    pub profile_steps: usize,
+    /// Where the recorded kernels go as a Chrome trace.
+    pub trace: Option<&'a Path>,
 }
 
 /// Trains `warmup` and then `steps` steps of a configuration and reports the latter. Nothing is kept: the run's
 /// folder is a temporary one.
 ///
 /// # Errors
-/// As `pretrain`; a loss that is not finite, since such numbers need less power and run faster.
-pub fn run(path: &Path, sets: &[String], warmup: usize, steps: usize) -> Result<Report> {
+/// As `pretrain`; a loss that is not finite, since such numbers need less power and run faster; a trace that is
+/// asked for on the CPU or cannot be written. What the profiler cannot do is told in the report.
+pub fn run(path: &Path, sets: &[String], options: Options) -> Result<Report> {
+    let Options { warmup, steps, .. } = options;
     let folder = TemporaryFolder::new()?;
     let mut sets = sets.to_vec();
     sets.push(format!("out_dir={}", serde_json::to_string(&folder.0)?));
     sets.push("resume=false".into());
     let config = config::load(path, &sets)?;
     let mut run = Run::assemble(&config)?;
+    let trace = options.trace.map(|path| open_trace(path, run.device)).transpose()?;
     let mut seconds = vec![];
     let mut losses = vec![];
     for i in 0..warmup + steps {
@@ -66,12 +93,24 @@ pub fn run(path: &Path, sets: &[String], warmup: usize, steps: usize) -> Result<
             seconds.push(started.elapsed().as_secs_f64());
         }
     }
-    report(&run, seconds, [losses[0], losses[losses.len() - 1]])
+    let mut report = report(&run, seconds, [losses[0], losses[losses.len() - 1]])?;
+    if options.profile_steps > 0 {
+        match profile(&mut run, options.profile_steps, trace) {
+            Ok(profile) => report.profile = Some(profile),
+            Err(e) => report.no_profile = Some(format!("{e:#}")),
+        }
+    }
+    Ok(report)
 }
 
 /// One optimizer step as in `pretrain`; its loss.
 fn one_step(run: &mut Run) -> Result<f64> {
-    let TakenStep { step, loss, grad_norm, .. } = run.take_step()?; // the CPU waits for the GPU
+    let taken = run.take_step()?; // the CPU waits for the GPU
+    finish_step(run, taken)
+}
+
+fn finish_step(run: &mut Run, taken: TakenStep) -> Result<f64> {
+    let TakenStep { step, loss, grad_norm, .. } = taken;
     if !loss.is_finite() || !grad_norm.is_finite() {
         bail_hint!(
             "lower `optimizer.lr` with `--set`";
@@ -81,6 +120,45 @@ fn one_step(run: &mut Run) -> Result<f64> {
     run.optimizer.zero_grad();
     run.advance();
     Ok(loss)
+}
+
+/// Where the time of `n` more steps goes; their kernels also to `trace`.
+fn profile(run: &mut Run, n: usize, trace: Option<File>) -> Result<Profile> {
+    if !run.device.is_cuda() {
+        return Err(anyhow!("the run is on the CPU; kernels of a CUDA GPU are recorded"));
+    }
+    let (mut activities, spans) = record_steps(run, n)?;
+    let (first, last) = (spans[0].start_ns, spans[n - 1].end_ns);
+    activities.retain(|a| (first..last).contains(&a.start_ns));
+    if let Some(file) = trace {
+        write_trace(&activities, BufWriter::new(file)).context("cannot write the trace")?;
+    }
+    Ok(Profile::new(&activities, &spans))
+}
+
+/// Records `n` steps after one that lets the profiler allocate its buffers.
+fn record_steps(run: &mut Run, n: usize) -> Result<(Vec<Activity>, Vec<StepSpan>)> {
+    let recording = Recording::start()?;
+    one_step(run)?;
+    let mut spans = vec![];
+    for _ in 0..n {
+        let start_ns = recording.now_ns()?;
+        let launched = run.launch_step()?;
+        let launched_ns = recording.now_ns()?;
+        let taken = launched.read(); // the CPU waits for the GPU
+        finish_step(run, taken)?;
+        spans.push(StepSpan { start_ns, launched_ns, end_ns: recording.now_ns()? });
+    }
+    Ok((recording.stop()?, spans))
+}
+
+/// Before the steps, so that a path that cannot be written costs no time.
+fn open_trace(path: &Path, device: Device) -> Result<File> {
+    if !device.is_cuda() {
+        let error = Err(anyhow!("`--trace` records a CUDA GPU, and this run is on the CPU"));
+        return error.usage("leave out `--trace`, or set `device` to `cuda`");
+    }
+    File::create(path).with_context(|| format!("cannot write `{}`", path.display()))
 }
 
 fn report(run: &Run, mut seconds: Vec<f64>, loss: [f64; 2]) -> Result<Report> {
@@ -110,6 +188,8 @@ fn report(run: &Run, mut seconds: Vec<f64>, loss: [f64; 2]) -> Result<Report> {
         mfu_causal,
         peak_memory_gib,
         loss,
+        profile: None,
+        no_profile: None,
     })
 }
 

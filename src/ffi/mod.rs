@@ -4,6 +4,7 @@
 
 pub mod driver;
 mod kernels;
+pub mod profile;
 
 pub use kernels::*;
 

@@ -4,7 +4,7 @@ use super::flops::{self, FlopsPerToken};
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::AdamW;
 use super::schedule::lr_at;
-use super::step::train_step;
+use super::step::{StepOutput, train_step};
 use super::{saver, validate};
 use crate::config::{AttentionBackend, BatchPlan, Precision, Resume, RunConfig};
 use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
@@ -41,6 +41,22 @@ pub struct TakenStep {
     pub loss: f64,
     /// L2 norm of the gradients before clipping.
     pub grad_norm: f64,
+}
+
+/// An optimizer step that the GPU may still be at work on.
+pub struct LaunchedStep {
+    step: u64,
+    lr: f64,
+    out: StepOutput,
+}
+
+impl LaunchedStep {
+    /// Its numbers. The CPU waits for the GPU here, once a step.
+    pub fn read(&self) -> TakenStep {
+        let loss = self.out.loss.double_value(&[]);
+        let grad_norm = self.out.grad_norm.double_value(&[]);
+        TakenStep { step: self.step, lr: self.lr, loss, grad_norm }
+    }
 }
 
 /// A run in progress.
@@ -206,6 +222,11 @@ impl Run {
     /// # Sync
     /// The CPU waits for the GPU at the end.
     pub fn take_step(&mut self) -> Result<TakenStep> {
+        Ok(self.launch_step()?.read())
+    }
+
+    /// [`Run::take_step`] without its end, where the CPU waits.
+    pub fn launch_step(&mut self) -> Result<LaunchedStep> {
         let train = &self.config.train;
         let step = self.progress.step + 1;
         let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
@@ -215,9 +236,7 @@ impl Run {
         let out = guard::catch("the training step", self.device, super::LOWER, || {
             train_step(model, optimizer, &batches, lr, train)
         })?;
-        let loss = out.loss.double_value(&[]); // the CPU waits for the GPU here, once a step
-        let grad_norm = out.grad_norm.double_value(&[]);
-        Ok(TakenStep { step, lr, loss, grad_norm })
+        Ok(LaunchedStep { step, lr, out })
     }
 
     /// Counts a finished step.
