@@ -84,8 +84,8 @@ void check(CUptiResult result, const char* call) {
   cupti().error_message(result, &text);
   const bool privileges = result == CUPTI_ERROR_INSUFFICIENT_PRIVILEGES ||
                           result == CUPTI_ERROR_VIRTUALIZED_DEVICE_INSUFFICIENT_PRIVILEGES;
-  TORCH_CHECK(!privileges, "CUPTI may not look at this GPU (error ", int(result), "): run as root, in a container with ",
-              "--cap-add=SYS_ADMIN, or load the driver with NVreg_RestrictProfilingToAdminUsers=0");
+  TORCH_CHECK(!privileges, "CUPTI may not look at this GPU (error ", int(result), "): run as root, in a container ",
+              "with --cap-add=SYS_ADMIN, or load the driver with NVreg_RestrictProfilingToAdminUsers=0");
   TORCH_CHECK(result != CUPTI_ERROR_MULTIPLE_SUBSCRIBERS_NOT_SUPPORTED,
               "another profiler (nsys, ncu, torch.profiler) is at work on this process, and CUPTI serves one");
   TORCH_CHECK(false, call, ": ", text, " (CUPTI error ", int(result), ")");
@@ -255,7 +255,8 @@ class Reader {
     TORCH_CHECK(untimed == 0, "CUPTI gave no times for ", untimed, " kernels or copies");
     for (auto& [kind, call] : calls) {
       const bool runtime = kind == CUPTI_ACTIVITY_KIND_RUNTIME;
-      const bool waited = always(runtime ? kRuntimeCalls : kDriverCalls, call.cbid) || pageable.count(call.correlationId);
+      const auto& list = runtime ? kRuntimeCalls : kDriverCalls;
+      const bool waited = always(list, call.cbid) || pageable.count(call.correlationId);
       if (!waited || call.start < r.began || call.start >= end) continue;
       const auto domain = runtime ? CUPTI_CB_DOMAIN_RUNTIME_API : CUPTI_CB_DOMAIN_DRIVER_API;
       add(TL_WAIT, call_name(domain, call.cbid), call.threadId, call.start, call.end);

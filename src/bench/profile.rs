@@ -5,6 +5,7 @@
 
 use crate::ffi::profile::{Activity, ActivityKind};
 use serde::Serialize;
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::Write;
 
@@ -244,20 +245,23 @@ fn count_waits(waits: &[&Activity], steps: &[StepSpan]) -> Vec<Wait> {
 pub fn write_trace(activities: &[Activity], mut out: impl Write) -> std::io::Result<()> {
     let zero = activities.iter().map(|a| a.start_ns).min().unwrap_or(0);
     let us = |ns: i64| ns as f64 / 1e3;
-    let name = |pid: u32, name: &str| serde_json::json!({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}});
-    let mut events = vec![name(0, "GPU, by stream"), name(1, "CPU waits, by thread")];
+    let group = |pid: u32, title: &str| {
+        let args = json!({ "name": title });
+        json!({"ph": "M", "name": "process_name", "pid": pid, "args": args})
+    };
+    let mut events = vec![group(0, "GPU, by stream"), group(1, "CPU waits, by thread")];
     events.extend(activities.iter().map(|a| {
         let (pid, category) = match a.kind {
             ActivityKind::Kernel => (0, Family::of(&a.name).title()),
             ActivityKind::Wait => (1, "wait"),
             _ => (0, Family::Memory.title()),
         };
-        serde_json::json!({
+        json!({
             "ph": "X", "name": a.name, "cat": category, "pid": pid, "tid": a.lane,
             "ts": us(a.start_ns - zero), "dur": us(a.end_ns - a.start_ns),
         })
     }));
-    serde_json::to_writer(&mut out, &serde_json::json!({ "traceEvents": events }))?;
+    serde_json::to_writer(&mut out, &json!({ "traceEvents": events }))?;
     out.flush()
 }
 
@@ -274,71 +278,71 @@ mod tests {
                 &[
                     "nvjet_tst_128x256_64x4_1x2_h_bz_coopB_NNT",
                     "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas",
-                    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_nt_align8>(T1::Params)",
-                    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>(cublasLt::cublasSplitKParams<float>)",
+                    "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>(T1::Params)",
+                    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>(int)",
                 ][..],
             ),
             (
                 Family::Attention,
                 &[
-                    "void flash::(anonymous namespace)::backward_kernel<64, __nv_bfloat16>(flash::BackwardMaps, flash::Backward, flash::Order, int)",
-                    "void flash::(anonymous namespace)::store_dq_kernel<__nv_bfloat16, 64>(flash::Backward, int)",
-                    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, 128, 128, cutlass::bfloat16_t>>(pytorch_flash::Flash_bwd_params)",
-                    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>::Params)",
-                    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_6_64x64x64_4x1x1_cga1x1x1_kernel0_0",
-                    "void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16, float, 128, 64>(float*)",
-                    "void (anonymous namespace)::softmax_warp_forward<c10::BFloat16, float, 11, false, false>(float*)",
+                    "void flash::(anonymous namespace)::backward_kernel<64>(flash::Backward, int)",
+                    "void flash::(anonymous namespace)::store_dq_kernel<64>(flash::Backward, int)",
+                    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::half_t>>",
+                    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::Params)",
+                    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_6_64x64x64",
+                    "void cudnn::fusion::compute_dot_do_o_specialized<true, float, 128>(float*)",
+                    "void (anonymous namespace)::softmax_warp_forward<float, float, 11, false>(float*)",
                 ],
             ),
             (
                 Family::Norms,
                 &[
-                    "void tl::(anonymous namespace)::forward_kernel<__nv_bfloat16, 256, 1>(tl::RmsNorm)",
-                    "void tl::(anonymous namespace)::dweight_kernel<__nv_bfloat16>(tl::RmsNormBackward)",
-                    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float, false>(int, float)",
+                    "void tl::(anonymous namespace)::forward_kernel<__nv_bfloat16, 1>(tl::RmsNorm)",
+                    "void tl::(anonymous namespace)::dweight_kernel<float>(tl::RmsNormBackward)",
+                    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float>(int)",
                 ],
             ),
             (
                 Family::Rope,
-                &["void tl::(anonymous namespace)::rope_kernel<__nv_bfloat16>(tl::Rope, int, int)"],
+                &["void tl::(anonymous namespace)::rope_kernel<float>(tl::Rope, int, int)"],
             ),
             (
                 Family::Swiglu,
                 &[
-                    "void tl::(anonymous namespace)::swiglu_kernel<__nv_bfloat16, 2>(tl::SwiGlu, long, int)",
-                    "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::silu_kernel(at::TensorIteratorBase&)::{lambda()#1}>(int)",
+                    "void tl::(anonymous namespace)::swiglu_kernel<float, 2>(tl::SwiGlu, long, int)",
+                    "void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel(int)>",
                 ],
             ),
             (
                 Family::Loss,
                 &[
-                    "void tl::(anonymous namespace)::one_pass_kernel<__nv_bfloat16, 1024>(tl::CrossEntropy)",
+                    "void tl::(anonymous namespace)::one_pass_kernel<float, 1024>(tl::CrossEntropy)",
                     "void tl::(anonymous namespace)::scale_kernel<__nv_bfloat16>(tl::ScaleBy)",
-                    "void at::native::(anonymous namespace)::nll_loss_forward_reduce_cuda_kernel_2d<float, float, long>(float*)",
-                    "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float, float, at::native::(anonymous namespace)::LogSoftMaxForwardEpilogue>(float*)",
+                    "void at::native::(anonymous namespace)::nll_loss_forward_reduce_cuda_kernel_2d",
+                    "void at::native::cunn_SoftMaxForward<4, float, LogSoftMaxForwardEpilogue>(float*)",
                 ],
             ),
             (
                 Family::Optimizer,
                 &[
-                    "tl::(anonymous namespace)::adamw_kernel(tl::(anonymous namespace)::List<tl::AdamWTensor>, float const*, tl::AdamWConfig)",
-                    "void tl::(anonymous namespace)::squares_kernel<__nv_bfloat16>(tl::(anonymous namespace)::List<tl::NormTensor>, float*, bool)",
+                    "tl::(anonymous namespace)::adamw_kernel(List<tl::AdamWTensor>, float const*)",
+                    "void tl::(anonymous namespace)::squares_kernel<float>(List<tl::NormTensor>, bool)",
                     "tl::(anonymous namespace)::norm_kernel(float const*, float, float*, float*)",
-                    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float, float, float>, unsigned int, float, 4, 4>>(float)",
+                    "void at::native::reduce_kernel<512, 1, ReduceOp<float, NormTwoOps<float, float>>>",
                 ],
             ),
             (
                 Family::Embedding,
                 &[
                     "void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*)",
-                    "void at::native::(anonymous namespace)::embedding_backward_feature_kernel<float, float, long>(long const*)",
+                    "void at::native::(anonymous namespace)::embedding_backward_feature_kernel<float>",
                 ],
             ),
             (
                 Family::Elementwise,
                 &[
-                    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<char*, 3ul>>(int)",
-                    "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}>(int)",
+                    "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>(int)",
+                    "void at::native::unrolled_elementwise_kernel<direct_copy_kernel_cuda(int)>(int)",
                 ],
             ),
             (
