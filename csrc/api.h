@@ -47,6 +47,26 @@ void tl_event_free(void* event);
 int tl_event_record(void* event);
 int tl_event_elapsed_ms(void* from, void* to, float* ms);
 
+// ---- profiler (csrc/torch/profile.cpp) ---------------------------------------------------------------------
+
+// What a recorded activity is; `lane` is the CUDA stream, of a wait the CPU thread.
+enum { TL_KERNEL = 0, TL_MEMCPY = 1, TL_MEMSET = 2, TL_WAIT = 3 };
+typedef struct {
+  const char* name;  // demangled; of a wait the API call
+  int64_t start_ns, end_ns;
+  uint32_t lane;
+  int32_t kind;
+} TlActivity;
+// Waits for the current device, then records what all streams do. One recording at a time.
+int tl_profile_start(void);
+// CUPTI's clock, in which activities are told.
+int tl_profile_now(int64_t* ns);
+// Waits for the current device, ends the recording and shows it in order of start; valid until the next recording
+// ends. A driver call inside a runtime call is told beside it.
+int tl_profile_stop(const TlActivity** activities, size_t* n);
+
+// ---- autograd (csrc/torch/runtime.cpp) ---------------------------------------------------------------------
+
 // out.backward(grad), keeping the graph: gradients are added to the leaves' .grad.
 int tl_backward(TlTensor out, TlTensor grad);
 // torch.autograd.grad(out, inputs, grad), keeping the graph: n new tensors, nothing accumulated.

@@ -33,6 +33,9 @@ TL_ABSENT(tl_event_wait, void*)
 TL_ABSENT(tl_event_new, void**)
 TL_ABSENT(tl_event_record, void*)
 TL_ABSENT(tl_event_elapsed_ms, void*, void*, float*)
+TL_ABSENT(tl_profile_start, void)
+TL_ABSENT(tl_profile_now, int64_t*)
+TL_ABSENT(tl_profile_stop, const TlActivity**, size_t*)
 extern "C" void tl_event_free(void*) {}
 extern "C" void tl_graph_free(void*) {}
 extern "C" void tl_stage_free(void*) {}

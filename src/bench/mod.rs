@@ -1,4 +1,5 @@
 //! Measurements, each beside a peer in the same minutes.
 
 pub mod kernels;
+pub mod profile;
 pub mod train;

@@ -1,10 +1,11 @@
 //! `tinyllama bench`.
 
 use crate::bench::kernels::{self, Report, Unit};
+use crate::bench::profile::Profile;
 use crate::bench::train;
-use crate::error::exit;
+use crate::error::{WithHint, exit};
 use crate::{device, guard};
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
 /// Arguments of `bench`.
@@ -19,7 +20,8 @@ enum Kind {
     /// Each kernel of csrc/ against its plain reference and libtorch's best, on the shapes of
     /// TinyLlama-1.1B: time, speed, share of the card's copy or matrix-product speed, error
     Kernels(KernelArgs),
-    /// Tokens a second, utilisation and memory of a run's configuration, on its own data
+    /// Tokens a second, utilisation and memory of a run's configuration, on its own data, and where
+    /// the time of a step goes
     Train(TrainArgs),
 }
 
@@ -36,7 +38,13 @@ struct TrainArgs {
     /// Steps before them
     #[arg(long, value_name = "N", default_value_t = 10)]
     warmup: usize,
-    /// Print one JSON object
+    /// Steps after them whose kernels are recorded, for the table of where the time goes; 0: no table
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    profile_steps: usize,
+    /// Also write the recorded kernels as a Chrome trace (chrome://tracing, ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Print one JSON object; it also lists every kernel
     #[arg(long)]
     json: bool,
 }
@@ -89,7 +97,17 @@ fn run_kernels(args: KernelArgs) -> Result<()> {
 }
 
 fn run_train(args: TrainArgs) -> Result<()> {
-    let r = train::run(&args.config, &args.sets, args.warmup, args.steps)?;
+    if args.trace.is_some() && args.profile_steps == 0 {
+        let error = Err(anyhow!("`--trace` writes what `--profile-steps` records, and that is 0"));
+        return error.usage("leave out one of the two");
+    }
+    let options = train::Options {
+        warmup: args.warmup,
+        steps: args.steps,
+        profile_steps: args.profile_steps,
+        trace: args.trace.as_deref(),
+    };
+    let r = train::run(&args.config, &args.sets, options)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&r)?);
         return Ok(());
@@ -108,7 +126,38 @@ fn run_train(args: TrainArgs) -> Result<()> {
         println!("memory    {gib:.1} GiB peak");
     }
     println!("loss      {:.4} -> {:.4}", r.loss[0], r.loss[1]);
+    if let Some(profile) = &r.profile {
+        print_profile(profile, r.step_seconds);
+    }
+    if let Some(reason) = &r.no_profile {
+        println!("table     none: {reason}");
+    }
     Ok(())
+}
+
+/// The table of where the time goes; `step_seconds` is a step's without the profiler.
+fn print_profile(p: &Profile, step_seconds: f64) {
+    println!(
+        "table     {} more steps, recorded: {:.2} ms a step, {:.2} without the profiler",
+        p.steps,
+        p.step_ms,
+        1e3 * step_seconds
+    );
+    let line = |title: &str, ms: f64, launches: String| {
+        println!("  {title:<20} {ms:>9.2} ms {:>6.1} %{launches}", 100.0 * ms / p.step_ms);
+    };
+    for row in &p.families {
+        line(row.family.title(), row.ms, format!(" {:>7.0} launches", row.launches));
+    }
+    if p.overlap_ms > 0.0 {
+        line("at the same time", -p.overlap_ms, String::new());
+    }
+    line("gaps", p.gap_ms, String::new());
+    println!("waits     {} in forward, backward and update of {} steps", p.waits_inside, p.steps);
+    for wait in &p.waits {
+        let place = if wait.inside { "inside" } else { "reading loss and norm" };
+        println!("  {:<28} {:>5} times, {:>9.2} ms, {place}", wait.call, wait.count, wait.ms);
+    }
 }
 
 fn print(report: &Report) {

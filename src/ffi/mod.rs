@@ -5,6 +5,7 @@
 pub mod driver;
 mod graph;
 mod kernels;
+pub mod profile;
 
 pub use graph::*;
 pub use kernels::*;

@@ -1,9 +1,10 @@
 //! Tests that need a CUDA GPU. Without one each prints why it is skipped and passes.
 
 use tch::{Cuda, Device, Kind, Tensor};
-use tinyllama::config::TrainConfig;
-use tinyllama::config::{AttentionBackend, OptimizerConfig, Precision};
+use tinyllama::bench::profile::{Family, Profile, StepSpan};
+use tinyllama::config::{AttentionBackend, OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
+use tinyllama::ffi::profile::Recording;
 use tinyllama::ffi::{self, Matmul};
 use tinyllama::model::{GPT, ModelConfig};
 use tinyllama::ops::LossScalars;
@@ -235,4 +236,52 @@ fn linear_agrees_with_libtorchs() {
         }
     }
     ffi::set_matmul(Matmul::Aten).unwrap();
+}
+
+#[test]
+fn a_profile_tells_families_of_kernels_and_the_waits_of_the_cpu() {
+    let Some(device) = gpu("a_profile_tells_families_of_kernels_and_the_waits") else { return };
+    let x = Tensor::randn([2048, 2048], (Kind::BFloat16, device));
+    let weight = Tensor::ones([2048], (Kind::BFloat16, device));
+    let work = || {
+        let product = (0..3).fold(x.shallow_clone(), |product, _| product.matmul(&x));
+        ffi::rms_norm(&product, &weight, 1e-5).unwrap().mean(Kind::Float)
+    };
+    work().double_value(&[]); // loads the kernels
+
+    let recording = Recording::start().unwrap();
+    assert!(Recording::start().is_err(), "two recordings at a time");
+    let start_ns = recording.now_ns().unwrap();
+    let mean = work();
+    let launched_ns = recording.now_ns().unwrap();
+    assert!(mean.double_value(&[]).is_finite());
+    let end_ns = recording.now_ns().unwrap();
+    let activities = recording.stop().unwrap();
+
+    let p = Profile::new(&activities, &[StepSpan { start_ns, launched_ns, end_ns }]);
+    let row = |family| p.families.iter().find(|row| row.family == family);
+    // 3 x 17.2 GFLOP take 50 us at 1 PFLOP/s; 8 MiB read and written 3 us at 6 TB/s.
+    for (family, launches, least_ms) in
+        [(Family::MatrixProducts, 3.0, 0.03), (Family::Norms, 1.0, 0.002)]
+    {
+        let row = row(family).unwrap_or_else(|| panic!("no {family:?} in {p:?}"));
+        assert!(row.launches >= launches && row.ms > least_ms && row.ms < p.step_ms, "{row:?}");
+    }
+    assert!(row(Family::Elementwise).is_some() && row(Family::Attention).is_none(), "{p:?}");
+    let sum: f64 = p.families.iter().map(|row| row.ms).sum();
+    assert!((sum - p.overlap_ms + p.gap_ms - p.step_ms).abs() < 1e-6, "{p:?}");
+    assert_eq!(p.waits_inside, 0, "{:?}", p.waits);
+    assert!(p.waits.iter().any(|wait| wait.count == 1), "{:?}", p.waits);
+
+    // Waiting inside is told as such, and a second recording begins anew.
+    let recording = Recording::start().unwrap();
+    let start_ns = recording.now_ns().unwrap();
+    work().double_value(&[]);
+    let _ = work().to_device(Device::Cpu);
+    let end_ns = recording.now_ns().unwrap();
+    let span = StepSpan { start_ns, launched_ns: end_ns, end_ns };
+    let p = Profile::new(&recording.stop().unwrap(), &[span]);
+    assert!(p.waits_inside >= 2, "{:?}", p.waits);
+    let norms = p.families.iter().find(|row| row.family == Family::Norms);
+    assert_eq!(norms.map(|row| row.launches), Some(2.0), "{p:?}");
 }

@@ -302,6 +302,8 @@ fn bench_train_times_steps_and_leaves_nothing_behind() {
     let (speed, seconds) = (&report["tokens_per_sec"], &report["step_seconds"]);
     let tokens = speed.as_f64().unwrap() * seconds.as_f64().unwrap();
     assert!((tokens - 128.0).abs() < 1e-6, "{report}");
+    assert!(report["profile"].is_null(), "{report}");
+    assert!(report["no_profile"].as_str().unwrap().contains("on the CPU"), "{report}");
     let left: Vec<_> =
         fs::read_dir(setup.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "train, val, run.yaml; found {left:?}");
@@ -311,6 +313,12 @@ fn bench_train_times_steps_and_leaves_nothing_behind() {
     let complaint = text(&output);
     assert!(complaint.contains("'0'") && complaint.contains("--steps"), "{complaint}");
     assert!(complaint.contains("expected at least 1"), "{complaint}");
+    let trace = setup.path("trace.json").display().to_string();
+    let output = bench(&["--trace", &trace, "--profile-steps", "0"]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    let output = bench(&["--trace", &trace]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("leave out `--trace`"), "{}", text(&output));
     let output = bench(&["--set", "optimizer.lr=1e30", "--warmup", "0", "--steps", "9"]);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output));
     assert!(text(&output).contains("not finite are not timed"), "{}", text(&output));
