@@ -4,8 +4,10 @@
 
 pub mod driver;
 mod kernels;
+mod recompute;
 
 pub use kernels::*;
+pub use recompute::{Part, recompute};
 
 use anyhow::{Result, bail};
 use std::ffi::{CStr, c_char, c_int};

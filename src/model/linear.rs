@@ -24,6 +24,12 @@ impl Linear {
         }
     }
 
+    /// Another handle on the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        let bias = self.bias.as_ref().map(Tensor::shallow_clone);
+        Self { weight: self.weight.shallow_clone(), bias }
+    }
+
     /// `torch.nn.functional.linear`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight, self.bias.as_ref())
