@@ -61,7 +61,7 @@ impl Block {
     }
 
     /// [`Block::forward`], of which only x and delta are kept; the backward pass runs the block again.
-    /// For 4 C bytes a token and block in bf16, instead of some 20 C, a step takes about a third longer.
+    /// 4 C bytes a token in bf16 instead of TinyLlama's 24 C, for a third more arithmetic.
     ///
     /// # Shapes
     /// x, delta (B, T, C) -> (B, T, C) x2.

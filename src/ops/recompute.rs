@@ -23,7 +23,10 @@ pub fn recompute<const N: usize>(
         return part(&inputs.iter().map(|t| t.shallow_clone()).collect::<Vec<_>>());
     }
     let values: Vec<Tensor> = inputs.iter().map(|t| t.detach()).collect();
-    let results = tch::no_grad(|| part(&values));
+    let results = {
+        let _guard = tch::no_grad_guard(); // which a panic ends too, unlike `tch::no_grad`
+        part(&values)
+    };
     let part = Box::new(move |inputs: &[Tensor]| part(inputs).into());
     let results = or_panic(ffi::recompute(part, inputs, &results));
     results.try_into().expect("as many tensors as the part made")
