@@ -60,12 +60,12 @@ int tl_node_backward(TlTensor out, int n, TlTensor* gradients);
 
 // ---- activation checkpointing (csrc/torch/checkpoint.cpp) ------------------------------------------------
 
-// A part of the network, in Rust: fills n_out new tensors, which the caller owns, from n_in borrowed ones. May be called
-// from another thread than the one that handed it over, by one at a time. 1: failed, tl_set_last_error() says why.
+// A part of the network, in Rust: makes n_out new tensors, which C++ then owns, of n_in borrowed ones. May be called
+// from another thread than the one that handed it over, by one at a time. 1: failed; tl_set_last_error() was told why.
 typedef int (*TlPart)(void* context, int n_in, TlTensor* inputs, int n_out, TlTensor* outputs);
 
-// out[i], new, is results[i] with a backward pass that runs the part again on the inputs. results: what the part made of
-// the inputs without a graph. At least one input should require a gradient: else out has none. The callee owns the
+// out[i], new, is results[i] with a backward pass that runs the part again on the inputs. results: what the part made
+// of the inputs without a graph. At least one input should require a gradient: else out has none. The callee owns the
 // context from the call on, also where it fails, and frees it by drop once no graph needs it.
 int tl_recompute(int n_in, TlTensor* inputs, int n_out, TlTensor* results, TlPart run, void* context,
                  void (*drop)(void*), TlTensor* out);

@@ -179,6 +179,7 @@ pub struct TrainConfig {
     /// What the forward pass keeps for the backward pass. `block` trades time for memory; losses stay the same.
     pub activation_checkpointing: ActivationCheckpointing,
     /// With `activation_checkpointing: block`, how many of the first blocks are computed again; default: all.
+    /// The last one saves memory only where the head needs more than a block does.
     pub checkpoint_blocks: Option<u64>,
     /// Tokens of a training sequence; default: the model's `block_size`.
     pub max_seq_length: Option<u64>,

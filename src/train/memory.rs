@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_recomputed_block_costs_its_inputs_and_all_of_them_one_blocks_values_besides() {
+    fn a_recomputed_block_costs_its_inputs_alone_but_for_the_last() {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         let (tokens, inputs) = (16 * 2048, 2 * 2 * 2048);
         let total =
@@ -176,8 +176,8 @@ mod tests {
             let saved = again * tokens * (block_bytes(&model) - inputs);
             assert_eq!(total(0) - total(again), saved, "{again} blocks");
         }
-        let last = total(21) - total(22);
-        assert!(last < tokens * (block_bytes(&model) - inputs), "{last}");
+        // The last block's values are needed at once, so that computing them again saves nothing.
+        assert_eq!(total(22) - total(21), tokens * inputs);
         assert_eq!(total(22), total(99));
     }
 }
