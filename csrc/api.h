@@ -15,6 +15,8 @@ typedef void* TlTensor;
 
 // Text of the last failure on this thread; valid until the next failing call on this thread.
 const char* tl_last_error(void);
+// Puts a text there, for a function of Rust's that C++ calls and that fails.
+void tl_set_last_error(const char* text, size_t length);
 
 // ---- runtime (csrc/torch/runtime.cpp) ----------------------------------------------------------------
 
@@ -93,6 +95,18 @@ void tl_stage_free(void* staged);
 int tl_read_back(TlTensor numbers, TlTensor* host, void* event);
 // Makes the CPU wait for the event.
 int tl_event_wait(void* event);
+
+// ---- activation checkpointing (csrc/torch/checkpoint.cpp) ------------------------------------------------
+
+// A part of the network, in Rust: makes n_out new tensors, which C++ then owns, of n_in borrowed ones. May be called
+// from another thread than the one that handed it over, by one at a time. 1: failed; tl_set_last_error() was told why.
+typedef int (*TlPart)(void* context, int n_in, TlTensor* inputs, int n_out, TlTensor* outputs);
+
+// out[i], new, is results[i] with a backward pass that runs the part again on the inputs. results: what the part made
+// of the inputs without a graph. At least one input should require a gradient: else out has none. The callee owns the
+// context from the call on, also where it fails, and frees it by drop once no graph needs it.
+int tl_recompute(int n_in, TlTensor* inputs, int n_out, TlTensor* results, TlPart run, void* context,
+                 void (*drop)(void*), TlTensor* out);
 
 // ---- attention (csrc/torch/attention.cpp -> csrc/flash_attention) ----------------------------------------
 

@@ -57,16 +57,19 @@ fn payload_text(payload: &(dyn Any + Send)) -> String {
 }
 
 fn from_panic<T>(text: &str, device: Device, lower: &str) -> Result<T> {
-    let Some((_, torch)) = text.split_once("Torch(\"") else {
-        return Err(anyhow!("internal error at {}: {text}", PLACE.take()))
-            .hint("this is a bug: please report it with the command and this message");
-    };
-    // The panic quotes libtorch's text: its line breaks are escaped, and its stack follows them.
-    let sentence = torch.split("\\n").next().unwrap_or(torch).trim_end_matches("\")");
-    let error = Err(anyhow!("{sentence}{}", allocator_figures(device)));
-    match ["out of memory", "DefaultCPUAllocator"].iter().any(|s| sentence.contains(s)) {
-        true => error.hint(lower),
-        false => Err(anyhow!("{sentence}")),
+    // tch's panic quotes libtorch's text: its line breaks are escaped, and its stack follows them. Our own
+    // operations panic with the sentence alone.
+    let torch = text.split_once("Torch(\"").map(|(_, torch)| torch);
+    let first_line =
+        |t: &'_ str| t.split("\\n").next().unwrap_or(t).trim_end_matches("\")").to_owned();
+    let sentence = torch.map_or_else(|| text.to_owned(), first_line);
+    if ["out of memory", "DefaultCPUAllocator"].iter().any(|s| sentence.contains(s)) {
+        return Err(anyhow!("{sentence}{}", allocator_figures(device))).hint(lower);
+    }
+    match torch {
+        Some(_) => Err(anyhow!("{sentence}")),
+        None => Err(anyhow!("internal error at {}: {text}", PLACE.take()))
+            .hint("this is a bug: please report it with the command and this message"),
     }
 }
 
@@ -113,6 +116,9 @@ mod tests {
                     to allocate 2.00 GiB.\\nException raised from\\nframe #0\")";
         let error = from_panic::<()>(cuda, Device::Cpu, "").unwrap_err();
         assert_eq!(error.to_string(), "CUDA out of memory. Tried to allocate 2.00 GiB.");
+        let ours = "CUDA out of memory. Tried to allocate 2.00 GiB.";
+        let error = from_panic::<()>(ours, Device::Cpu, "").unwrap_err();
+        assert_eq!(error.to_string(), ours);
     }
 
     #[test]

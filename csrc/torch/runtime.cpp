@@ -32,6 +32,7 @@ std::string& tl_error_text() {
 }
 
 extern "C" const char* tl_last_error() { return tl_error_text().c_str(); }
+extern "C" void tl_set_last_error(const char* text, size_t length) { tl_error_text().assign(text, length); }
 
 static void copy_text(const std::string& text, char* buffer, size_t capacity) {
   TORCH_CHECK(text.size() < capacity, "text of ", text.size(), " bytes, room for ", capacity);

@@ -204,6 +204,11 @@ pub struct TrainConfig {
     pub global_batch_size: u64,
     /// Sequences in one forward/backward on one rank.
     pub micro_batch_size: u64,
+    /// What the forward pass keeps for the backward pass. `block` trades time for memory; losses stay the same.
+    pub activation_checkpointing: ActivationCheckpointing,
+    /// With `activation_checkpointing: block`, how many of the first blocks are computed again; default: all.
+    /// The last one saves memory only where the head needs more than a block does.
+    pub checkpoint_blocks: Option<u64>,
     /// Tokens of a training sequence; default: the model's `block_size`.
     pub max_seq_length: Option<u64>,
     /// Stop after this many tokens (over all ranks), e.g. `3e12`.
@@ -238,6 +243,17 @@ pub struct TrainConfig {
     pub tie_embeddings: Option<bool>,
     /// Prompt continued at the end of training, as a taste; `null`: none.
     pub sample_prompt: Option<String>,
+}
+
+/// Activation checkpointing.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum ActivationCheckpointing {
+    /// Each operation keeps what its backward pass needs.
+    None,
+    /// A block keeps only its inputs (4 C bytes a token in bf16) and the backward pass runs it again: a third more
+    /// arithmetic in it, which MFU does not count.
+    Block,
 }
 
 /// Learning-rate schedule after the warmup.
@@ -299,6 +315,16 @@ pub enum OptimizerName {
     AdamW,
 }
 
+impl TrainConfig {
+    /// How many of a model's first blocks the backward pass computes again.
+    pub fn recomputed_blocks(&self, n_layer: i64) -> u64 {
+        match self.activation_checkpointing {
+            ActivationCheckpointing::None => 0,
+            ActivationCheckpointing::Block => self.checkpoint_blocks.unwrap_or(n_layer as u64),
+        }
+    }
+}
+
 impl Default for RunConfig {
     fn default() -> Self {
         Self {
@@ -335,6 +361,8 @@ impl Default for TrainConfig {
         Self {
             global_batch_size: 512,
             micro_batch_size: 4,
+            activation_checkpointing: ActivationCheckpointing::None,
+            checkpoint_blocks: None,
             max_seq_length: None,
             max_tokens: None,
             max_steps: None,

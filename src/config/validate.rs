@@ -1,7 +1,9 @@
 //! What is wrong with a well-typed configuration, and the arithmetic that follows from a right one.
 
 use super::check::{self, Schema};
-use super::{AttentionBackend, ConfigError, LrSchedule, Resume, RunConfig};
+use super::{
+    ActivationCheckpointing, AttentionBackend, ConfigError, LrSchedule, Resume, RunConfig,
+};
 use crate::checkpoint::hf_config;
 use crate::model::ModelConfig;
 use serde_json::{Map, Value};
@@ -121,7 +123,10 @@ fn merge(preset: ModelConfig, overrides: &Value, tie: Option<bool>) -> Result<Mo
 pub fn problems(config: &RunConfig) -> Vec<String> {
     let mut problems = Vec::new();
     match model_config(&config.model_name, &config.model_config, config.train.tie_embeddings) {
-        Ok(model) => check_sequence(config, &model, &mut problems),
+        Ok(model) => {
+            check_sequence(config, &model, &mut problems);
+            check_recomputation(config, &model, &mut problems);
+        }
         Err(found) => problems.extend(found),
     }
     check_batch(config, &mut problems);
@@ -146,6 +151,22 @@ fn check_sequence(config: &RunConfig, model: &ModelConfig, problems: &mut Vec<St
     if t < 1 || t > most {
         problems.push(format!(
             "`train.max_seq_length`: must be between 1 and the model's `block_size` = {most}, got {t}"
+        ));
+    }
+}
+
+fn check_recomputation(config: &RunConfig, model: &ModelConfig, problems: &mut Vec<String>) {
+    let Some(blocks) = config.train.checkpoint_blocks else { return };
+    if config.train.activation_checkpointing != ActivationCheckpointing::Block {
+        problems.push(format!(
+            "`train.checkpoint_blocks`: {blocks} blocks need `train.activation_checkpointing` to be `block`, \
+             got `none`"
+        ));
+    }
+    let n_layer = model.n_layer;
+    if blocks < 1 || blocks > n_layer as u64 {
+        problems.push(format!(
+            "`train.checkpoint_blocks`: must be between 1 and the model's `n_layer` = {n_layer}, got {blocks}"
         ));
     }
 }

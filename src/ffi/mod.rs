@@ -6,9 +6,11 @@ pub mod driver;
 mod graph;
 mod kernels;
 pub mod profile;
+mod recompute;
 
 pub use graph::*;
 pub use kernels::*;
+pub use recompute::{Part, recompute};
 
 use anyhow::{Result, bail};
 use std::ffi::{CStr, c_char, c_int};

@@ -19,6 +19,13 @@ pub struct Positions {
     pub fused: bool,
 }
 
+impl Positions {
+    /// Another handle on the same tables.
+    pub fn shallow_clone(&self) -> Self {
+        Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone(), ..*self }
+    }
+}
+
 /// `proj(attention(rope(q), rope(k), v))` over one packed QKV projection.
 #[derive(Debug)]
 pub struct CausalSelfAttention {
@@ -42,6 +49,11 @@ impl CausalSelfAttention {
             n_query_groups: config.n_query_groups,
             head_size: config.head_size,
         }
+    }
+
+    /// Another handle on the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        Self { qkv: self.qkv.shallow_clone(), proj: self.proj.shallow_clone(), ..*self }
     }
 
     /// With a cache, x continues the cached sequence: keys and values are appended to it.

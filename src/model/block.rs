@@ -5,6 +5,7 @@ use super::config::ModelConfig;
 use super::kv_cache::LayerCache;
 use super::mlp::Mlp;
 use super::norm::Norm;
+use crate::ops;
 use tch::{Device, Tensor};
 
 /// Attention and MLP, each behind a norm, each added to the residual stream.
@@ -57,5 +58,36 @@ impl Block {
         let (normed, x) = self.norm_2.forward(&x, Some(&attn), at.fused); // (B, T, C) x2
         let mlp = self.mlp.forward(&normed, at.fused); // (B, T, C)
         (x, mlp)
+    }
+
+    /// [`Block::forward`], of which only x and delta are kept; the backward pass runs the block again.
+    /// 4 C bytes a token in bf16 instead of TinyLlama's 24 C, for a third more arithmetic.
+    ///
+    /// # Shapes
+    /// x, delta (B, T, C) -> (B, T, C) x2.
+    pub fn forward_recomputed(
+        &self,
+        x: &Tensor,
+        delta: Option<&Tensor>,
+        at: &Positions,
+    ) -> (Tensor, Tensor) {
+        let (block, at) = (self.shallow_clone(), at.shallow_clone()); // outlive this call in the graph
+        let inputs: Vec<&Tensor> = [x].into_iter().chain(delta).collect();
+        let [x, delta] = ops::recompute(&inputs, move |inputs| {
+            let (x, delta) = block.forward(&inputs[0], inputs.get(1), &at, None);
+            [x, delta] // (B, T, C) x2
+        });
+        (x, delta)
+    }
+
+    /// Another handle on the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            norm_1: self.norm_1.shallow_clone(),
+            attn: self.attn.shallow_clone(),
+            norm_2: self.norm_2.shallow_clone(),
+            mlp: self.mlp.shallow_clone(),
+            parallel_residual: self.parallel_residual,
+        }
     }
 }

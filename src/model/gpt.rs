@@ -34,6 +34,8 @@ pub struct GPT {
     pub attention: AttentionBackend,
     /// Fused kernels (`true`) or their plain references.
     pub fused: bool,
+    /// So many of the first blocks keep only their inputs; the backward pass runs them again.
+    pub recomputed_blocks: usize,
     rope: Rope,
 }
 
@@ -55,6 +57,7 @@ impl GPT {
             lm_head: (!config.tie_embeddings).then(|| Linear::new(c, v, false, device)),
             attention: AttentionBackend::Auto,
             fused: true,
+            recomputed_blocks: 0,
             rope: Rope::new(config, device),
             config: config.clone(),
         }
@@ -83,7 +86,12 @@ impl GPT {
         let mut delta = None; // what the last block adds to x
         for (i, block) in self.h.iter().enumerate() {
             let layer = cache.as_mut().map(|cache| &mut cache.layers[i]);
-            let (sum, added) = block.forward(&x, delta.as_ref(), &at, layer); // (B, T, C) x2
+            let (sum, added) = match layer {
+                None if i < self.recomputed_blocks => {
+                    block.forward_recomputed(&x, delta.as_ref(), &at) // (B, T, C) x2
+                }
+                layer => block.forward(&x, delta.as_ref(), &at, layer), // (B, T, C) x2
+            };
             (x, delta) = (sum, Some(added));
         }
         self.ln_f.forward(&x, delta.as_ref(), self.fused).0 // (B, T, C)

@@ -25,6 +25,12 @@ impl Linear {
         }
     }
 
+    /// Another handle on the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        let bias = self.bias.as_ref().map(Tensor::shallow_clone);
+        Self { weight: self.weight.shallow_clone(), bias }
+    }
+
     /// See [`ops::linear`].
     pub fn forward(&self, x: &Tensor, fused: bool) -> Tensor {
         ops::linear(x, &self.weight, self.bias.as_ref(), fused)

@@ -77,6 +77,21 @@ impl Mlp {
         });
     }
 
+    /// Another handle on the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        match self {
+            Self::LLaMA(mlp) => Self::LLaMA(LLaMAMLP {
+                fc_1: mlp.fc_1.shallow_clone(),
+                fc_2: mlp.fc_2.shallow_clone(),
+                proj: mlp.proj.shallow_clone(),
+            }),
+            Self::GptNeox(mlp) => Self::GptNeox(GptNeoxMLP {
+                fc: mlp.fc.shallow_clone(),
+                proj: mlp.proj.shallow_clone(),
+            }),
+        }
+    }
+
     /// # Shapes
     /// x (B, T, C) -> (B, T, C).
     pub fn forward(&self, x: &Tensor, fused: bool) -> Tensor {

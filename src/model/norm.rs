@@ -26,6 +26,12 @@ impl Norm {
         }
     }
 
+    /// Another handle on the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        let bias = self.bias.as_ref().map(Tensor::shallow_clone);
+        Self { weight: self.weight.shallow_clone(), bias, eps: self.eps }
+    }
+
     /// `(norm(sum), sum)`, where `sum` is `x + residual`, or x where there is no residual.
     ///
     /// # Shapes

@@ -9,6 +9,7 @@ mod linear;
 mod loss;
 mod mlp;
 mod norm;
+mod recompute;
 mod rope;
 
 pub use crate::ffi::LossScalars;
@@ -17,6 +18,7 @@ pub use linear::linear;
 pub use loss::{cross_entropy, cross_entropy_reference, cross_entropy_sum, head_loss, head_rows};
 pub use mlp::{swiglu, swiglu_mlp, swiglu_reference};
 pub use norm::{add_rms_norm, layer_norm, rms_norm, rms_norm_reference};
+pub use recompute::recompute;
 pub use rope::{rope_qkv, rope_reference};
 
 use std::collections::BTreeSet;

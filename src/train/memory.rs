@@ -9,6 +9,8 @@
 //!   again in the backward pass;
 //! - a GPT-NeoX block a token: input and two norms 3 C, QKV 3 C, attention output C, the MLP's inner values
 //!   before and after gelu 2 F;
+//! - a block that is computed again: its two inputs 2 C, each in bf16. Where all are, one block's own values come
+//!   back while its backward pass runs;
 //! - the head: a chunk of logits, dx, and the weight's gradient in fp32 and bf16, while all activations live; or,
 //!   where that is more, the buffers of an MLP's backward pass.
 
@@ -27,11 +29,12 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// The plan of a micro-batch of this many sequences with fused kernels on a GPU; `None` where the plan knows
-    /// no arithmetic (`32-true`, head sizes without a kernel).
+    /// The plan of a micro-batch of this many sequences with fused kernels on a GPU, the first `recomputed` blocks
+    /// computed again; `None` where the plan knows no arithmetic (`32-true`, head sizes without a kernel).
     pub fn new(
         model: &ModelConfig,
         precision: Precision,
+        recomputed: u64,
         micro_batch: u64,
         sequence: u64,
     ) -> Option<Self> {
@@ -57,12 +60,26 @@ impl MemoryPlan {
 
         let tokens = micro_batch * sequence;
         let layers = model.n_layer as u64;
-        let blocks = layers * tokens * block_bytes(model);
-        parts.push((format!("activations of {layers} blocks, {tokens} tokens"), blocks));
         let c = model.n_embd as u64;
+        let kept = layers - recomputed.min(layers);
+        if kept > 0 {
+            let bytes = kept * tokens * block_bytes(model);
+            parts.push((format!("activations of {kept} blocks, {tokens} tokens"), bytes));
+        }
+        if kept < layers {
+            let again = layers - kept;
+            let bytes = again * tokens * 2 * 2 * c;
+            parts.push((format!("inputs of {again} recomputed blocks"), bytes));
+        }
         parts.push(("embedding and final norm".into(), 3 * 2 * c * tokens));
-        let name = "head and loss, or the MLP's backward pass".to_owned();
-        parts.push((name, head_bytes(model, tokens).max(mlp_backward_bytes(model, tokens))));
+        // Blocks go backward from the last one: where that one is kept, its values are gone before a block
+        // is computed again, and no more is needed then than now.
+        let (name, block) = match kept {
+            0 => ("head and loss, or one block's backward pass", tokens * block_bytes(model)),
+            _ => ("head and loss, or the MLP's backward pass", 0),
+        };
+        let backward = block + mlp_backward_bytes(model, tokens);
+        parts.push((name.into(), head_bytes(model, tokens).max(backward)));
         Some(Self { parts })
     }
 
@@ -76,10 +93,12 @@ impl MemoryPlan {
 pub fn largest_micro_batch(
     model: &ModelConfig,
     precision: Precision,
+    recomputed: u64,
     sequence: u64,
     memory: u64,
 ) -> Option<u64> {
-    let total = |micro| MemoryPlan::new(model, precision, micro, sequence).map(|plan| plan.total());
+    let plan = |micro| MemoryPlan::new(model, precision, recomputed, micro, sequence);
+    let total = |micro| plan(micro).map(|plan| plan.total());
     total(1)?;
     let fits = |micro: &u64| total(*micro).is_some_and(|bytes| bytes + RESERVE <= memory);
     Some((1..=4096).take_while(fits).last().unwrap_or(0))
@@ -115,7 +134,7 @@ mod tests {
     fn the_plan_is_within_five_percent_of_the_peaks_that_were_measured() {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         for (micro, measured) in [(8, 37.8), (16, 54.4)] {
-            let plan = MemoryPlan::new(&model, Precision::Bf16Mixed, micro, 2048).unwrap();
+            let plan = MemoryPlan::new(&model, Precision::Bf16Mixed, 0, micro, 2048).unwrap();
             let gib = plan.total() as f64 / (1u64 << 30) as f64;
             assert!(
                 (gib / measured - 1.0).abs() < 0.05,
@@ -129,15 +148,36 @@ mod tests {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         for gib in [10, 24, 40, 80] {
             let memory = gib << 30;
-            let largest = largest_micro_batch(&model, Precision::Bf16Mixed, 2048, memory).unwrap();
-            let total = |micro| {
-                let plan = MemoryPlan::new(&model, Precision::Bf16Mixed, micro, 2048).unwrap();
-                plan.total() + RESERVE
+            let precision = Precision::Bf16Mixed;
+            let largest = |again| {
+                let largest = largest_micro_batch(&model, precision, again, 2048, memory).unwrap();
+                let total = |micro| {
+                    let plan = MemoryPlan::new(&model, precision, again, micro, 2048).unwrap();
+                    plan.total() + RESERVE
+                };
+                assert!(largest == 0 || total(largest) <= memory);
+                assert!(total(largest + 1) > memory, "{gib} GiB: {largest}");
+                largest
             };
-            assert!(largest == 0 || total(largest) <= memory);
-            assert!(total(largest + 1) > memory, "{gib} GiB: {largest}");
+            let (none, all) = (largest(0), largest(22));
+            assert!(all >= none && (gib < 40 || all > 2 * none), "{gib} GiB: {none}, {all}");
         }
-        let fp32 = largest_micro_batch(&model, Precision::Fp32True, 2048, 80 << 30);
+        let fp32 = largest_micro_batch(&model, Precision::Fp32True, 0, 2048, 80 << 30);
         assert_eq!(fp32, None);
+    }
+
+    #[test]
+    fn a_recomputed_block_costs_its_inputs_alone_but_for_the_last() {
+        let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        let (tokens, inputs) = (16 * 2048, 2 * 2 * 2048);
+        let total =
+            |again| MemoryPlan::new(&model, Precision::Bf16Mixed, again, 16, 2048).unwrap().total();
+        for again in 1..22 {
+            let saved = again * tokens * (block_bytes(&model) - inputs);
+            assert_eq!(total(0) - total(again), saved, "{again} blocks");
+        }
+        // The last block's values are needed at once, so that computing them again saves nothing.
+        assert_eq!(total(22) - total(21), tokens * inputs);
+        assert_eq!(total(22), total(99));
     }
 }

@@ -20,4 +20,4 @@ pub use pretrain::pretrain;
 
 /// What to do where a step's memory runs out.
 const LOWER: &str = "lower `train.micro_batch_size` (accumulation rises by itself, results stay) or \
-                     `train.max_seq_length`";
+                     `train.max_seq_length`, or set `train.activation_checkpointing` to `block`";

@@ -145,6 +145,7 @@ impl Run {
         };
         model.attention = config.attention;
         model.fused = config.fused;
+        model.recomputed_blocks = config.train.recomputed_blocks(model_config.n_layer) as usize;
 
         // 3. Optimizer: takes the fp32 weights over as masters.
         let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer);
@@ -205,6 +206,10 @@ impl Run {
         eprintln!("model       {} with {millions:.1}M parameters", self.model.config.name);
         eprintln!("device      {name}, {}", self.config.precision);
         eprintln!("batch       {}", self.plan);
+        if self.model.recomputed_blocks > 0 {
+            let (again, all) = (self.model.recomputed_blocks, self.model.h.len());
+            eprintln!("recompute   {again} of {all} blocks, in the backward pass");
+        }
         if let Some(steps) = self.plan.total_steps {
             eprintln!("length      {steps} steps");
         }

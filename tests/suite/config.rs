@@ -89,6 +89,19 @@ model_config: {n_head: 30, n_query_groups: 4}
         long[0].contains("between 1 and the model's `block_size` = 2048, got 4096"),
         "{long:?}"
     );
+    let again = problems(BASE, &["train.checkpoint_blocks=3"]);
+    assert!(again[0].ends_with("`train.activation_checkpointing` to be `block`, got `none`"));
+    for blocks in ["train.checkpoint_blocks=0", "train.checkpoint_blocks=23"] {
+        let far = problems(BASE, &["train.activation_checkpointing=block", blocks]);
+        let want =
+            "`train.checkpoint_blocks`: must be between 1 and the model's `n_layer` = 22, got ";
+        assert!(far[0].starts_with(want), "{far:?}");
+    }
+    let c = |sets: &[&str]| parse(BASE, sets).train.recomputed_blocks(22);
+    assert_eq!(c(&[]), 0);
+    assert_eq!(c(&["train.activation_checkpointing=block"]), 22);
+    assert_eq!(c(&["train.activation_checkpointing=block", "train.checkpoint_blocks=14"]), 14);
+
     let endless = problems("data: {train: [{path: x}]}", &[]);
     assert!(endless[0].contains("nothing stops the run"), "{endless:?}");
 }

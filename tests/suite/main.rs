@@ -17,5 +17,6 @@ mod packed;
 mod prepare;
 mod presets;
 mod pretrain;
+mod recompute;
 mod tokenizer;
 mod train;

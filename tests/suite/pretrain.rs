@@ -284,6 +284,20 @@ fn a_full_disk_stops_the_run_or_not_as_configured_and_spares_the_previous_checkp
 }
 
 #[test]
+fn recomputed_blocks_leave_a_runs_numbers_as_they_are() {
+    let s = Setup::new();
+    let kept = s.run("kept", &[]);
+    assert_eq!(kept.status.code(), Some(0), "{}", text(&kept));
+    let block = ["--set", "train.activation_checkpointing=block"];
+    let again = s.run("again", &block);
+    assert!(text(&again).contains("recompute   2 of 2 blocks"), "{}", text(&again));
+    assert_eq!((s.losses("again").len(), s.losses("again")), (20, s.losses("kept")));
+    let one = s.run("one", &[&block[..], &["--set", "train.checkpoint_blocks=1"]].concat());
+    assert!(text(&one).contains("recompute   1 of 2 blocks"), "{}", text(&one));
+    assert_eq!(s.losses("one"), s.losses("kept"));
+}
+
+#[test]
 fn bench_train_times_steps_and_leaves_nothing_behind() {
     let setup = Setup::new();
     let config = setup.path("run.yaml").display().to_string();
@@ -337,6 +351,16 @@ fn a_dry_run_prints_arithmetic_and_memory_and_writes_nothing() {
     for line in
         ["524,288 tokens/step", "42000 steps", "master weights, fp32", "4.10", "total", "54.6"]
     {
+        assert!(out.contains(line), "`{line}` is not in\n{out}");
+    }
+    let block = ["--set", "train.activation_checkpointing=block"];
+    let (_, out, _) = dry("configs/tinyllama-1xh100.yaml", &block);
+    for line in ["inputs of 22 recomputed blocks", "5.50", "one block's backward pass"] {
+        assert!(out.contains(line) && !out.contains("activations of"), "`{line}` is not in\n{out}");
+    }
+    let part = ["--set", "train.checkpoint_blocks=14"];
+    let (_, out, _) = dry("configs/tinyllama-1xh100.yaml", &[block, part].concat());
+    for line in ["activations of 8 blocks", "inputs of 14 recomputed blocks", "3.50"] {
         assert!(out.contains(line), "`{line}` is not in\n{out}");
     }
     let setup = Setup::new();
