@@ -128,8 +128,19 @@ int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor
 // 2 by cuBLASLt with the fastest of its candidates, found at first use and kept in `file` (null: only in the process).
 int tl_set_matmul(int mode, const char* file);
 // x (.., C), weight (O, C) -> (.., O), differentiable, without bias. Here and in the ops below, where weight.grad is fp32
-// and the weight is not, its gradient is added there.
-int tl_linear(TlTensor x, TlTensor weight, TlTensor* out);
+// and the weight is not, its gradient is added there. fp8: null, or the layer's four tensors (csrc/torch/fp8.h): e4m3
+// weight (O, C), the same transposed (C, O), scales (2, 8) and weight scale (8,) fp32.
+int tl_linear(TlTensor x, TlTensor weight, TlTensor* fp8, TlTensor* out);
+// linear(rms_norm(x + residual)); *sum = x + residual, where there is a residual. The norm is computed again backward.
+int tl_norm_linear(TlTensor x, TlTensor residual, TlTensor norm, double eps, TlTensor weight, TlTensor* fp8,
+                   TlTensor* out, TlTensor* sum);
+// swiglu_mlp(rms_norm(x + residual)), likewise.
+int tl_norm_mlp(TlTensor x, TlTensor residual, TlTensor norm, double eps, TlTensor fc_1, TlTensor fc_2, TlTensor proj,
+                TlTensor* fp8_gate_up, TlTensor* fp8_down, TlTensor* out, TlTensor* sum);
+// Casts a weight (or two that lie behind each other) of an fp8 layer anew, by its weight scale.
+int tl_fp8_cast_weight(TlTensor weight, TlTensor second, TlTensor* layer);
+// Scales (.., 8) from the largest magnitudes cast since the last update.
+int tl_fp8_update(TlTensor scales);
 // weight.grad = grad, also of another dtype; a null grad takes it away.
 int tl_set_grad(TlTensor weight, TlTensor grad);
 

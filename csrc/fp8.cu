@@ -14,9 +14,7 @@
 // Tiles of 64 x 64 would write pieces of 64 bytes; a Triton version with them was 2.4 times slower.
 // Rows and columns are multiples of 16. Bytes a value: plain 2 read, 1 written for each orientation.
 // Reference: `fp8_reference` in src/ops/fp8.rs.
-#include <cuda_fp8.h>
-
-#include "vector.cuh"
+#include "fp8.cuh"
 
 namespace tl {
 namespace {
@@ -24,15 +22,6 @@ namespace {
 using bf16 = __nv_bfloat16;
 using V = Vector<bf16>;
 constexpr int TILE = 128, THREADS = 256, PASS = THREADS / 16, PASSES = TILE / PASS;
-
-__device__ uint2 to_fp8(const float (&x)[8], float scale) {
-  uint2 out;
-  auto* pairs = reinterpret_cast<__nv_fp8x2_storage_t*>(&out);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    pairs[i] = __nv_cvt_float2_to_fp8x2({x[2 * i] * scale, x[2 * i + 1] * scale}, __NV_SATFINITE, __NV_E4M3);
-  return out;
-}
 
 // fp8 of 128 x 128 values. The words of a row are turned by 4 (row / 16): column reads of 16 rows then meet all banks.
 struct Tile {
@@ -69,19 +58,12 @@ struct Tile {
 
 // The largest of the block's values, noted in the slot.
 __device__ void note_largest(float largest, Fp8Slot* slot, float* scratch) {
-  for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  largest = warp_max(largest);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = largest;
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int i = 1; i < THREADS / 32; ++i) largest = fmaxf(largest, scratch[i]);
-  // Numbers that are not negative are ordered as their bits are. Most blocks find a larger one there already.
-  if (largest > *reinterpret_cast<volatile float*>(&slot->amax))
-    atomicMax(reinterpret_cast<int*>(&slot->amax), __float_as_int(largest));
-}
-
-__device__ void update_largest(float& largest, const float (&x)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  note(largest, slot);
 }
 
 __device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }

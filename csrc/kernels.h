@@ -8,6 +8,16 @@ namespace tl {
 
 enum class Type { fp32, bf16, fp16 };
 
+// The scale of one tensor, on the device; 32 bytes. cuBLASLt reads `inverse`.
+struct Fp8Slot {
+  float inverse, scale;
+  float amax;       // largest magnitude cast since the last update
+  float largest;    // decaying maximum that the scale comes from
+  float last;       // amax of the last update
+  float overflows;  // updates in which a value was saturated
+  float unused[2];
+};
+
 // ---- rmsnorm.cu: rows of C values ----------------------------------------------------------------------
 
 struct RmsNorm {
@@ -19,8 +29,9 @@ struct RmsNorm {
   const void* residual;  // (rows, C) added to x first, or null
   void* sum;             // (rows, C) x + residual, where there is a residual
   const void* weight;    // (C,)
-  void* y;               // (rows, C)
+  void* y;               // (rows, C), or e4m3 where there is a slot
   float* rstd;           // (rows,)
+  Fp8Slot* slot = nullptr;  // scale of y, bf16 only
 };
 cudaError_t rms_norm_forward(const RmsNorm& p, cudaStream_t stream);
 
@@ -73,16 +84,6 @@ cudaError_t swiglu_forward(const SwiGlu& p, cudaStream_t stream);
 cudaError_t swiglu_backward(const SwiGlu& p, cudaStream_t stream);
 
 // ---- fp8.cu: e4m3 with one scale a tensor -----------------------------------------------------------------
-
-// The scale of one tensor, on the device; 32 bytes. cuBLASLt reads `inverse`.
-struct Fp8Slot {
-  float inverse, scale;
-  float amax;       // largest magnitude cast since the last update
-  float largest;    // decaying maximum that the scale comes from
-  float last;       // amax of the last update
-  float overflows;  // updates in which a value was saturated
-  float unused[2];
-};
 
 enum class Fp8Source { plain, norm, act };
 struct Fp8Cast {

@@ -12,8 +12,11 @@
 // registers, one partial row a block, added up by a second kernel; no atomics. The next row is in flight while
 // this one is summed. Bytes a row: 3 C sizeof, 4 with dsum. (One block of 1,024 threads an SM, with a quarter of
 // the partial rows, was 10 % slower with dsum.)
+// With a slot, y is written as e4m3 (fp8.cu): C bytes instead of 2 C.
 // Reference: `rms_norm_reference` in src/ops/norm.rs.
-#include "vector.cuh"
+#include <type_traits>
+
+#include "fp8.cuh"
 
 namespace tl {
 
@@ -39,7 +42,7 @@ __device__ float row_sum(float x, float* scratch) {
 }
 
 // THREADS a row, ROWS rows a block (one where a row needs more than a warp).
-template <class T, int THREADS, int K, bool ADD>
+template <class T, int THREADS, int K, bool ADD, bool FP8>
 __global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS) forward_kernel(const RmsNorm p) {
   using V = Vector<T>;
   constexpr int ROWS = THREADS == 32 ? 4 : 1;
@@ -79,6 +82,8 @@ __global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS) forward_kernel(
   }
   const float rstd = rsqrtf(row_sum<THREADS>(squares, scratch) / p.columns + p.eps);
   if (thread == 0) p.rstd[row] = rstd;
+  const float scale = FP8 ? p.slot->scale : 1.f;
+  float largest = 0.f;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const int c = (k * THREADS + thread) * V::N;
@@ -88,7 +93,16 @@ __global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS) forward_kernel(
     V::load(static_cast<const T*>(p.weight) + c).unpack(w);
 #pragma unroll
     for (int i = 0; i < V::N; ++i) a[i] *= rstd * w[i];
-    V::pack(a).store(static_cast<T*>(p.y) + start + c);
+    if constexpr (FP8) {
+      update_largest(largest, a);
+      *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.y) + start + c) = to_fp8(a, scale);
+    } else {
+      V::pack(a).store(static_cast<T*>(p.y) + start + c);
+    }
+  }
+  if constexpr (FP8) {
+    largest = warp_max(largest);
+    if (threadIdx.x % 32 == 0) note(largest, p.slot);
   }
 }
 
@@ -187,10 +201,14 @@ template <class T, int THREADS, int K>
 cudaError_t launch(const RmsNorm& p, cudaStream_t stream) {
   constexpr int ROWS = THREADS == 32 ? 4 : 1;
   const int64_t blocks = (p.rows + ROWS - 1) / ROWS;
-  if (p.residual)
-    forward_kernel<T, THREADS, K, true><<<blocks, THREADS * ROWS, 0, stream>>>(p);
-  else
-    forward_kernel<T, THREADS, K, false><<<blocks, THREADS * ROWS, 0, stream>>>(p);
+  auto run = [&](auto* kernel) { kernel<<<blocks, THREADS * ROWS, 0, stream>>>(p); };
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (p.slot) {
+      run(p.residual ? forward_kernel<T, THREADS, K, true, true> : forward_kernel<T, THREADS, K, false, true>);
+      return cudaGetLastError();
+    }
+  }
+  run(p.residual ? forward_kernel<T, THREADS, K, true, false> : forward_kernel<T, THREADS, K, false, false>);
   return cudaGetLastError();
 }
 template <class T, int THREADS, int K>

@@ -8,14 +8,11 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "matmul.h"
+#include "mlp.h"
 #include "tensors.h"
 
 namespace tl {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // gate_up must be (.., 2F).
 void check_gate_up(const Argument& a) {
@@ -27,6 +24,8 @@ void check_gate_up(const Argument& a) {
   check_aligned(a);
 }
 
+}  // namespace
+
 at::Tensor activate(const at::Tensor& gate_up) {
   auto shape = gate_up.sizes().vec();
   const int64_t f = shape.back() /= 2;
@@ -37,7 +36,6 @@ at::Tensor activate(const at::Tensor& gate_up) {
   return act;
 }
 
-// d(gate_up); where `act` is given it receives silu(gate) * up, and may be dact.
 at::Tensor activate_backward(const at::Tensor& gate_up, const at::Tensor& dact, void* act) {
   at::Tensor d = at::empty_like(gate_up);
   const int64_t f = gate_up.size(-1) / 2;
@@ -46,6 +44,45 @@ at::Tensor activate_backward(const at::Tensor& gate_up, const at::Tensor& dact, 
                                  stream()));
   return d;
 }
+
+at::Tensor gate_up_product(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2) {
+  const int64_t f = w1.size(0);
+  at::Tensor gate_up = at::empty({x.size(0), 2 * f}, x.options());
+  if (const at::Tensor w = joined(w1, w2); w.defined()) {
+    product(gate_up, x, w.t());
+  } else {
+    product(gate_up.narrow(1, 0, f), x, w1.t());
+    product(gate_up.narrow(1, f, f), x, w2.t());
+  }
+  return gate_up;
+}
+
+at::Tensor gate_up_input_gradient(const at::Tensor& dgate_up, const at::Tensor& w1, const at::Tensor& w2) {
+  if (const at::Tensor w = joined(w1, w2); w.defined()) return product(dgate_up, w);
+  const int64_t f = w1.size(0);
+  at::Tensor dx = product(dgate_up.narrow(1, 0, f), w1);
+  product(dx, dgate_up.narrow(1, f, f), w2, /*add=*/true);
+  return dx;
+}
+
+std::pair<at::Tensor, at::Tensor> gate_up_weight_gradients(const at::Tensor& w1, const at::Tensor& w2,
+                                                           const at::Tensor& dgate_up, const at::Tensor& x) {
+  const int64_t f = w1.size(0);
+  const at::Tensor sum1 = gradient_buffer(w1), sum2 = gradient_buffer(w2);
+  if (const at::Tensor sum = joined(sum1, sum2); sum.defined()) {
+    product(sum, dgate_up.t(), x, /*add=*/true);
+    return {};
+  }
+  if (sum1.defined() || sum2.defined())
+    return {weight_gradient(w1, dgate_up.narrow(1, 0, f), x), weight_gradient(w2, dgate_up.narrow(1, f, f), x)};
+  const at::Tensor dw = product(dgate_up.t(), x);  // (2F, C)
+  return {dw.narrow(0, 0, f), dw.narrow(0, f, f)};
+}
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 struct SwiGluFunction : torch::autograd::Function<SwiGluFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up) {
@@ -66,14 +103,7 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
                             const at::Tensor& w3) {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
-    const int64_t f = w1.size(0);
-    at::Tensor gate_up = at::empty({x.size(0), 2 * f}, x.options());
-    if (at::Tensor w = joined(w1, w2); w.defined()) {
-      product(gate_up, x, w.t());
-    } else {
-      product(gate_up.narrow(1, 0, f), x, w1.t());
-      product(gate_up.narrow(1, f, f), x, w2.t());
-    }
+    const at::Tensor gate_up = gate_up_product(x, w1, w2);
     ctx->save_for_backward({x, w1, w2, w3, gate_up});
     return product(activate(gate_up), w3.t());
   }
@@ -82,35 +112,17 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     const auto s = ctx->get_saved_variables();
     const at::Tensor &x = s[0], &w1 = s[1], &w2 = s[2], &w3 = s[3], &gate_up = s[4];
     c10::cuda::OptionalCUDAGuard device(device_of(x));
-    const int64_t f = w1.size(0);
     const at::Tensor dy = block(grads[0]);
-    at::Tensor act = product(dy, w3);                                              // (N, F): dact, then act
+    at::Tensor act = product(dy, w3);                                             // (N, F): dact, then act
     const at::Tensor dgate_up = activate_backward(gate_up, act, act.data_ptr());  // (N, 2F)
-    const at::Tensor dgate = dgate_up.narrow(1, 0, f), dup = dgate_up.narrow(1, f, f);
+    const int64_t f = w1.size(0);
     at::Tensor dx, dw1, dw2, dw3;
-    if (ctx->needs_input_grad(0)) {
-      if (const at::Tensor w = joined(w1, w2); w.defined()) {
-        dx = product(dgate_up, w);
-      } else {
-        dx = product(dgate, w1);
-        product(dx, dup, w2, /*add=*/true);
-      }
-    }
+    if (ctx->needs_input_grad(0)) dx = gate_up_input_gradient(dgate_up, w1, w2);
     if (ctx->needs_input_grad(1) && ctx->needs_input_grad(2)) {
-      const at::Tensor sum1 = gradient_buffer(w1), sum2 = gradient_buffer(w2);
-      if (!sum1.defined() && !sum2.defined()) {
-        const at::Tensor dw = product(dgate_up.t(), x);  // (2F, C)
-        dw1 = dw.narrow(0, 0, f);
-        dw2 = dw.narrow(0, f, f);
-      } else if (const at::Tensor sum = joined(sum1, sum2); sum.defined()) {
-        product(sum, dgate_up.t(), x, /*add=*/true);
-      } else {
-        dw1 = weight_gradient(w1, dgate, x);
-        dw2 = weight_gradient(w2, dup, x);
-      }
+      std::tie(dw1, dw2) = gate_up_weight_gradients(w1, w2, dgate_up, x);
     } else {
-      if (ctx->needs_input_grad(1)) dw1 = weight_gradient(w1, dgate, x);
-      if (ctx->needs_input_grad(2)) dw2 = weight_gradient(w2, dup, x);
+      if (ctx->needs_input_grad(1)) dw1 = weight_gradient(w1, dgate_up.narrow(1, 0, f), x);
+      if (ctx->needs_input_grad(2)) dw2 = weight_gradient(w2, dgate_up.narrow(1, f, f), x);
     }
     if (ctx->needs_input_grad(3)) dw3 = weight_gradient(w3, dy, act);
     return {dx, dw1, dw2, dw3};

@@ -13,7 +13,11 @@
 using T = TlTensor;
 TL_ABSENT(tl_flash_attention, T, T, T, T, T, double, int, int, int, T*, T*)
 TL_ABSENT(tl_flash_attention_qkv, T, int64_t, int64_t, T, T, double, int, int, int, T*)
-TL_ABSENT(tl_linear, T, T, T*)
+TL_ABSENT(tl_linear, T, T, T*, T*)
+TL_ABSENT(tl_norm_linear, T, T, T, double, T, T*, T*, T*)
+TL_ABSENT(tl_norm_mlp, T, T, T, double, T, T, T, T*, T*, T*, T*)
+TL_ABSENT(tl_fp8_cast_weight, T, T, T*)
+TL_ABSENT(tl_fp8_update, T)
 TL_ABSENT(tl_set_matmul, int, const char*)
 TL_ABSENT(tl_rms_norm, T, T, T, double, T*, T*)
 TL_ABSENT(tl_rope, T, T, T, int64_t, int64_t, T*)

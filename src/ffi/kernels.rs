@@ -67,7 +67,32 @@ unsafe extern "C" {
         out: *mut Handle,
     ) -> c_int;
     fn tl_set_matmul(mode: c_int, file: *const c_char) -> c_int;
-    fn tl_linear(x: Handle, weight: Handle, out: *mut Handle) -> c_int;
+    fn tl_linear(x: Handle, weight: Handle, fp8: *mut Handle, out: *mut Handle) -> c_int;
+    fn tl_norm_linear(
+        x: Handle,
+        residual: Handle,
+        norm: Handle,
+        eps: f64,
+        weight: Handle,
+        fp8: *mut Handle,
+        out: *mut Handle,
+        sum: *mut Handle,
+    ) -> c_int;
+    fn tl_norm_mlp(
+        x: Handle,
+        residual: Handle,
+        norm: Handle,
+        eps: f64,
+        fc_1: Handle,
+        fc_2: Handle,
+        proj: Handle,
+        fp8_gate_up: *mut Handle,
+        fp8_down: *mut Handle,
+        out: *mut Handle,
+        sum: *mut Handle,
+    ) -> c_int;
+    fn tl_fp8_cast_weight(weight: Handle, second: Handle, layer: *mut Handle) -> c_int;
+    fn tl_fp8_update(scales: Handle) -> c_int;
     fn tl_set_grad(weight: Handle, grad: Handle) -> c_int;
     fn tl_swiglu(gate_up: Handle, out: *mut Handle) -> c_int;
     fn tl_swiglu_mlp(
@@ -139,6 +164,17 @@ fn two(call: impl FnOnce(*mut Handle, *mut Handle) -> c_int) -> Result<(Tensor, 
     check(call(&mut a, &mut b))?;
     // SAFETY: on success both are new tensors that this side owns.
     Ok(unsafe { (Tensor::from_ptr(a), Tensor::from_ptr(b)) })
+}
+
+/// Runs a call that makes one tensor, or two.
+fn one_or_two(
+    both: bool,
+    call: impl FnOnce(*mut Handle, *mut Handle) -> c_int,
+) -> Result<(Tensor, Option<Tensor>)> {
+    if both {
+        return two(call).map(|(a, b)| (a, Some(b)));
+    }
+    one(|out| call(out, null_mut())).map(|a| (a, None))
 }
 
 /// A point in the work of the current CUDA stream.
@@ -316,10 +352,94 @@ pub fn set_matmul(how: Matmul) -> Result<()> {
     check(unsafe { tl_set_matmul(mode, file.as_ref().map_or(null(), |text| text.as_ptr())) })
 }
 
+/// What a linear layer needs beside its weight to compute in e4m3; handles share storage.
+#[derive(Debug)]
+pub struct Fp8Linear {
+    /// e4m3 (O, C)
+    pub weight: Tensor,
+    /// e4m3 (C, O), the same transposed
+    pub weight_t: Tensor,
+    /// fp32 (2, 8): scales of the input and of the output's gradient
+    pub scales: Tensor,
+    /// fp32 (8,)
+    pub weight_scale: Tensor,
+}
+
+impl Fp8Linear {
+    fn handles(&self) -> [Handle; 4] {
+        [&self.weight, &self.weight_t, &self.scales, &self.weight_scale].map(handle)
+    }
+
+    /// Another handle on the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        let [weight, weight_t, scales, weight_scale] =
+            [&self.weight, &self.weight_t, &self.scales, &self.weight_scale]
+                .map(Tensor::shallow_clone);
+        Self { weight, weight_t, scales, weight_scale }
+    }
+}
+
+/// A null pointer, or one to the handles.
+fn optional_array(handles: &mut Option<[Handle; 4]>) -> *mut Handle {
+    handles.as_mut().map_or(null_mut(), |array| array.as_mut_ptr())
+}
+
 /// x (.., C), weight (O, C) -> (.., O).
-pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn linear(x: &Tensor, weight: &Tensor, fp8: Option<&Fp8Linear>) -> Result<Tensor> {
+    let mut fp8 = fp8.map(Fp8Linear::handles);
     // SAFETY: the tensors outlive the call.
-    one(|out| unsafe { tl_linear(handle(x), handle(weight), out) })
+    one(|out| unsafe { tl_linear(handle(x), handle(weight), optional_array(&mut fp8), out) })
+}
+
+/// (RMSNorm of x + residual) W^T, and x + residual where there is a residual.
+pub fn norm_linear(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    norm: &Tensor,
+    eps: f64,
+    weight: &Tensor,
+    fp8: Option<&Fp8Linear>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let mut fp8 = fp8.map(Fp8Linear::handles);
+    let (x, norm, weight) = (handle(x), handle(norm), handle(weight));
+    // SAFETY: the tensors outlive the call; the sum is filled where there is a residual.
+    one_or_two(residual.is_some(), |out, sum| unsafe {
+        let fp8 = optional_array(&mut fp8);
+        tl_norm_linear(x, optional(residual), norm, eps, weight, fp8, out, sum)
+    })
+}
+
+/// The LLaMA MLP without biases of the RMSNorm of x + residual, and x + residual where there is a residual.
+pub fn norm_mlp(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    norm: &Tensor,
+    eps: f64,
+    weights: [&Tensor; 3],
+    fp8: Option<[&Fp8Linear; 2]>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let mut gate_up = fp8.map(|layers| layers[0].handles());
+    let mut down = fp8.map(|layers| layers[1].handles());
+    let (x, norm, [fc_1, fc_2, proj]) = (handle(x), handle(norm), weights.map(handle));
+    // SAFETY: as above.
+    one_or_two(residual.is_some(), |out, sum| unsafe {
+        let (gate_up, down) = (optional_array(&mut gate_up), optional_array(&mut down));
+        let residual = optional(residual);
+        tl_norm_mlp(x, residual, norm, eps, fc_1, fc_2, proj, gate_up, down, out, sum)
+    })
+}
+
+/// Casts the weight of an fp8 layer anew, or two that lie behind each other in memory.
+pub fn fp8_cast_weight(weight: &Tensor, second: Option<&Tensor>, layer: &Fp8Linear) -> Result<()> {
+    let mut layer = layer.handles();
+    // SAFETY: the tensors outlive the call.
+    check(unsafe { tl_fp8_cast_weight(handle(weight), optional(second), layer.as_mut_ptr()) })
+}
+
+/// New scales (.., 8) from the largest magnitudes cast since the last update.
+pub fn fp8_update(scales: &Tensor) -> Result<()> {
+    // SAFETY: the tensor outlives the call.
+    check(unsafe { tl_fp8_update(handle(scales)) })
 }
 
 /// `weight.grad = grad`, also of another dtype: backward passes add to it in place.

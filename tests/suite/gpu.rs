@@ -218,7 +218,7 @@ fn linear_agrees_with_libtorchs() {
             let x = Tensor::randn([n, c], options).set_requires_grad(true);
             let w = Tensor::randn([o, c], options).set_requires_grad(true);
             let dy = Tensor::randn([n, o], options);
-            let y = ffi::linear(&x, &w).unwrap();
+            let y = ffi::linear(&x, &w, None).unwrap();
             let [x32, w32, dy32] = [&x, &w, &dy].map(|t| t.detach().to_kind(Kind::Double));
             let got = ffi::gradients(&y, &dy, &[&x, &w]).unwrap();
             let want = [x32.matmul(&w32.tr()), dy32.matmul(&w32), dy32.tr().matmul(&x32)];
