@@ -527,11 +527,13 @@ impl Lab {
         let tensors: Vec<ffi::AdamWTensors> = list
             .iter()
             .map(|[param, grad, exp_avg, exp_avg_sq, weight]| ffi::AdamWTensors {
-                param,
+                param: Some(param),
                 grad,
                 exp_avg,
                 exp_avg_sq,
+                scales: None,
                 weight: Some(weight),
+                key: 0,
             })
             .collect();
         let n = (22 * each) as f64;
