@@ -164,13 +164,23 @@ int tl_head_loss(TlTensor x, TlTensor weight, TlTensor target, int64_t chunks, d
 
 // ---- optimizer (csrc/torch/optim.cpp -> csrc/adamw.cu) -----------------------------------------------------
 
-// One AdamW update of n tensors on one CUDA device, fp32 state, in place:
+// One parameter of an AdamW step: contiguous tensors of n elements on one CUDA device. The dtypes say how master and
+// moments are kept, the same for all parameters of a call.
+typedef struct {
+  TlTensor param;       // exact weight, fp32; or the 16 bits that `weight` lacks, int16; or null: `weight` alone
+  TlTensor grad;        // fp32
+  TlTensor exp_avg;     // fp32, bf16, or int8 codes
+  TlTensor exp_avg_sq;  // fp32, bf16, or uint8 codes
+  TlTensor exp_avg_scale, exp_avg_sq_scale;  // (ceil(n / 256),) fp32 where there are codes, else null
+  TlTensor weight;      // what the model computes with, bf16; null only beside an fp32 param
+  uint64_t key;         // of the random bits of this tensor in this step
+} TlAdamWTensors;
+// One AdamW update in place:
 //   g' = g * clip;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2
 //   p -= lr*wd*p + lr * (m / (1-b1^s)) / (sqrt(v / (1-b2^s)) + eps)
-// where clip is a 0-dim fp32 tensor on the device. weight[i], where not null, receives p rounded to bf16;
-// clear_grad leaves zeros in g. Where clip is not finite, nothing is written. The CPU does not wait.
-int tl_adamw(int n, TlTensor* param, TlTensor* grad, TlTensor* exp_avg, TlTensor* exp_avg_sq,
-             TlTensor* weight, TlTensor clip, double lr, double beta1, double beta2, double eps,
+// where clip is a 0-dim fp32 tensor on the device. weight receives p rounded to bf16; clear_grad leaves zeros in g.
+// Where clip is not finite, nothing is written. The CPU does not wait.
+int tl_adamw(int n, const TlAdamWTensors* tensors, TlTensor clip, double lr, double beta1, double beta2, double eps,
              double weight_decay, int64_t step, int clear_grad);
 // *norm = L2 norm over all gradients (fp32, bf16 or fp16), *clip = min(1, max_norm / (norm + 1e-6)), not finite
 // where the norm is not; both () fp32 on the device. The CPU does not wait.

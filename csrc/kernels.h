@@ -137,10 +137,19 @@ cudaError_t scale_by(const ScaleBy& p, cudaStream_t stream);
 
 // ---- adamw.cu ------------------------------------------------------------------------------------------
 
+// How exact weights and moments are kept; src/train/optimizer/low_memory.rs defines the formats.
+enum class Master { fp32, split, bf16 };
+enum class State { fp32, bf16, int8 };
+constexpr int kStateBlock = 256;  // elements that share a scale in State::int8
+
 struct AdamWTensor {
-  float *param, *grad, *exp_avg, *exp_avg_sq;
-  void* weight;  // bf16 copy, or null
+  void* param;           // fp32: the exact weight. split: the 16 bits that `weight` lacks. bf16: null
+  float* grad;
+  void *exp_avg, *exp_avg_sq;               // fp32, bf16, or int8 and uint8
+  float *exp_avg_scale, *exp_avg_sq_scale;  // int8: (ceil(n / kStateBlock),)
+  void* weight;          // bf16; may be null for Master::fp32
   int64_t n;
+  uint32_t key[2];       // of the random bits
 };
 struct AdamWConfig {
   float lr, beta1, beta2, eps;
@@ -149,7 +158,8 @@ struct AdamWConfig {
   float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^s)
   bool clear_grad;       // leave zeros in grad
 };
-cudaError_t adamw(const AdamWTensor* tensors, int count, const float* clip, AdamWConfig c, cudaStream_t stream);
+cudaError_t adamw(const AdamWTensor* tensors, int count, Master master, State state, const float* clip, AdamWConfig c,
+                  cudaStream_t stream);
 
 struct NormTensor {
   const void* grad;

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! train_state/state.json               counters, data cursor, precision (TrainState)
-//! train_state/optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, in the dtype of the
-//! masters train_state/rng.safetensors          cpu, and cuda where the run was on a GPU (u8)
+//! train_state/optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, as the optimizer keeps them: in the
+//!                                      dtype of the weights, bf16, or 8-bit codes with exp_avg_scale.NAME and
+//!                                      exp_avg_sq_scale.NAME
+//! train_state/rng.safetensors          cpu, and cuda where the run was on a GPU (u8)
 //! ```
 //!
 //! The weights are not here: `model.safetensors` beside it holds the exact masters (fp32 in
-//! `32-true` and `bf16-mixed`, bf16 in `bf16-true`).
+//! `32-true` and `bf16-mixed`, bf16 in `bf16-true` and with `optimizer.master: bf16`).
 
 use super::hf::write_json;
 use super::tensors::{self, TensorFile};

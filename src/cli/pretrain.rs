@@ -55,7 +55,8 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     let micro = config.train.micro_batch_size;
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let again = config.train.recomputed_blocks(model.n_layer);
-    let memory_plan = MemoryPlan::new(&model, config.precision, again, micro, sequence as u64);
+    let (precision, optimizer) = (config.precision, &config.optimizer);
+    let memory_plan = MemoryPlan::new(&model, precision, optimizer, again, micro, sequence as u64);
     let Some(memory_plan) = memory_plan.filter(|_| config.fused) else {
         println!(
             "memory    no plan: it knows bf16-mixed and bf16-true with fused kernels and head sizes 64 and 128"
@@ -69,8 +70,14 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     println!("  {:<44} {:>6.2}", "total", gib(memory_plan.total()));
     println!("\nlargest micro_batch_size ({:.1} GiB left for CUDA itself)", gib(memory::RESERVE));
     let fits = |name: &str, bytes: u64| {
-        let (precision, sequence) = (config.precision, sequence as u64);
-        let largest = memory::largest_micro_batch(&model, precision, again, sequence, bytes);
+        let largest = memory::largest_micro_batch(
+            &model,
+            precision,
+            optimizer,
+            again,
+            sequence as u64,
+            bytes,
+        );
         match largest.unwrap_or(0) {
             0 => println!("  {name:<44} {:>6}", "none"),
             n => println!("  {name:<44} {n:>6}"),

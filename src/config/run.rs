@@ -306,6 +306,36 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
+    /// How `bf16-mixed` keeps the two moments. `32-true` and `bf16-true` keep them in the dtype of the weights
+    /// and take `fp32` only.
+    pub state: StateFormat,
+    /// How `bf16-mixed` keeps the exact weights beside the bf16 ones it computes with. `32-true` and `bf16-true`
+    /// have one copy of the weights and take `fp32` only.
+    pub master: MasterFormat,
+}
+
+/// Formats of AdamW's moments.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum StateFormat {
+    /// 8 bytes a parameter.
+    Fp32,
+    /// 4 bytes a parameter, rounded stochastically.
+    Bf16,
+    /// 2.03 bytes a parameter: 8 bits each and a scale for every 256, rounded stochastically.
+    Int8,
+}
+
+/// Formats of the exact weights.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum MasterFormat {
+    /// fp32 beside the bf16 weights: 6 bytes a parameter together.
+    Fp32,
+    /// The 16 bits that the bf16 weights lack, 4 bytes together: the same training bit for bit.
+    Split,
+    /// The bf16 weights alone, 2 bytes, updated with stochastic rounding.
+    Bf16,
 }
 
 /// Optimizers.
@@ -322,6 +352,26 @@ impl TrainConfig {
             ActivationCheckpointing::None => 0,
             ActivationCheckpointing::Block => self.checkpoint_blocks.unwrap_or(n_layer as u64),
         }
+    }
+}
+
+impl std::fmt::Display for StateFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Fp32 => "fp32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        })
+    }
+}
+
+impl std::fmt::Display for MasterFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Fp32 => "fp32",
+            Self::Split => "split",
+            Self::Bf16 => "bf16",
+        })
     }
 }
 
@@ -403,6 +453,8 @@ impl Default for OptimizerConfig {
             betas: [0.9, 0.95],
             weight_decay: 0.1,
             eps: 1e-8,
+            state: StateFormat::Fp32,
+            master: MasterFormat::Fp32,
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use super::check::{self, Schema};
 use super::{
-    ActivationCheckpointing, AttentionBackend, ConfigError, LrSchedule, Resume, RunConfig,
+    ActivationCheckpointing, AttentionBackend, ConfigError, LrSchedule, MasterFormat, Precision,
+    Resume, RunConfig, StateFormat,
 };
 use crate::checkpoint::hf_config;
 use crate::model::ModelConfig;
@@ -132,6 +133,7 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_batch(config, &mut problems);
     check_length(config, &mut problems);
     check_optimizer(config, &mut problems);
+    check_optimizer_formats(config, &mut problems);
     check_data(config, &mut problems);
     if config.deterministic && config.attention == AttentionBackend::Cudnn {
         problems.push("`attention`: cuDNN's is not deterministic; use `auto` or `flash`".into());
@@ -287,6 +289,28 @@ fn check_optimizer(config: &RunConfig, problems: &mut Vec<String>) {
     }
     if t.lr_schedule != LrSchedule::Constant && t.min_lr > o.lr {
         problems.push(format!("`train.min_lr`: {} is above `optimizer.lr` = {}", t.min_lr, o.lr));
+    }
+}
+
+/// Only a mixed precision has a second copy of the weights to save, and fp32 moments to shrink.
+fn check_optimizer_formats(config: &RunConfig, problems: &mut Vec<String>) {
+    let (precision, o) = (config.precision, &config.optimizer);
+    let keeps = match precision {
+        Precision::Fp32True => "one fp32 copy of the weights and fp32 moments",
+        Precision::Bf16True => "bf16 weights and moments already",
+        _ => return,
+    };
+    let mut refuse = |key: &str, got: String| {
+        problems.push(format!(
+            "`optimizer.{key}`: `{got}` needs `precision: bf16-mixed`; `{precision}` keeps {keeps} and takes \
+             `fp32` only"
+        ));
+    };
+    if o.state != StateFormat::Fp32 {
+        refuse("state", o.state.to_string());
+    }
+    if o.master != MasterFormat::Fp32 {
+        refuse("master", o.master.to_string());
     }
 }
 

@@ -122,11 +122,7 @@ unsafe extern "C" {
     ) -> c_int;
     fn tl_adamw(
         n: c_int,
-        param: *mut Handle,
-        grad: *mut Handle,
-        exp_avg: *mut Handle,
-        exp_avg_sq: *mut Handle,
-        weight: *mut Handle,
+        tensors: *const RawAdamWTensors,
         clip: Handle,
         lr: f64,
         beta1: f64,
@@ -143,6 +139,19 @@ unsafe extern "C" {
         norm: *mut Handle,
         clip: *mut Handle,
     ) -> c_int;
+}
+
+/// `TlAdamWTensors` of `csrc/api.h`, field by field.
+#[repr(C)]
+struct RawAdamWTensors {
+    param: Handle,
+    grad: Handle,
+    exp_avg: Handle,
+    exp_avg_sq: Handle,
+    exp_avg_scale: Handle,
+    exp_avg_sq_scale: Handle,
+    weight: Handle,
+    key: u64,
 }
 
 /// A null handle for an absent tensor.
@@ -497,14 +506,24 @@ pub fn head_loss(
     })
 }
 
-/// The tensors of one parameter in an AdamW step; all fp32 on one CUDA device but `weight` (bf16).
+/// The tensors of one parameter in an AdamW step, on one CUDA device. Their dtypes say how master and moments are
+/// kept (`csrc/api.h`), the same for all parameters of a call.
 #[derive(Debug)]
 pub struct AdamWTensors<'a> {
-    pub param: &'a Tensor,
+    /// Exact weight, fp32; or the 16 bits that `weight` lacks, int16; or `None`: `weight` is all there is.
+    pub param: Option<&'a Tensor>,
+    /// Gradient, fp32.
     pub grad: &'a Tensor,
+    /// First moment: fp32, bf16, or int8 codes.
     pub exp_avg: &'a Tensor,
+    /// Second moment: fp32, bf16, or uint8 codes.
     pub exp_avg_sq: &'a Tensor,
+    /// Scales of the codes, `(ceil(n / 256),) fp32`.
+    pub scales: Option<(&'a Tensor, &'a Tensor)>,
+    /// What the model computes with, bf16.
     pub weight: Option<&'a Tensor>,
+    /// Key of the random bits of this tensor in this step.
+    pub key: u64,
 }
 
 /// Scalars of one AdamW step; `step` counts from 1.
@@ -523,24 +542,23 @@ pub struct AdamWScalars {
 /// One fused AdamW update in place (formula in `csrc/adamw.cu`). Gradients are multiplied by `clip`,
 /// a 0-dim fp32 CUDA tensor; where it is not finite nothing is written. The CPU does not wait.
 pub fn adamw(tensors: &[AdamWTensors], clip: &Tensor, s: AdamWScalars) -> Result<()> {
-    let column = |f: for<'a, 'b> fn(&'b AdamWTensors<'a>) -> &'a Tensor| -> Vec<Handle> {
-        tensors.iter().map(|t| handle(f(t))).collect()
+    let raw = |t: &AdamWTensors| RawAdamWTensors {
+        param: optional(t.param),
+        grad: handle(t.grad),
+        exp_avg: handle(t.exp_avg),
+        exp_avg_sq: handle(t.exp_avg_sq),
+        exp_avg_scale: optional(t.scales.map(|s| s.0)),
+        exp_avg_sq_scale: optional(t.scales.map(|s| s.1)),
+        weight: optional(t.weight),
+        key: t.key,
     };
-    let mut param = column(|t| t.param);
-    let mut grad = column(|t| t.grad);
-    let mut exp_avg = column(|t| t.exp_avg);
-    let mut exp_avg_sq = column(|t| t.exp_avg_sq);
-    let mut weight: Vec<Handle> = tensors.iter().map(|t| optional(t.weight)).collect();
-    // SAFETY: all five arrays have `tensors.len()` entries; the tensors outlive the call, and C++ checks
-    // dtype, layout, device and size before it launches.
+    let list: Vec<RawAdamWTensors> = tensors.iter().map(raw).collect();
+    // SAFETY: the array has as many entries as said; the tensors outlive the call, and C++ checks dtype, layout,
+    // device and size of each before it launches.
     check(unsafe {
         tl_adamw(
-            tensors.len() as c_int,
-            param.as_mut_ptr(),
-            grad.as_mut_ptr(),
-            exp_avg.as_mut_ptr(),
-            exp_avg_sq.as_mut_ptr(),
-            weight.as_mut_ptr(),
+            list.len() as c_int,
+            list.as_ptr(),
             handle(clip),
             s.lr,
             s.beta1,

@@ -3,7 +3,8 @@
 //! The arithmetic of what the training step keeps (bytes; N tokens of a micro-batch, widths as in [`crate::model`]):
 //!
 //! - a parameter: 4 master + 8 moments + 4 gradient sum + 2 working copy + 2 gradient in `bf16-mixed`;
-//!   2 weight + 2 gradient + 4 moments in `bf16-true`;
+//!   2 weight + 2 gradient + 4 moments in `bf16-true`. In `bf16-mixed`, `optimizer.master: split` has 2 for the
+//!   master and `bf16` none; `optimizer.state: bf16` has 4 for the moments, `int8` 2 + 8 / 256;
 //! - a Llama block a token: twice the residual sum and its norm (4 C), the packed QKV (H + 2G) D, the attention
 //!   output H D, gate and up 2 F, each in bf16; log sum exp 4 H; 1/rms 8. The product silu(gate) up is computed
 //!   again in the backward pass;
@@ -14,7 +15,8 @@
 //! - the head: a chunk of logits, dx, and the weight's gradient in fp32 and bf16, while all activations live; or,
 //!   where that is more, the buffers of an MLP's backward pass.
 
-use crate::config::Precision;
+use super::optimizer::low_memory;
+use crate::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
 use crate::model::{MlpClass, ModelConfig};
 use crate::ops;
 
@@ -34,14 +36,13 @@ impl MemoryPlan {
     pub fn new(
         model: &ModelConfig,
         precision: Precision,
+        optimizer: &OptimizerConfig,
         recomputed: u64,
         micro_batch: u64,
         sequence: u64,
     ) -> Option<Self> {
         let per_parameter: &[(&str, u64)] = match precision {
             Precision::Bf16Mixed => &[
-                ("master weights, fp32", 4),
-                ("AdamW moments, fp32", 8),
                 ("gradient sums, fp32", 4),
                 ("weights, bf16", 2),
                 ("gradients of a micro-batch, bf16", 2),
@@ -55,8 +56,11 @@ impl MemoryPlan {
             return None;
         }
         let n_params = model.n_params();
-        let mut parts: Vec<(String, u64)> =
-            per_parameter.iter().map(|&(name, bytes)| (name.into(), bytes * n_params)).collect();
+        let mut parts = match precision {
+            Precision::Bf16Mixed => optimizer_parts(optimizer, n_params),
+            _ => Vec::new(),
+        };
+        parts.extend(per_parameter.iter().map(|&(name, bytes)| (name.into(), bytes * n_params)));
 
         let tokens = micro_batch * sequence;
         let layers = model.n_layer as u64;
@@ -93,15 +97,35 @@ impl MemoryPlan {
 pub fn largest_micro_batch(
     model: &ModelConfig,
     precision: Precision,
+    optimizer: &OptimizerConfig,
     recomputed: u64,
     sequence: u64,
     memory: u64,
 ) -> Option<u64> {
-    let plan = |micro| MemoryPlan::new(model, precision, recomputed, micro, sequence);
+    let plan = |micro| MemoryPlan::new(model, precision, optimizer, recomputed, micro, sequence);
     let total = |micro| plan(micro).map(|plan| plan.total());
     total(1)?;
     let fits = |micro: &u64| total(*micro).is_some_and(|bytes| bytes + RESERVE <= memory);
     Some((1..=4096).take_while(fits).last().unwrap_or(0))
+}
+
+/// Bytes of exact weights and moments in `bf16-mixed`, beside the bf16 weights.
+pub fn optimizer_parts(optimizer: &OptimizerConfig, n_params: u64) -> Vec<(String, u64)> {
+    let mut parts = match optimizer.master {
+        MasterFormat::Fp32 => vec![("master weights, fp32".to_owned(), 4 * n_params)],
+        MasterFormat::Split => {
+            vec![("master weights, the 16 bits beside bf16".to_owned(), 2 * n_params)]
+        }
+        MasterFormat::Bf16 => vec![],
+    };
+    let scales = 2 * 4 * n_params.div_ceil(low_memory::BLOCK as u64);
+    let moments = match optimizer.state {
+        StateFormat::Fp32 => 8 * n_params,
+        StateFormat::Bf16 => 4 * n_params,
+        StateFormat::Int8 => 2 * n_params + scales,
+    };
+    parts.push((format!("AdamW moments, {}", optimizer.state), moments));
+    parts
 }
 
 /// Bytes that a block keeps for each token.
@@ -129,12 +153,30 @@ fn mlp_backward_bytes(model: &ModelConfig, tokens: u64) -> u64 {
 mod tests {
     use super::*;
 
+    fn fp32() -> OptimizerConfig {
+        OptimizerConfig::default()
+    }
+
+    #[test]
+    fn each_format_of_master_and_moments_has_its_bytes_a_parameter() {
+        let n = 256_000;
+        let total = |master, state| {
+            let optimizer = OptimizerConfig { master, state, ..fp32() };
+            optimizer_parts(&optimizer, n).iter().map(|(_, bytes)| bytes).sum::<u64>()
+        };
+        assert_eq!(total(MasterFormat::Fp32, StateFormat::Fp32), 12 * n);
+        assert_eq!(total(MasterFormat::Split, StateFormat::Fp32), 10 * n);
+        assert_eq!(total(MasterFormat::Bf16, StateFormat::Bf16), 4 * n);
+        assert_eq!(total(MasterFormat::Bf16, StateFormat::Int8), 2 * n + n / 32);
+    }
+
     /// Peaks of the allocator on an H100, as `pretrain` printed them (docs/LOG.md), in GiB.
     #[test]
     fn the_plan_is_within_five_percent_of_the_peaks_that_were_measured() {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         for (micro, measured) in [(8, 37.8), (16, 54.4)] {
-            let plan = MemoryPlan::new(&model, Precision::Bf16Mixed, 0, micro, 2048).unwrap();
+            let plan =
+                MemoryPlan::new(&model, Precision::Bf16Mixed, &fp32(), 0, micro, 2048).unwrap();
             let gib = plan.total() as f64 / (1u64 << 30) as f64;
             assert!(
                 (gib / measured - 1.0).abs() < 0.05,
@@ -148,11 +190,14 @@ mod tests {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         for gib in [10, 24, 40, 80] {
             let memory = gib << 30;
-            let precision = Precision::Bf16Mixed;
+            let (precision, optimizer) = (Precision::Bf16Mixed, fp32());
             let largest = |again| {
-                let largest = largest_micro_batch(&model, precision, again, 2048, memory).unwrap();
+                let largest =
+                    largest_micro_batch(&model, precision, &optimizer, again, 2048, memory)
+                        .unwrap();
                 let total = |micro| {
-                    let plan = MemoryPlan::new(&model, precision, again, micro, 2048).unwrap();
+                    let plan =
+                        MemoryPlan::new(&model, precision, &optimizer, again, micro, 2048).unwrap();
                     plan.total() + RESERVE
                 };
                 assert!(largest == 0 || total(largest) <= memory);
@@ -162,7 +207,7 @@ mod tests {
             let (none, all) = (largest(0), largest(22));
             assert!(all >= none && (gib < 40 || all > 2 * none), "{gib} GiB: {none}, {all}");
         }
-        let fp32 = largest_micro_batch(&model, Precision::Fp32True, 0, 2048, 80 << 30);
+        let fp32 = largest_micro_batch(&model, Precision::Fp32True, &fp32(), 0, 2048, 80 << 30);
         assert_eq!(fp32, None);
     }
 
@@ -170,8 +215,10 @@ mod tests {
     fn a_recomputed_block_costs_its_inputs_alone_but_for_the_last() {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         let (tokens, inputs) = (16 * 2048, 2 * 2 * 2048);
-        let total =
-            |again| MemoryPlan::new(&model, Precision::Bf16Mixed, again, 16, 2048).unwrap().total();
+        let total = |again| {
+            let precision = Precision::Bf16Mixed;
+            MemoryPlan::new(&model, precision, &fp32(), again, 16, 2048).unwrap().total()
+        };
         for again in 1..22 {
             let saved = again * tokens * (block_bytes(&model) - inputs);
             assert_eq!(total(0) - total(again), saved, "{again} blocks");

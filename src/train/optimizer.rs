@@ -9,12 +9,19 @@
 //! The gradient sums lie in one buffer. Each parameter's part of it is that weight's `.grad` for the whole run, in
 //! `bf16-mixed` an fp32 `.grad` of a bf16 weight: autograd adds to it in place, and on a GPU the matrix products of
 //! the backward pass do so themselves (`csrc/torch/matmul.h`), with no bf16 gradient in between.
+//!
+//! `bf16-mixed` can keep master and moments in fewer bytes: `optimizer.master`, `optimizer.state`. Every step
+//! widens them to fp32, updates, and narrows the result; the formats are in [`low_memory`].
 
-use crate::config::{OptimizerConfig, Precision};
+pub mod low_memory;
+
+use crate::bail_hint;
+use crate::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
 use crate::ffi;
 use crate::model::GPT;
 use anyhow::{Result, bail};
-use tch::{Kind, Tensor};
+use low_memory::{Noise, noise_key};
+use tch::{Device, Kind, Tensor};
 
 /// One parameter with its optimizer state; all tensors have the parameter's shape.
 #[derive(Debug)]
@@ -23,14 +30,76 @@ pub struct ParamState {
     pub name: String,
     /// What the model computes with; shares storage with the model.
     pub weight: Tensor,
-    /// Exact weights; in `32-true` and `bf16-true` the same storage as `weight`.
+    /// `master: fp32`: exact weights, fp32. `split`: the 16 bits that `weight` lacks, int16. The same storage as
+    /// `weight` for `bf16`, and in `32-true` and `bf16-true`.
     pub master: Tensor,
     /// Sum of the gradients since the last step; the `.grad` of `weight`.
     pub grad: Tensor,
-    /// First moment.
+    /// First moment: the dtype of the master's values, or bf16, or int8 codes.
     pub exp_avg: Tensor,
-    /// Second moment.
+    /// Second moment: the same, or uint8 codes.
     pub exp_avg_sq: Tensor,
+    /// With `state: int8`, the scales of both moments, each `(ceil(n / 256),) fp32`.
+    pub scales: Option<[Tensor; 2]>,
+}
+
+impl ParamState {
+    /// The exact weight: fp32, or bf16 where there is no more of it. A new tensor with `master: split`, else
+    /// sharing storage.
+    pub fn exact(&self) -> Tensor {
+        match self.master.kind() {
+            Kind::Int16 => low_memory::join(&self.weight, &self.master),
+            _ => self.master.shallow_clone(),
+        }
+    }
+
+    /// The moments as a step computes with them: fp32 copies, or, kept in the master's dtype, themselves.
+    fn moments(&self, format: StateFormat) -> [Tensor; 2] {
+        match (format, &self.scales) {
+            (StateFormat::Int8, Some([scale, scale_sq])) => [
+                low_memory::dequantize_signed(&self.exp_avg, scale),
+                low_memory::dequantize_unsigned(&self.exp_avg_sq, scale_sq),
+            ],
+            (StateFormat::Bf16, _) => {
+                [&self.exp_avg, &self.exp_avg_sq].map(|t| t.to_kind(Kind::Float))
+            }
+            _ => [&self.exp_avg, &self.exp_avg_sq].map(Tensor::shallow_clone),
+        }
+    }
+
+    /// Keeps fp32 moments in the format; nothing to do where they are kept as they are.
+    fn keep_moments(&mut self, format: StateFormat, [m, v]: &[Tensor; 2], noise: &Noise) {
+        match (format, &mut self.scales) {
+            (StateFormat::Int8, Some([scale, scale_sq])) => {
+                let (code, s) = low_memory::quantize_signed(m, &noise.exp_avg);
+                let (code_sq, s_sq) = low_memory::quantize_unsigned(v, &noise.exp_avg_sq);
+                self.exp_avg.copy_(&code);
+                self.exp_avg_sq.copy_(&code_sq);
+                scale.copy_(&s);
+                scale_sq.copy_(&s_sq);
+            }
+            (StateFormat::Bf16, _) => {
+                self.exp_avg.copy_(&low_memory::stochastic_bf16(m, &noise.exp_avg));
+                self.exp_avg_sq.copy_(&low_memory::stochastic_bf16(v, &noise.exp_avg_sq));
+            }
+            _ => {}
+        }
+    }
+
+    /// Keeps an updated fp32 weight in the format, and what the model computes with.
+    fn keep_weight(&mut self, format: MasterFormat, exact: &Tensor, noise: &Noise) {
+        match format {
+            MasterFormat::Fp32 => self.weight.copy_(&low_memory::nearest_bf16(exact)),
+            MasterFormat::Split => {
+                let (weight, low) = low_memory::split(exact);
+                self.weight.copy_(&weight);
+                self.master.copy_(&low);
+            }
+            MasterFormat::Bf16 => {
+                self.weight.copy_(&low_memory::stochastic_bf16(exact, &noise.weight));
+            }
+        }
+    }
 }
 
 /// AdamW with decoupled weight decay on every parameter, as in the original.
@@ -43,17 +112,21 @@ pub struct AdamW {
     pub params: Vec<ParamState>,
     /// Steps done.
     pub step_count: i64,
+    /// Seed of stochastic rounding; the bits of a step follow from it and the step's number alone.
+    pub seed: u64,
     betas: [f64; 2],
     weight_decay: f64,
     eps: f64,
     mixed: bool,
     fused: bool,
     grads: Tensor,
+    state: StateFormat,
+    master: MasterFormat,
 }
 
 impl AdamW {
     /// Takes over an fp32 model: keeps its weights as masters and, as `precision` says, gives the model
-    /// its bf16 weights. Turns on gradients.
+    /// its bf16 weights. Turns on gradients. `config.state` and `config.master` count in `bf16-mixed`.
     pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Self {
         let fp32 = model.named_parameters();
         let masters: Vec<Tensor> = match precision {
@@ -69,23 +142,28 @@ impl AdamW {
         let mixed = precision == Precision::Bf16Mixed;
         let grad_kind = if mixed { Kind::Float } else { weights[0].1.kind() };
         let (grads, parts) = gradient_buffer(&weights, grad_kind);
+        let (state, master) = match mixed {
+            true => (config.state, config.master),
+            false => (StateFormat::Fp32, MasterFormat::Fp32),
+        };
         let mut masters = masters.into_iter();
-        let mut params = vec![];
-        for ((name, weight), grad) in weights.into_iter().zip(parts) {
+        let new = |((name, weight), grad): ((String, Tensor), Tensor)| {
             ffi::set_grad(&weight, &grad).expect("a part of the buffer has its weight's shape");
-            let master = masters.next().unwrap_or_else(|| weight.detach());
-            let (exp_avg, exp_avg_sq) = (master.zeros_like(), master.zeros_like());
-            params.push(ParamState { name, weight, master, grad, exp_avg, exp_avg_sq });
-        }
+            new_param(name, weight, grad, masters.next(), state, master)
+        };
+        let params = tch::no_grad(|| weights.into_iter().zip(parts).map(new).collect());
         Self {
             params,
             step_count: 0,
+            seed: 0,
             betas: config.betas,
             weight_decay: config.weight_decay,
             eps: config.eps,
             mixed,
             fused: model.fused && model.device().is_cuda() && precision != Precision::Bf16True,
             grads,
+            state,
+            master,
         }
     }
 
@@ -130,18 +208,18 @@ impl AdamW {
         let [beta1, beta2] = self.betas;
         let grads: Vec<&Tensor> = self.params.iter().map(|p| &p.grad).collect();
         let (norm, clip) = ffi::grad_norm(&grads, max_norm)?;
-        let tensors: Vec<ffi::AdamWTensors> = self
-            .params
-            .iter()
-            .map(|p| ffi::AdamWTensors {
-                param: &p.master,
-                grad: &p.grad,
-                exp_avg: &p.exp_avg,
-                exp_avg_sq: &p.exp_avg_sq,
-                weight: self.mixed.then_some(&p.weight),
-            })
-            .collect();
-        let (eps, weight_decay, step) = (self.eps, self.weight_decay, self.step_count + 1);
+        let step = self.step_count + 1;
+        let tensors = self.params.iter().enumerate().map(|(i, p)| ffi::AdamWTensors {
+            param: (self.master != MasterFormat::Bf16).then_some(&p.master),
+            grad: &p.grad,
+            exp_avg: &p.exp_avg,
+            exp_avg_sq: &p.exp_avg_sq,
+            scales: p.scales.as_ref().map(|[m, v]| (m, v)),
+            weight: self.mixed.then_some(&p.weight),
+            key: noise_key(self.seed, step, i),
+        });
+        let tensors: Vec<ffi::AdamWTensors> = tensors.collect();
+        let (eps, weight_decay) = (self.eps, self.weight_decay);
         let scalars =
             ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step, clear_grad: true };
         ffi::adamw(&tensors, &clip, scalars)?;
@@ -154,15 +232,27 @@ impl AdamW {
         let [beta1, beta2] = self.betas;
         let s = (self.step_count + 1) as i32;
         let (bias1, bias2) = (1.0 - beta1.powi(s), 1.0 - beta2.powi(s));
-        for p in &mut self.params {
+        let random = self.state != StateFormat::Fp32 || self.master == MasterFormat::Bf16;
+        for (i, p) in self.params.iter_mut().enumerate() {
             let grad = &p.grad * clip.to_kind(p.grad.kind());
-            let _ = p.master.g_mul_scalar_(1.0 - lr * self.weight_decay);
-            let _ = p.exp_avg.lerp_(&grad, 1.0 - beta1);
-            let _ = p.exp_avg_sq.g_mul_scalar_(beta2).g_add_(&(grad.square() * (1.0 - beta2)));
-            let denominator = p.exp_avg_sq.sqrt() / bias2.sqrt() + self.eps;
-            let _ = p.master.g_sub_(&(&p.exp_avg / denominator * (lr / bias1)));
+            let mut master = match self.mixed {
+                true => p.exact().to_kind(Kind::Float),
+                false => p.master.shallow_clone(),
+            };
+            let [mut m, mut v] = p.moments(self.state);
+            let _ = master.g_mul_scalar_(1.0 - lr * self.weight_decay);
+            let _ = m.lerp_(&grad, 1.0 - beta1);
+            let _ = v.g_mul_scalar_(beta2).g_add_(&(grad.square() * (1.0 - beta2)));
+            let denominator = v.sqrt() / bias2.sqrt() + self.eps;
+            let _ = master.g_sub_(&(&m / denominator * (lr / bias1)));
+            let (shape, device) = (p.weight.size(), p.weight.device());
+            let noise = match random {
+                true => Noise::new(noise_key(self.seed, i64::from(s), i), &shape, device),
+                false => Noise::half(&[0], device),
+            };
+            p.keep_moments(self.state, &[m, v], &noise);
             if self.mixed {
-                p.weight.copy_(&p.master);
+                p.keep_weight(self.master, &master, &noise);
             }
         }
     }
@@ -184,51 +274,139 @@ impl AdamW {
         self.params.iter().filter(bad).map(|p| p.name.as_str()).collect()
     }
 
-    /// The exact weights under their lit-gpt names, sharing storage.
+    /// The exact weights under their lit-gpt names. They share storage but for `master: split`, whose weights are
+    /// put together on the CPU, so that a GPU needs room for one of them at a time.
     pub fn masters(&self) -> Vec<(String, Tensor)> {
-        self.params.iter().map(|p| (p.name.clone(), p.master.shallow_clone())).collect()
-    }
-
-    /// Moments under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, sharing storage.
-    pub fn state(&self) -> Vec<(String, Tensor)> {
-        let both = |p: &ParamState| {
-            [("exp_avg", &p.exp_avg), ("exp_avg_sq", &p.exp_avg_sq)]
-                .map(|(kind, t)| (format!("{kind}.{}", p.name), t.shallow_clone()))
+        let exact = |p: &ParamState| match self.master {
+            MasterFormat::Split => p.exact().to_device(Device::Cpu),
+            _ => p.exact(),
         };
-        self.params.iter().flat_map(both).collect()
+        self.params.iter().map(|p| (p.name.clone(), exact(p))).collect()
     }
 
-    /// Restores what [`AdamW::state`] gave, bit for bit.
+    /// Moments under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, and with `state: int8` their scales
+    /// `exp_avg_scale.NAME` and `exp_avg_sq_scale.NAME`; sharing storage.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let all = |p: &ParamState| {
+            let mut kept = vec![("exp_avg", &p.exp_avg), ("exp_avg_sq", &p.exp_avg_sq)];
+            if let Some([scale, scale_sq]) = &p.scales {
+                kept.extend([("exp_avg_scale", scale), ("exp_avg_sq_scale", scale_sq)]);
+            }
+            let named =
+                |(kind, t): (&str, &Tensor)| (format!("{kind}.{}", p.name), t.shallow_clone());
+            kept.into_iter().map(named).collect::<Vec<_>>()
+        };
+        self.params.iter().flat_map(all).collect()
+    }
+
+    /// Restores what [`AdamW::state`] gave, bit for bit. fp32 moments are taken into `state: bf16` and `int8` too,
+    /// rounded to the nearest.
     ///
     /// # Errors
-    /// A tensor is missing, or has another shape or dtype.
+    /// The moments are of another format; a tensor is missing, or has another shape or dtype.
     pub fn load_state(&mut self, step_count: i64, saved: &[(String, Tensor)]) -> Result<()> {
-        let find = |name: &str| saved.iter().find(|(n, _)| n == name).map(|(_, t)| t);
-        for (name, mut ours) in self.state() {
-            let Some(theirs) = find(&name) else { bail!("optimizer state lacks `{name}`") };
-            if (theirs.size(), theirs.kind()) != (ours.size(), ours.kind()) {
-                bail!(
-                    "optimizer state `{name}`: expected {:?} {:?}, got {:?} {:?}",
-                    ours.kind(),
-                    ours.size(),
-                    theirs.kind(),
-                    theirs.size()
-                );
+        let _guard = tch::no_grad_guard();
+        let theirs = saved.iter().find(|(n, _)| n.starts_with("exp_avg.")).map(|(_, t)| t.kind());
+        let ours = self.params.first().map(|p| p.exp_avg.kind());
+        match (theirs.and_then(format_of), ours.and_then(format_of)) {
+            (Some(StateFormat::Fp32), _) if self.state != StateFormat::Fp32 => {
+                self.narrow_state(saved)?;
             }
-            ours.copy_(theirs);
+            (Some(theirs), Some(ours)) if theirs != ours => bail_hint!(
+                format!(
+                    "continue with that run's `optimizer.state: {theirs}`, or start from the checkpoint's weights \
+                     alone with `initial_checkpoint_dir`"
+                );
+                "the moments in the checkpoint are `{theirs}`, the configuration wants `{ours}`"
+            ),
+            _ => {
+                for (name, mut ours) in self.state() {
+                    ours.copy_(find(saved, &name, ours.kind(), &ours.size())?);
+                }
+            }
         }
         self.step_count = step_count;
         Ok(())
     }
 
-    /// Loads exact weights (from a checkpoint that already sits in the masters) into the working copies.
-    pub fn refresh_weights(&mut self) {
-        let _guard = tch::no_grad_guard();
-        if self.mixed {
-            for p in &mut self.params {
-                p.weight.copy_(&p.master);
-            }
+    /// Takes fp32 moments over into a smaller format.
+    fn narrow_state(&mut self, saved: &[(String, Tensor)]) -> Result<()> {
+        for p in &mut self.params {
+            let (shape, device) = (p.weight.size(), p.weight.device());
+            let moment = |kind: &str| -> Result<Tensor> {
+                let name = format!("{kind}.{}", p.name);
+                Ok(find(saved, &name, Kind::Float, &shape)?.to_device(device))
+            };
+            let moments = [moment("exp_avg")?, moment("exp_avg_sq")?];
+            p.keep_moments(self.state, &moments, &Noise::half(&shape, device));
         }
+        Ok(())
+    }
+}
+
+/// A parameter with moments of zero. `exact`: its fp32 values in `bf16-mixed`; elsewhere the weight has them.
+fn new_param(
+    name: String,
+    weight: Tensor,
+    grad: Tensor,
+    exact: Option<Tensor>,
+    state: StateFormat,
+    master: MasterFormat,
+) -> ParamState {
+    let (shape, device) = (weight.size(), weight.device());
+    let zeros = |shape: &[i64], kind: Kind| Tensor::zeros(shape, (kind, device));
+    let [first, second] = match state {
+        StateFormat::Fp32 => [exact.as_ref().map_or(weight.kind(), Tensor::kind); 2],
+        StateFormat::Bf16 => [Kind::BFloat16; 2],
+        StateFormat::Int8 => [Kind::Int8, Kind::Uint8],
+    };
+    let scale = || zeros(&[low_memory::n_blocks(weight.numel() as i64)], Kind::Float);
+    let mut p = ParamState {
+        name,
+        master: match (&exact, master) {
+            (Some(exact), MasterFormat::Fp32) => exact.shallow_clone(),
+            (Some(_), MasterFormat::Split) => zeros(&shape, Kind::Int16),
+            _ => weight.detach(),
+        },
+        grad,
+        exp_avg: zeros(&shape, first),
+        exp_avg_sq: zeros(&shape, second),
+        scales: (state == StateFormat::Int8).then(|| [scale(), scale()]),
+        weight,
+    };
+    if let Some(exact) = exact {
+        p.keep_weight(master, &exact, &Noise::half(&shape, device));
+    }
+    p
+}
+
+/// The tensor `name` of a saved state.
+fn find<'a>(
+    saved: &'a [(String, Tensor)],
+    name: &str,
+    kind: Kind,
+    shape: &[i64],
+) -> Result<&'a Tensor> {
+    let Some((_, found)) = saved.iter().find(|(n, _)| n == name) else {
+        bail!("optimizer state lacks `{name}`")
+    };
+    if (found.kind(), &found.size()[..]) != (kind, shape) {
+        bail!(
+            "optimizer state `{name}`: expected {kind:?} {shape:?}, got {:?} {:?}",
+            found.kind(),
+            found.size()
+        );
+    }
+    Ok(found)
+}
+
+/// The format whose first moments are of this dtype.
+fn format_of(kind: Kind) -> Option<StateFormat> {
+    match kind {
+        Kind::Float => Some(StateFormat::Fp32),
+        Kind::BFloat16 => Some(StateFormat::Bf16),
+        Kind::Int8 => Some(StateFormat::Int8),
+        _ => None,
     }
 }
 

@@ -149,6 +149,7 @@ impl Run {
 
         // 3. Optimizer: takes the fp32 weights over as masters.
         let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer);
+        optimizer.seed = config.seed;
 
         // 4. Resume: optimizer, random generators, data cursor, counters.
         let progress = match &resume_from {

@@ -3,7 +3,9 @@
 use assert_cmd::cargo::cargo_bin_cmd;
 use proptest::prelude::*;
 use std::path::Path;
-use tinyllama::config::{self, BatchPlan, ConfigError, DataSource, Resume, RunConfig};
+use tinyllama::config::{
+    self, BatchPlan, ConfigError, DataSource, MasterFormat, Resume, RunConfig, StateFormat,
+};
 
 const BASE: &str = "data: {train: [{path: x}]}\ntrain: {max_steps: 3000}\n";
 
@@ -245,6 +247,32 @@ fn lengths_and_rates_that_cannot_be_are_refused() {
     let zero = ["`train.global_batch_size`: must be at least 1, got 0"];
     assert_eq!(problems(BASE, &["train.global_batch_size=0"]), zero);
     assert_eq!(problems("[1, 2]", &[]), ["the file: expected a table of keys, got a list of 2"]);
+}
+
+#[test]
+fn memory_formats_of_the_optimizer_belong_to_mixed_precision() {
+    let c = parse(BASE, &["optimizer.state=int8", "optimizer.master=split"]);
+    assert_eq!((c.optimizer.state, c.optimizer.master), (StateFormat::Int8, MasterFormat::Split));
+    assert_eq!(
+        problems(BASE, &["optimizer.state=int4", "optimizer.master=int8"]),
+        [
+            "`optimizer.state`: expected one of `fp32`, `bf16`, `int8`, got `int4`; did you mean `int8`?",
+            "`optimizer.master`: expected one of `fp32`, `split`, `bf16`, got `int8`"
+        ]
+    );
+    let smaller = ["precision=32-true", "optimizer.state=int8", "optimizer.master=split"];
+    let got = problems(BASE, &smaller);
+    assert_eq!(
+        got,
+        [
+            "`optimizer.state`: `int8` needs `precision: bf16-mixed`; `32-true` keeps one fp32 copy of the \
+             weights and fp32 moments and takes `fp32` only",
+            "`optimizer.master`: `split` needs `precision: bf16-mixed`; `32-true` keeps one fp32 copy of the \
+             weights and fp32 moments and takes `fp32` only"
+        ]
+    );
+    let bf16 = problems(BASE, &["precision=bf16-true", "optimizer.master=bf16"]);
+    assert!(bf16[0].contains("bf16 weights and moments already"), "{bf16:?}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod golden;
 mod golden_train;
 mod gpu;
 mod kernels;
+mod low_memory;
 mod metrics;
 mod model;
 mod ops;

@@ -93,10 +93,16 @@ fn weights(dir: &Path) -> Vec<u8> {
 
 #[test]
 fn a_run_killed_at_step_seven_and_resumed_equals_one_that_was_not_bit_for_bit() {
-    for precision in ["32-true", "bf16-mixed"] {
+    let mixed = "precision=bf16-mixed";
+    let settings = [
+        ["precision=32-true"; 3],
+        [mixed; 3],
+        [mixed, "optimizer.master=split", "optimizer.state=int8"],
+        [mixed, "optimizer.master=bf16", "optimizer.state=bf16"],
+    ];
+    for settings in settings {
         let s = Setup::new();
-        let precision = format!("precision={precision}");
-        let more = ["--set", precision.as_str()];
+        let more = settings.map(|setting| ["--set", setting]).concat();
         let straight = s.run("straight", &more);
         assert!(straight.status.success(), "{}", text(&straight));
 
@@ -104,7 +110,7 @@ fn a_run_killed_at_step_seven_and_resumed_equals_one_that_was_not_bit_for_bit() 
         wait_for("step 7", || s.losses("killed").iter().any(|row| row.0 >= 7));
         child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
-        let resumed = s.run("killed", &["--set", precision.as_str(), "--resume", "auto"]);
+        let resumed = s.run("killed", &[&more[..], &["--resume", "auto"]].concat());
         assert!(resumed.status.success(), "{}", text(&resumed));
 
         assert_eq!(s.losses("straight").len(), 20);
