@@ -50,12 +50,17 @@ pub struct RunConfig {
     pub optimizer: OptimizerConfig,
 }
 
-/// `bf16-mixed` (fp32 master weights and state, bf16 compute), `bf16-true` (everything bf16), `32-true`.
+/// `bf16-mixed` (fp32 master weights and state, bf16 compute), `fp8-mixed` (the same with the blocks' matrix products
+/// in fp8), `bf16-true` (everything bf16), `32-true`.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
 pub enum Precision {
     /// fp32 master weights and AdamW state, bf16 working copy and activations, fp32 accumulation.
     #[serde(rename = "bf16-mixed")]
     Bf16Mixed,
+    /// As `bf16-mixed`, but the matrix products of the blocks, forward and backward, are of e4m3 casts with one scale a
+    /// tensor. Needs compute capability 8.9 (RTX 4090, H100) and a Llama without biases.
+    #[serde(rename = "fp8-mixed")]
+    Fp8Mixed,
     /// bf16 weights, gradients and AdamW state.
     #[serde(rename = "bf16-true")]
     Bf16True,
@@ -251,6 +256,9 @@ pub struct TrainConfig {
 pub enum ActivationCheckpointing {
     /// Each operation keeps what its backward pass needs.
     None,
+    /// The backward pass computes the outputs of the norms again (two reads and a write of C values a token each);
+    /// with fused kernels, on a GPU. In `fp8-mixed` this is always so.
+    Selective,
     /// A block keeps only its inputs (4 C bytes a token in bf16) and the backward pass runs it again: a third more
     /// arithmetic in it, which MFU does not count.
     Block,
@@ -306,10 +314,10 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// How `bf16-mixed` keeps the two moments. `32-true` and `bf16-true` keep them in the dtype of the weights
+    /// How `bf16-mixed` and `fp8-mixed` keep the two moments. `32-true` and `bf16-true` keep them in the dtype of the weights
     /// and take `fp32` only.
     pub state: StateFormat,
-    /// How `bf16-mixed` keeps the exact weights beside the bf16 ones it computes with. `32-true` and `bf16-true`
+    /// How `bf16-mixed` and `fp8-mixed` keep the exact weights beside the bf16 ones it computes with. `32-true` and `bf16-true`
     /// have one copy of the weights and take `fp32` only.
     pub master: MasterFormat,
 }
@@ -345,11 +353,18 @@ pub enum OptimizerName {
     AdamW,
 }
 
+impl Precision {
+    /// fp32 masters beside bf16 weights, which the model computes with.
+    pub fn is_mixed(self) -> bool {
+        matches!(self, Self::Bf16Mixed | Self::Fp8Mixed)
+    }
+}
+
 impl TrainConfig {
     /// How many of a model's first blocks the backward pass computes again.
     pub fn recomputed_blocks(&self, n_layer: i64) -> u64 {
         match self.activation_checkpointing {
-            ActivationCheckpointing::None => 0,
+            ActivationCheckpointing::None | ActivationCheckpointing::Selective => 0,
             ActivationCheckpointing::Block => self.checkpoint_blocks.unwrap_or(n_layer as u64),
         }
     }

@@ -135,6 +135,10 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_optimizer(config, &mut problems);
     check_optimizer_formats(config, &mut problems);
     check_data(config, &mut problems);
+    if config.precision == Precision::Fp8Mixed && !config.fused {
+        problems
+            .push("`fused`: `precision: fp8-mixed` has no plain path, so it must be true".into());
+    }
     if config.deterministic && config.attention == AttentionBackend::Cudnn {
         problems.push("`attention`: cuDNN's is not deterministic; use `auto` or `flash`".into());
     }
@@ -302,7 +306,7 @@ fn check_optimizer_formats(config: &RunConfig, problems: &mut Vec<String>) {
     };
     let mut refuse = |key: &str, got: String| {
         problems.push(format!(
-            "`optimizer.{key}`: `{got}` needs `precision: bf16-mixed`; `{precision}` keeps {keeps} and takes \
+            "`optimizer.{key}`: `{got}` needs `precision: bf16-mixed` or `fp8-mixed`; `{precision}` keeps {keeps} and takes \
              `fp32` only"
         ));
     };

@@ -13,10 +13,28 @@ pub struct Positions {
     pub cos: Tensor,
     /// (T, n_elem) fp32
     pub sin: Tensor,
+    /// How things are computed.
+    pub kernels: Kernels,
+}
+
+/// Which kernels a pass through the model uses.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
     /// Kernels of attention.
-    pub backend: AttentionBackend,
+    pub attention: AttentionBackend,
     /// Fused kernels, or their plain references.
     pub fused: bool,
+    /// The output of each norm is computed again in the backward pass instead of being kept.
+    pub recompute_norms: bool,
+    /// Matrix products of the blocks in e4m3, where the layers have e4m3 weights.
+    pub fp8: bool,
+}
+
+impl Kernels {
+    /// Whether norms and the layers behind them are one function.
+    pub fn recomputes_norms(&self) -> bool {
+        self.fused && (self.recompute_norms || self.fp8)
+    }
 }
 
 impl Positions {
@@ -56,27 +74,27 @@ impl CausalSelfAttention {
         Self { qkv: self.qkv.shallow_clone(), proj: self.proj.shallow_clone(), ..*self }
     }
 
-    /// With a cache, x continues the cached sequence: keys and values are appended to it.
+    /// `qkv` is the packed projection of the normed x. With a cache, x continues the cached sequence: keys and values are appended to it.
     ///
     /// # Shapes
-    /// x (B, T, C) -> (B, T, C).
-    pub fn forward(&self, x: &Tensor, at: &Positions, cache: Option<&mut LayerCache>) -> Tensor {
-        let (b, t, _) = x.size3().expect("x is (B, T, C)");
+    /// qkv (B, T, (H+2G)*D) -> (B, T, C).
+    pub fn forward(&self, qkv: &Tensor, at: &Positions, cache: Option<&mut LayerCache>) -> Tensor {
+        let (b, t, _) = qkv.size3().expect("qkv is (B, T, (H+2G)*D)");
         let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
 
-        let qkv = self.qkv.forward(x, at.fused); // (B, T, (H+2G)*D)
-        let qkv = ops::rope_qkv(&qkv, &at.cos, &at.sin, h + g, d, at.fused); // unchanged
+        let with = &at.kernels;
+        let qkv = ops::rope_qkv(qkv, &at.cos, &at.sin, h + g, d, with.fused); // unchanged
         let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
 
         let y = match cache {
-            None => ops::attention_qkv(&qkv, h, g, Mask::CAUSAL, at.backend), // (B, H, T, D)
+            None => ops::attention_qkv(&qkv, h, g, Mask::CAUSAL, with.attention), // (B, H, T, D)
             Some(cache) => {
                 let (q, k, v) = ops::split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
                 let (k, v) = cache.append(&k, &v); // (B, G, S, D) x2, S = cached + T
-                ops::attention(&q, &k, &v, Mask::CAUSAL, at.backend) // (B, H, T, D)
+                ops::attention(&q, &k, &v, Mask::CAUSAL, with.attention) // (B, H, T, D)
             }
         };
         let y = y.transpose(1, 2).reshape([b, t, h * d]); // (B, T, H*D)
-        self.proj.forward(&y, at.fused) // (B, T, C)
+        self.proj.forward(&y, with) // (B, T, C)
     }
 }

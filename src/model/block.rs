@@ -48,15 +48,14 @@ impl Block {
         at: &Positions,
         cache: Option<&mut LayerCache>,
     ) -> (Tensor, Tensor) {
-        let (normed, x) = self.norm_1.forward(x, delta, at.fused); // (B, T, C) x2
-        let attn = self.attn.forward(&normed, at, cache); // (B, T, C)
+        let with = &at.kernels;
+        let (qkv, x) = self.attn.qkv.after(&self.norm_1, x, delta, with); // (B, T, (H+2G)*D), (B, T, C)
+        let attn = self.attn.forward(&qkv, at, cache); // (B, T, C)
         if self.parallel_residual {
-            let (normed, x) = self.norm_2.forward(&x, None, at.fused); // (B, T, C) x2
-            let mlp = self.mlp.forward(&normed, at.fused); // (B, T, C)
+            let (mlp, x) = self.mlp.after(&self.norm_2, &x, None, with); // (B, T, C) x2
             return (x, mlp + attn);
         }
-        let (normed, x) = self.norm_2.forward(&x, Some(&attn), at.fused); // (B, T, C) x2
-        let mlp = self.mlp.forward(&normed, at.fused); // (B, T, C)
+        let (mlp, x) = self.mlp.after(&self.norm_2, &x, Some(&attn), with); // (B, T, C) x2
         (x, mlp)
     }
 

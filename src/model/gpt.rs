@@ -1,8 +1,9 @@
 //! The network: `GPT { wte, h, ln_f, lm_head }`.
 
-use super::attention::Positions;
+use super::attention::{Kernels, Positions};
 use super::block::Block;
 use super::config::ModelConfig;
+use super::fp8::Fp8;
 use super::init;
 use super::kv_cache::KvCache;
 use super::linear::{Embedding, Linear};
@@ -34,6 +35,10 @@ pub struct GPT {
     pub attention: AttentionBackend,
     /// Fused kernels (`true`) or their plain references.
     pub fused: bool,
+    /// The backward pass computes the norms' outputs again instead of keeping them.
+    pub recompute_norms: bool,
+    /// Scales of the blocks' layers in e4m3, in `fp8-mixed`.
+    pub fp8: Option<Fp8>,
     /// So many of the first blocks keep only their inputs; the backward pass runs them again.
     pub recomputed_blocks: usize,
     rope: Rope,
@@ -57,6 +62,8 @@ impl GPT {
             lm_head: (!config.tie_embeddings).then(|| Linear::new(c, v, false, device)),
             attention: AttentionBackend::Auto,
             fused: true,
+            recompute_norms: false,
+            fp8: None,
             recomputed_blocks: 0,
             rope: Rope::new(config, device),
             config: config.clone(),
@@ -80,7 +87,13 @@ impl GPT {
         let (_, t) = idx.size2().expect("idx is (B, T)");
         let past = cache.as_ref().map_or(0, |cache| cache.len());
         let (cos, sin) = self.rope.cos_sin(past, t); // (T, n_elem) x2
-        let at = Positions { cos, sin, backend: self.attention, fused: self.fused };
+        let kernels = Kernels {
+            attention: self.attention,
+            fused: self.fused,
+            recompute_norms: self.recompute_norms && cache.is_none(),
+            fp8: self.fp8.is_some() && cache.is_none(),
+        };
+        let at = Positions { cos, sin, kernels };
 
         let mut x = self.wte.forward(idx); // (B, T, C)
         let mut delta = None; // what the last block adds to x

@@ -1,5 +1,8 @@
 //! `nn.Linear` and `nn.Embedding`.
 
+use super::attention::Kernels;
+use super::norm::Norm;
+use crate::ffi::Fp8Linear;
 use crate::ops;
 use tch::{Device, Kind, Tensor};
 
@@ -13,6 +16,8 @@ pub struct Linear {
     pub weight: Tensor,
     /// (out,)
     pub bias: Option<Tensor>,
+    /// e4m3 copies of the weight and scales, in `fp8-mixed`.
+    pub fp8: Option<Fp8Linear>,
 }
 
 impl Linear {
@@ -22,18 +27,40 @@ impl Linear {
         Self {
             weight: Tensor::empty([outputs, inputs], options),
             bias: bias.then(|| Tensor::zeros([outputs], options)),
+            fp8: None,
         }
     }
 
     /// Another handle on the same parameters.
     pub fn shallow_clone(&self) -> Self {
         let bias = self.bias.as_ref().map(Tensor::shallow_clone);
-        Self { weight: self.weight.shallow_clone(), bias }
+        let fp8 = self.fp8.as_ref().map(Fp8Linear::shallow_clone);
+        Self { weight: self.weight.shallow_clone(), bias, fp8 }
     }
 
     /// See [`ops::linear`].
-    pub fn forward(&self, x: &Tensor, fused: bool) -> Tensor {
-        ops::linear(x, &self.weight, self.bias.as_ref(), fused)
+    pub fn forward(&self, x: &Tensor, with: &Kernels) -> Tensor {
+        let fp8 = self.fp8.as_ref().filter(|_| with.fp8);
+        ops::linear(x, &self.weight, self.bias.as_ref(), fp8, with.fused)
+    }
+
+    /// `(self(norm(sum)), sum)` with `sum = x + residual`: the layer behind a norm.
+    ///
+    /// # Shapes
+    /// x, residual (.., C) -> (.., out), (.., C).
+    pub fn after(
+        &self,
+        norm: &Norm,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        with: &Kernels,
+    ) -> (Tensor, Tensor) {
+        let fp8 = self.fp8.as_ref().filter(|_| with.fp8);
+        if with.recomputes_norms() && norm.bias.is_none() && self.bias.is_none() {
+            return ops::norm_linear(x, residual, &norm.weight, norm.eps, &self.weight, fp8);
+        }
+        let (normed, sum) = norm.forward(x, residual, with.fused); // (.., C) x2
+        (self.forward(&normed, with), sum)
     }
 }
 

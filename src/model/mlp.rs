@@ -1,7 +1,10 @@
 //! The two feed-forward layers.
 
+use super::attention::Kernels;
 use super::config::{MlpClass, ModelConfig};
 use super::linear::Linear;
+use super::norm::Norm;
+use crate::ffi::Fp8Linear;
 use crate::ops;
 use tch::{Device, Tensor};
 
@@ -15,6 +18,8 @@ pub struct LLaMAMLP {
     pub fc_2: Linear,
     /// down: (C, F)
     pub proj: Linear,
+    /// e4m3 copies of `[fc_1; fc_2]` and their scales, in `fp8-mixed`.
+    pub gate_up_fp8: Option<Fp8Linear>,
 }
 
 /// `proj(gelu(fc(x)))`.
@@ -44,6 +49,7 @@ impl Mlp {
                 fc_1: Linear::new(c, f, bias, device),
                 fc_2: Linear::new(c, f, bias, device),
                 proj: Linear::new(f, c, bias, device),
+                gate_up_fp8: None,
             }),
             MlpClass::GptNeoxMLP => Self::GptNeox(GptNeoxMLP {
                 fc: Linear::new(c, f, bias, device),
@@ -84,6 +90,7 @@ impl Mlp {
                 fc_1: mlp.fc_1.shallow_clone(),
                 fc_2: mlp.fc_2.shallow_clone(),
                 proj: mlp.proj.shallow_clone(),
+                gate_up_fp8: mlp.gate_up_fp8.as_ref().map(Fp8Linear::shallow_clone),
             }),
             Self::GptNeox(mlp) => Self::GptNeox(GptNeoxMLP {
                 fc: mlp.fc.shallow_clone(),
@@ -94,21 +101,50 @@ impl Mlp {
 
     /// # Shapes
     /// x (B, T, C) -> (B, T, C).
-    pub fn forward(&self, x: &Tensor, fused: bool) -> Tensor {
+    pub fn forward(&self, x: &Tensor, with: &Kernels) -> Tensor {
         match self {
             Self::LLaMA(mlp) if mlp.proj.bias.is_none() => {
-                let (fc_1, fc_2, proj) = (&mlp.fc_1.weight, &mlp.fc_2.weight, &mlp.proj.weight);
-                ops::swiglu_mlp(x, fc_1, fc_2, proj, fused) // (B, T, C)
+                let [fc_1, fc_2, proj] = mlp.weights();
+                ops::swiglu_mlp(x, fc_1, fc_2, proj, with.fused) // (B, T, C)
             }
             Self::LLaMA(mlp) => {
-                let x =
-                    ops::swiglu_reference(&mlp.fc_1.forward(x, fused), &mlp.fc_2.forward(x, fused)); // (B, T, F)
-                mlp.proj.forward(&x, fused) // (B, T, C)
+                let (gate, up) = (mlp.fc_1.forward(x, with), mlp.fc_2.forward(x, with)); // (B, T, F) x2
+                mlp.proj.forward(&ops::swiglu_reference(&gate, &up), with) // (B, T, C)
             }
             Self::GptNeox(mlp) => {
-                let x = mlp.fc.forward(x, fused).gelu("none"); // (B, T, F)
-                mlp.proj.forward(&x, fused) // (B, T, C)
+                let x = mlp.fc.forward(x, with).gelu("none"); // (B, T, F)
+                mlp.proj.forward(&x, with) // (B, T, C)
             }
         }
+    }
+
+    /// `(self(norm(sum)), sum)` with `sum = x + residual`: the MLP behind a norm.
+    ///
+    /// # Shapes
+    /// x, residual (B, T, C) -> (B, T, C) x2.
+    pub fn after(
+        &self,
+        norm: &Norm,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        with: &Kernels,
+    ) -> (Tensor, Tensor) {
+        if let Self::LLaMA(mlp) = self
+            && with.recomputes_norms()
+            && norm.bias.is_none()
+            && mlp.proj.bias.is_none()
+        {
+            let fp8 = mlp.gate_up_fp8.as_ref().zip(mlp.proj.fp8.as_ref()).filter(|_| with.fp8);
+            return ops::norm_mlp(x, residual, &norm.weight, norm.eps, mlp.weights(), fp8);
+        }
+        let (normed, sum) = norm.forward(x, residual, with.fused); // (B, T, C) x2
+        (self.forward(&normed, with), sum)
+    }
+}
+
+impl LLaMAMLP {
+    /// W1 (F, C), W2 (F, C), W3 (C, F).
+    fn weights(&self) -> [&Tensor; 3] {
+        [&self.fc_1.weight, &self.fc_2.weight, &self.proj.weight]
     }
 }

@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod block;
 pub mod config;
+mod fp8;
 pub mod gpt;
 pub mod init;
 pub mod kv_cache;
@@ -15,5 +16,6 @@ mod presets;
 pub mod rope;
 
 pub use config::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
+pub use fp8::{Fp8, Fp8Record, obstacle as fp8_obstacle};
 pub use gpt::GPT;
 pub use kv_cache::KvCache;

@@ -11,7 +11,8 @@ pub struct Norm {
     pub weight: Tensor,
     /// (C,), LayerNorm only, starts at 0
     pub bias: Option<Tensor>,
-    eps: f64,
+    /// Added to the mean square, or to the variance.
+    pub eps: f64,
 }
 
 impl Norm {

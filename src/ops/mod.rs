@@ -14,7 +14,7 @@ mod rope;
 
 pub use crate::ffi::LossScalars;
 pub use attention::{Documents, Mask, attention, attention_qkv, attention_reference, split_heads};
-pub use linear::linear;
+pub use linear::{fp8_reference, linear, norm_linear, norm_mlp};
 pub use loss::{cross_entropy, cross_entropy_reference, cross_entropy_sum, head_loss, head_rows};
 pub use mlp::{swiglu, swiglu_mlp, swiglu_reference};
 pub use norm::{add_rms_norm, layer_norm, rms_norm, rms_norm_reference};

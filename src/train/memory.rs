@@ -2,7 +2,7 @@
 //!
 //! The arithmetic of what the training step keeps (bytes; N tokens of a micro-batch, widths as in [`crate::model`]):
 //!
-//! - a parameter: 4 master + 8 moments + 4 gradient sum + 2 working copy + 2 gradient in `bf16-mixed`;
+//! - a parameter: 4 master + 8 moments + 4 gradient sum + 2 working copy in `bf16-mixed`, 2 more in `fp8-mixed`;
 //!   2 weight + 2 gradient + 4 moments in `bf16-true`. In `bf16-mixed`, `optimizer.master: split` has 2 for the
 //!   master and `bf16` none; `optimizer.state: bf16` has 4 for the moments, `int8` 2 + 8 / 256;
 //! - a Llama block a token: twice the residual sum and its norm (4 C), the packed QKV (H + 2G) D, the attention
@@ -42,10 +42,11 @@ impl MemoryPlan {
         sequence: u64,
     ) -> Option<Self> {
         let per_parameter: &[(&str, u64)] = match precision {
-            Precision::Bf16Mixed => &[
+            Precision::Bf16Mixed => &[("gradient sums, fp32", 4), ("weights, bf16", 2)],
+            Precision::Fp8Mixed => &[
                 ("gradient sums, fp32", 4),
                 ("weights, bf16", 2),
-                ("gradients of a micro-batch, bf16", 2),
+                ("weights, e4m3 in both orientations", 2),
             ],
             Precision::Bf16True => {
                 &[("weights, bf16", 2), ("AdamW moments, bf16", 4), ("gradients, bf16", 2)]
@@ -57,7 +58,7 @@ impl MemoryPlan {
         }
         let n_params = model.n_params();
         let mut parts = match precision {
-            Precision::Bf16Mixed => optimizer_parts(optimizer, n_params),
+            Precision::Bf16Mixed | Precision::Fp8Mixed => optimizer_parts(optimizer, n_params),
             _ => Vec::new(),
         };
         parts.extend(per_parameter.iter().map(|&(name, bytes)| (name.into(), bytes * n_params)));

@@ -7,6 +7,7 @@ use super::append::AppendFile;
 use super::plot;
 use super::progress::{self, NO_VALUE, Progress};
 use super::tensorboard::EventWriter;
+use crate::model::Fp8Record;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -44,6 +45,9 @@ pub struct StepRecord {
     pub iter_time_ms: f64,
     /// Wall clock in seconds since 1970 (UTC); see [`unix_time`].
     pub time: f64,
+    /// Every scale of `fp8-mixed`; absent in other precisions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fp8: Option<Vec<Fp8Record>>,
 }
 
 /// A validation.
@@ -397,6 +401,7 @@ mod tests {
             peak_memory_gib: Some(31.2),
             iter_time_ms: 312.0,
             time: 1.5e9,
+            fp8: None,
         }
     }
 

@@ -4,6 +4,7 @@
 //! |--------------|-----------------------------|--------------------------------|--------------|
 //! | `32-true`    | fp32                        | the master itself              | fp32         |
 //! | `bf16-mixed` | fp32                        | bf16 copy, refreshed each step | fp32         |
+//! | `fp8-mixed`  | fp32                        | the same, and e4m3 copies      | fp32         |
 //! | `bf16-true`  | bf16                        | the master itself              | bf16         |
 //!
 //! The gradient sums lie in one buffer. Each parameter's part of it is that weight's `.grad` for the whole run, in
@@ -130,7 +131,9 @@ impl AdamW {
     pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Self {
         let fp32 = model.named_parameters();
         let masters: Vec<Tensor> = match precision {
-            Precision::Bf16Mixed => fp32.iter().map(|(_, p)| p.detach().copy()).collect(),
+            Precision::Bf16Mixed | Precision::Fp8Mixed => {
+                fp32.iter().map(|(_, p)| p.detach().copy()).collect()
+            }
             _ => Vec::new(),
         };
         if precision != Precision::Fp32True {
@@ -139,7 +142,7 @@ impl AdamW {
         model.requires_grad(true);
 
         let weights = model.named_parameters();
-        let mixed = precision == Precision::Bf16Mixed;
+        let mixed = precision.is_mixed();
         let grad_kind = if mixed { Kind::Float } else { weights[0].1.kind() };
         let (grads, parts) = gradient_buffer(&weights, grad_kind);
         let (state, master) = match mixed {
@@ -259,9 +262,13 @@ impl AdamW {
 
     /// Zeroes the gradient sums in place, before a step's micro-batches; the fused update has done so.
     pub fn zero_grad(&mut self) {
-        if self.fused {
-            return;
+        if !self.fused {
+            self.clear_gradients();
         }
+    }
+
+    /// Zeroes the gradient sums in place.
+    pub fn clear_gradients(&mut self) {
         let _ = self.grads.zero_();
     }
 

@@ -7,15 +7,16 @@ use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
 use super::{saver, validate};
 use crate::config::{
-    AttentionBackend, BatchPlan, CudaGraph, MatmulBackend, Precision, Resume, RunConfig,
+    ActivationCheckpointing, AttentionBackend, BatchPlan, CudaGraph, MatmulBackend, Precision,
+    Resume, RunConfig,
 };
 use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
 use crate::error::WithHint;
 use crate::ffi::ReadBack;
-use crate::model::{GPT, ModelConfig};
+use crate::model::{Fp8, GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
 use crate::{bail_hint, checkpoint, config, device, ffi, guard};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
 use std::time::Instant;
 use tch::{Device, Tensor};
@@ -41,15 +42,15 @@ pub struct LaunchedStep {
     numbers: Numbers,
 }
 
-/// Loss and gradient norm.
+/// Loss and gradient norm, and the scales in `fp8-mixed`.
 #[derive(Debug)]
 enum Numbers {
     Coming(ReadBack),
-    Here([f64; 2]),
+    Here(Vec<f64>),
 }
 
 /// Numbers of one optimizer step.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TakenStep {
     /// Counters after it; `progress.step` is its own number, from 1.
     pub progress: Progress,
@@ -59,6 +60,8 @@ pub struct TakenStep {
     pub loss: f64,
     /// L2 norm of the gradients before clipping.
     pub grad_norm: f64,
+    /// What [`crate::model::Fp8::numbers`] stood at, in `fp8-mixed`.
+    pub fp8: Vec<f64>,
 }
 
 impl LaunchedStep {
@@ -67,14 +70,13 @@ impl LaunchedStep {
     /// # Sync
     /// The CPU waits for the step's end.
     pub fn wait(self) -> Result<TakenStep> {
-        let [loss, grad_norm] = match self.numbers {
+        let mut numbers = match self.numbers {
             Numbers::Here(numbers) => numbers,
-            Numbers::Coming(numbers) => match numbers.wait()?[..] {
-                [loss, grad_norm] => [loss, grad_norm],
-                _ => bail!("two numbers a step"),
-            },
+            Numbers::Coming(numbers) => numbers.wait()?,
         };
-        Ok(TakenStep { progress: self.progress, lr: self.lr, loss, grad_norm })
+        let fp8 = numbers.split_off(2);
+        let (progress, lr) = (self.progress, self.lr);
+        Ok(TakenStep { progress, lr, loss: numbers[0], grad_norm: numbers[1], fp8 })
     }
 }
 
@@ -145,15 +147,21 @@ impl Run {
         };
         model.attention = config.attention;
         model.fused = config.fused;
+        model.recompute_norms =
+            config.train.activation_checkpointing == ActivationCheckpointing::Selective;
         model.recomputed_blocks = config.train.recomputed_blocks(model_config.n_layer) as usize;
 
         // 3. Optimizer: takes the fp32 weights over as masters.
         let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer);
         optimizer.seed = config.seed;
 
+        if config.precision == Precision::Fp8Mixed {
+            model.enable_fp8()?;
+        }
+
         // 4. Resume: optimizer, random generators, data cursor, counters.
         let progress = match &resume_from {
-            Some(dir) => saver::restore(dir, config, &mut optimizer, &mut loader, device)?,
+            Some(dir) => saver::restore(dir, config, &model, &mut optimizer, &mut loader, device)?,
             None => Progress::default(),
         };
 
@@ -165,9 +173,10 @@ impl Run {
         let resumed = resume_from.is_some().then_some(progress.step);
         let log = RunLog::open(&config.out_dir, resumed, totals, false)?;
 
-        let micro = MicroStep::new(
+        let mut micro = MicroStep::new(
             device.is_cuda() && config.fused && config.cuda_graph == CudaGraph::Auto,
         );
+        micro.find_scales = model.fp8.is_some() && progress.step == 0;
         let width = model_config.n_head * model_config.head_size;
         let flops = flops::flops_per_token(
             model_config.n_matmul_params(),
@@ -270,10 +279,12 @@ impl Run {
         let numbers = guard::catch("the training step", self.device, super::LOWER, || {
             optimizer.zero_grad();
             let out = train_step(model, optimizer, micro, &batches, lr, train)?;
-            let both = Tensor::stack(&[out.loss, out.grad_norm], 0); // (2,)
-            Ok(match both.device() {
-                Device::Cuda(_) => Numbers::Coming(ReadBack::start(&both)?),
-                _ => Numbers::Here([both.double_value(&[0]), both.double_value(&[1])]),
+            let mut numbers = vec![out.loss.view([1]), out.grad_norm.view([1])];
+            numbers.extend(model.fp8.as_ref().map(Fp8::numbers));
+            let numbers = Tensor::cat(&numbers, 0); // (2 + scales,)
+            Ok(match numbers.device() {
+                Device::Cuda(_) => Numbers::Coming(ReadBack::start(&numbers)?),
+                _ => Numbers::Here(vec![numbers.double_value(&[0]), numbers.double_value(&[1])]),
             })
         })?;
         self.progress.step += 1;
@@ -285,7 +296,8 @@ impl Run {
 
     /// Logs a step that took `seconds`.
     pub fn log_step(&mut self, taken: &TakenStep, seconds: f64) -> Result<()> {
-        let TakenStep { progress, lr, loss, grad_norm } = *taken;
+        let TakenStep { progress, lr, loss, grad_norm, .. } = *taken;
+        let fp8 = self.model.fp8.as_ref().map(|fp8| fp8.records(&taken.fp8));
         let rate = self.plan.tokens_per_step as f64 / seconds;
         let (mfu, mfu_causal) = self.utilisation(rate);
         let peak_memory = match self.device {
@@ -308,6 +320,7 @@ impl Run {
             peak_memory_gib: peak_memory,
             iter_time_ms: seconds * 1e3 / self.plan.accumulation as f64,
             time: unix_time(),
+            fp8,
         })
     }
 
@@ -416,6 +429,7 @@ impl std::fmt::Display for Precision {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Bf16Mixed => "bf16-mixed",
+            Self::Fp8Mixed => "fp8-mixed",
             Self::Bf16True => "bf16-true",
             Self::Fp32True => "32-true",
         })

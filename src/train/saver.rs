@@ -6,6 +6,7 @@ use crate::checkpoint::{self, TrainState};
 use crate::config::{Precision, RunConfig};
 use crate::data::DataLoader;
 use crate::ffi;
+use crate::model::{Fp8, GPT};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
@@ -19,7 +20,8 @@ use tch::Device;
 pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
     let config = &run.model.config;
     let masters = run.optimizer.masters();
-    let moments = run.optimizer.state();
+    let mut moments = run.optimizer.state();
+    moments.extend(run.model.fp8.iter().flat_map(Fp8::state));
 
     let state = TrainState {
         step: run.progress.step,
@@ -52,6 +54,7 @@ pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
 pub fn restore(
     dir: &Path,
     config: &RunConfig,
+    model: &GPT,
     optimizer: &mut AdamW,
     loader: &mut DataLoader,
     device: Device,
@@ -59,6 +62,7 @@ pub fn restore(
     let (state, moments, generators) = checkpoint::load_train_state(dir)?;
     check_precision(&state, config.precision)?;
     optimizer.load_state(state.step as i64, &moments)?;
+    model.restore_fp8(&moments)?;
     let cursor = serde_json::from_value(state.data.clone())
         .with_context(|| format!("data cursor of `{}`", dir.display()))?;
     loader.restore(&cursor)?;

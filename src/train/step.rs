@@ -44,6 +44,10 @@ pub fn train_step(
     };
     let device = model.device();
     let mut loss = Tensor::zeros([], (Kind::Float, device));
+    if let (true, Some(first)) = (std::mem::take(&mut micro.find_scales), batches.first()) {
+        find_scales(model, first, scalars)?;
+        optimizer.clear_gradients();
+    }
     let coming: Vec<Coming> =
         batches.iter().map(|batch| Coming::new(batch, device)).collect::<Result<_>>()?;
     for batch in coming {
@@ -51,6 +55,7 @@ pub fn train_step(
         let _ = loss.g_add_(&micro.run(model, &input, &target, scalars)?);
     }
     let grad_norm = optimizer.step(lr, train.max_norm)?;
+    model.refresh_fp8_weights()?;
     Ok(StepOutput { loss, grad_norm })
 }
 
@@ -61,6 +66,8 @@ pub fn train_step(
 #[derive(Debug, Default)]
 pub struct MicroStep {
     graph: bool,
+    /// Find the scales of `fp8-mixed` by the first batch before the first step.
+    pub find_scales: bool,
     runs: usize,
     captured: Option<Captured>,
 }
@@ -97,7 +104,7 @@ impl MicroStep {
     ) -> Result<Tensor> {
         self.runs += 1;
         if !self.graph || self.runs <= Self::WARM_UP {
-            return Ok(forward_backward(model, input, target, scalars));
+            return forward_backward(model, input, target, scalars);
         }
         if self.captured.is_none() {
             self.captured = Some(Captured::new(model, input, target, scalars)?);
@@ -106,7 +113,7 @@ impl MicroStep {
             Some(c) if c.scalars == scalars && c.input.size() == input.size() => {
                 c.run(input, target)
             }
-            _ => Ok(forward_backward(model, input, target, scalars)),
+            _ => forward_backward(model, input, target, scalars),
         }
     }
 }
@@ -116,7 +123,7 @@ impl Captured {
         let (input, target) = (input.copy(), target.copy());
         let mut loss = Tensor::zeros([], (Kind::Float, input.device()));
         let graph = Graph::capture(|| {
-            loss.copy_(&forward_backward(model, &input, &target, scalars));
+            loss.copy_(&forward_backward(model, &input, &target, scalars)?);
             Ok(())
         })?;
         Ok(Self { graph, input, target, loss, scalars })
@@ -130,10 +137,29 @@ impl Captured {
     }
 }
 
-fn forward_backward(model: &GPT, input: &Tensor, target: &Tensor, scalars: LossScalars) -> Tensor {
+fn forward_backward(
+    model: &GPT,
+    input: &Tensor,
+    target: &Tensor,
+    scalars: LossScalars,
+) -> Result<Tensor> {
+    model.update_fp8_scales()?; // from the micro-batch before
     let loss = model.loss(input, target, scalars); // ()
     loss.backward();
-    loss.detach()
+    Ok(loss.detach())
+}
+
+/// Runs a batch without learning from it until the scales of `fp8-mixed`, which come from the micro-batch before, fit:
+/// a scale that was wrong makes those of the layers after it wrong, once.
+fn find_scales(model: &GPT, batch: &Batch, scalars: LossScalars) -> Result<()> {
+    let Some(fp8) = &model.fp8 else { return Ok(()) };
+    fp8.guess_gradients(1.0 / scalars.scale);
+    let input = to_device(&batch.input, model.device())?;
+    let target = to_device(&batch.target, model.device())?;
+    for _ in 0..6 {
+        let _ = forward_backward(model, &input, &target, scalars)?;
+    }
+    Ok(())
 }
 
 /// A batch on its way to the model's device.

@@ -21,6 +21,7 @@ fn step(step: u64, loss: f64) -> StepRecord {
         peak_memory_gib: None,
         iter_time_ms: 12.5,
         time: 1.5e9 + step as f64,
+        fp8: None,
     }
 }
 
