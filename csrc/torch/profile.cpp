@@ -1,9 +1,8 @@
 // What the GPU does, and where the CPU waits for it: kernels, copies, memsets and waiting API calls with their times,
 // from CUPTI's activity records. Kernels that a CUDA graph replays are recorded one by one.
 //
-// libcupti is looked up when a profile is asked for and not linked, so that a program without it starts. Only API
-// calls that can wait are recorded, not the thousands of launches: a step is little slower than without. Buffers are
-// kept as CUPTI fills them and read at the end, off the clock.
+// libcupti is looked up when a profile is asked for and not linked, so that a program without it starts. Of the API
+// calls only those that can wait are kept. Buffers are kept as CUPTI fills them and read at the end, off the clock.
 #include <cupti.h>
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -36,8 +35,6 @@ struct Cupti {
   decltype(&cuptiActivityRegisterCallbacks) register_callbacks;
   decltype(&cuptiActivityEnable) enable;
   decltype(&cuptiActivityDisable) disable;
-  decltype(&cuptiActivityEnableRuntimeApi) enable_runtime_call;
-  decltype(&cuptiActivityEnableDriverApi) enable_driver_call;
   decltype(&cuptiActivityGetNextRecord) next_record;
   decltype(&cuptiActivityGetNumDroppedRecords) dropped_records;
   decltype(&cuptiActivityFlushAll) flush;
@@ -60,8 +57,6 @@ Cupti load() {
   find(library, "cuptiActivityRegisterCallbacks", c.register_callbacks);
   find(library, "cuptiActivityEnable", c.enable);
   find(library, "cuptiActivityDisable", c.disable);
-  find(library, "cuptiActivityEnableRuntimeApi", c.enable_runtime_call);
-  find(library, "cuptiActivityEnableDriverApi", c.enable_driver_call);
   find(library, "cuptiActivityGetNextRecord", c.next_record);
   find(library, "cuptiActivityGetNumDroppedRecords", c.dropped_records);
   find(library, "cuptiActivityFlushAll", c.flush);
@@ -145,24 +140,17 @@ const std::vector<ApiCall> kDriverCalls = {
 };
 #undef DR
 
+// All API calls: CUPTI 13.0 takes cuptiActivityEnableRuntimeApi for single ones and then records none.
 const CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY,
-                                     CUPTI_ACTIVITY_KIND_MEMSET};
-
-// A call that this CUPTI does not know, this CUDA does not have.
-void check_call(CUptiResult result, const char* call) {
-  if (result != CUPTI_ERROR_INVALID_PARAMETER) check(result, call);
-}
+                                     CUPTI_ACTIVITY_KIND_MEMSET, CUPTI_ACTIVITY_KIND_RUNTIME,
+                                     CUPTI_ACTIVITY_KIND_DRIVER};
 
 void enable() {
   for (auto kind : kKinds) check(cupti().enable(kind), "cuptiActivityEnable");
-  for (auto& call : kRuntimeCalls) check_call(cupti().enable_runtime_call(call.id, 1), "cuptiActivityEnableRuntimeApi");
-  for (auto& call : kDriverCalls) check_call(cupti().enable_driver_call(call.id, 1), "cuptiActivityEnableDriverApi");
 }
 
 // Also after an enable that failed halfway; what is not on stays off.
 void disable() {
-  for (auto& call : kDriverCalls) cupti().enable_driver_call(call.id, 0);
-  for (auto& call : kRuntimeCalls) cupti().enable_runtime_call(call.id, 0);
   for (auto kind : kKinds) cupti().disable(kind);
 }
 
@@ -300,9 +288,13 @@ class Reader {
         break;
       }
       case CUPTI_ACTIVITY_KIND_RUNTIME:
-      case CUPTI_ACTIVITY_KIND_DRIVER:
-        calls.emplace_back(record.kind, reinterpret_cast<const CUpti_ActivityAPI&>(record));
+      case CUPTI_ACTIVITY_KIND_DRIVER: {
+        auto& call = reinterpret_cast<const CUpti_ActivityAPI&>(record);
+        const auto& list = record.kind == CUPTI_ACTIVITY_KIND_RUNTIME ? kRuntimeCalls : kDriverCalls;
+        const bool can_wait = std::any_of(list.begin(), list.end(), [&](auto& known) { return known.id == call.cbid; });
+        if (can_wait) calls.emplace_back(record.kind, call);
         break;
+      }
       default: break;
     }
   }
