@@ -31,8 +31,8 @@ Casted cast(const at::Tensor& x, Fp8Slot* slot, bool rows, bool transposed, bool
 at::Tensor cast_norm_transposed(const at::Tensor& sum, const at::Tensor& weight, const at::Tensor& rstd,
                                 Fp8Slot* slot);
 
-// The forward product (N, O) of x8 (N, C); the gradient dx (N, C) of dy8 (N, O), both bf16.
-at::Tensor forward_product(const at::Tensor& x8, const Fp8Linear& layer);
+// y (N, O), bf16, of x8 (N, C); the gradient dx (N, C), bf16, of dy8 (N, O).
+void forward_product(const at::Tensor& y, const at::Tensor& x8, const Fp8Linear& layer);
 at::Tensor input_gradient(const at::Tensor& dy8, const Fp8Linear& layer);
 // dy^T x of dy8_t (O, N) and x8_t (C, N): added to `weight.grad` where that is a buffer, else returned in bf16.
 at::Tensor weight_gradient_fp8(const at::Tensor& weight, const at::Tensor& dy8_t, const Fp8Slot* dy_slot,

@@ -21,6 +21,15 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// x (.., C) as (N, C), and an empty result (.., O): autograd must not see a result that is a view, on which RoPE, in
+// place, would cost copies of the whole gradient.
+at::Tensor matrix(const at::Tensor& x) { return x.view({-1, x.size(-1)}); }
+at::Tensor empty_result(const at::Tensor& x, int64_t outputs) {
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  return at::empty(shape, x.options());
+}
+
 // Tensors of an fp8 layer in the list that autograd keeps, from `at` on.
 void save(variable_list& list, const Fp8Linear& l) {
   for (auto& t : {l.weight, l.weight_t, l.scales, l.weight_scale}) list.push_back(t);
@@ -28,22 +37,26 @@ void save(variable_list& list, const Fp8Linear& l) {
 Fp8Linear saved(const variable_list& list, size_t at) { return {list[at], list[at + 1], list[at + 2], list[at + 3]}; }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  // x (N, C), weight (O, C) -> (N, O)
+  // x (.., C), weight (O, C) -> (.., O)
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const Fp8Linear& fp8) {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
     variable_list keep{x, weight};
     save(keep, fp8);
     ctx->save_for_backward(keep);
-    if (!fp8.on()) return product(x, weight.t());
-    return forward_product(cast(x, fp8.input(), true, false, true).rows, fp8);
+    at::Tensor y = empty_result(x, weight.size(0));
+    if (fp8.on())
+      forward_product(matrix(y), cast(matrix(x), fp8.input(), true, false, true).rows, fp8);
+    else
+      product(matrix(y), matrix(x), weight.t());
+    return y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto s = ctx->get_saved_variables();
-    const at::Tensor &x = s[0], &weight = s[1];
+    const at::Tensor x = matrix(s[0]), &weight = s[1];
     const Fp8Linear fp8 = saved(s, 2);
     c10::cuda::OptionalCUDAGuard device(device_of(x));
-    const at::Tensor dy = block(grads[0]);
+    const at::Tensor dy = matrix(block(grads[0]));
     at::Tensor dx, dw;
     if (fp8.on()) {
       const Casted d = cast(dy, fp8.gradient(), true, true, true);
@@ -54,7 +67,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       if (ctx->needs_input_grad(0)) dx = product(dy, weight);
       if (ctx->needs_input_grad(1)) dw = weight_gradient(weight, dy, x);
     }
-    return {dx, dw, {}};
+    return {dx.defined() ? dx.view(s[0].sizes()) : dx, dw, {}};
   }
 };
 
@@ -67,7 +80,7 @@ variable_list norm_backward(const at::Tensor& dy, const at::Tensor& sum, const a
 }
 
 struct NormLinearFunction : torch::autograd::Function<NormLinearFunction> {
-  // x, residual (.., C), norm (C,), weight (O, C) -> (N, O) and, where there is a residual, the sum (.., C)
+  // x, residual (.., C), norm (C,), weight (O, C) -> (.., O) and, where there is a residual, the sum (.., C)
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const std::optional<at::Tensor>& residual,
                                const at::Tensor& norm, double eps, const at::Tensor& weight, const Fp8Linear& fp8) {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
@@ -79,8 +92,11 @@ struct NormLinearFunction : torch::autograd::Function<NormLinearFunction> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["add"] = residual.has_value();
     ctx->saved_data["eps"] = eps;
-    const at::Tensor h = n.y.view({-1, x.size(-1)});
-    const at::Tensor y = fp8.on() ? forward_product(h, fp8) : product(h, weight.t());
+    at::Tensor y = empty_result(x, weight.size(0));
+    if (fp8.on())
+      forward_product(matrix(y), matrix(n.y), fp8);
+    else
+      product(matrix(y), matrix(n.y), weight.t());
     if (residual) return {y, n.sum};
     return {y};
   }
@@ -93,7 +109,7 @@ struct NormLinearFunction : torch::autograd::Function<NormLinearFunction> {
     const at::Tensor dsum = add ? grads[1] : at::Tensor();
     if (!grads[0].defined()) return {dsum, dsum, {}, {}, {}, {}};
     c10::cuda::OptionalCUDAGuard device(device_of(sum));
-    const at::Tensor dy = block(grads[0]);
+    const at::Tensor dy = matrix(block(grads[0]));
     at::Tensor dh, dw;
     if (fp8.on()) {
       const Casted d = cast(dy, fp8.gradient(), true, true, true);
@@ -101,7 +117,7 @@ struct NormLinearFunction : torch::autograd::Function<NormLinearFunction> {
       const at::Tensor h_t = cast_norm_transposed(sum, norm, rstd, fp8.input());
       dw = weight_gradient_fp8(weight, d.transposed, fp8.gradient(), h_t, fp8.input());
     } else {
-      const at::Tensor h = rms_norm(sum, {}, norm, ctx->saved_data["eps"].toDouble()).y.view({-1, sum.size(-1)});
+      const at::Tensor h = matrix(rms_norm(sum, {}, norm, ctx->saved_data["eps"].toDouble()).y);
       dh = product(dy, weight);
       dw = weight_gradient(weight, dy, h);
     }
@@ -111,15 +127,19 @@ struct NormLinearFunction : torch::autograd::Function<NormLinearFunction> {
 };
 
 struct NormMlpFunction : torch::autograd::Function<NormMlpFunction> {
-  // x, residual (.., C), norm (C,), w1 and w2 (F, C), w3 (C, F) -> (N, C) and, with a residual, the sum (.., C)
+  // x, residual (.., C), norm (C,), w1 and w2 (F, C), w3 (C, F) -> (.., C) and, with a residual, the sum (.., C)
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const std::optional<at::Tensor>& residual,
                                const at::Tensor& norm, double eps, const at::Tensor& w1, const at::Tensor& w2,
                                const at::Tensor& w3, const Fp8Linear& gate_up8, const Fp8Linear& down8) {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
     const bool fp8 = gate_up8.on();
     const Normed n = rms_norm(x, residual.value_or(at::Tensor()), norm, eps, fp8 ? gate_up8.input() : nullptr);
-    const at::Tensor h = n.y.view({-1, x.size(-1)});
-    const at::Tensor gate_up = fp8 ? forward_product(h, gate_up8) : gate_up_product(h, w1, w2);  // (N, 2F)
+    const at::Tensor h = matrix(n.y);
+    const at::Tensor gate_up = at::empty({h.size(0), 2 * w1.size(0)}, x.options());  // (N, 2F)
+    if (fp8)
+      forward_product(gate_up, h, gate_up8);
+    else
+      gate_up_product(gate_up, h, w1, w2);
     variable_list keep{n.sum, n.rstd, norm, w1, w2, w3, gate_up};
     save(keep, gate_up8);
     save(keep, down8);
@@ -127,9 +147,11 @@ struct NormMlpFunction : torch::autograd::Function<NormMlpFunction> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["add"] = residual.has_value();
     ctx->saved_data["eps"] = eps;
-    const at::Tensor y =
-        fp8 ? forward_product(cast(gate_up, down8.input(), true, false, true, Fp8Source::act).rows, down8)
-            : product(activate(gate_up), w3.t());
+    at::Tensor y = empty_result(x, w3.size(0));
+    if (fp8)
+      forward_product(matrix(y), cast(gate_up, down8.input(), true, false, true, Fp8Source::act).rows, down8);
+    else
+      product(matrix(y), activate(gate_up), w3.t());
     if (residual) return {y, n.sum};
     return {y};
   }
@@ -142,7 +164,7 @@ struct NormMlpFunction : torch::autograd::Function<NormMlpFunction> {
     const at::Tensor dsum = add ? grads[1] : at::Tensor();
     if (!grads[0].defined()) return {dsum, dsum, {}, {}, {}, {}, {}, {}, {}};
     c10::cuda::OptionalCUDAGuard device(device_of(sum));
-    const at::Tensor dy = block(grads[0]);
+    const at::Tensor dy = matrix(block(grads[0]));
     const double eps = ctx->saved_data["eps"].toDouble();
     at::Tensor dh, dw1, dw2, dw3;
     if (gate_up8.on()) {
@@ -153,7 +175,7 @@ struct NormMlpFunction : torch::autograd::Function<NormMlpFunction> {
       dw3 = weight_gradient(w3, dy, act);
       act.reset();
       dh = gate_up_input_gradient(dgate_up, w1, w2);
-      const at::Tensor h = rms_norm(sum, {}, norm, eps).y.view({-1, sum.size(-1)});
+      const at::Tensor h = matrix(rms_norm(sum, {}, norm, eps).y);
       std::tie(dw1, dw2) = gate_up_weight_gradients(w1, w2, dgate_up, h);
     }
     const auto n = norm_backward(dh, sum, norm, rstd, dsum, add);
@@ -188,17 +210,14 @@ struct NormMlpFunction : torch::autograd::Function<NormMlpFunction> {
   }
 };
 
-// Checks x (.., C) and weight (O, C); the shape of the result.
-std::vector<int64_t> check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight) {
+// Checks x (.., C) and weight (O, C).
+void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight) {
   check_cuda({op, "x", x});
   type_of({op, "x", x});
   check_contiguous({op, "x", x});
   check_aligned({op, "x", x});
   TORCH_CHECK(x.dim() >= 1, op, ": x must be (.., C), got shape ", x.sizes());
   check_block({op, "weight", weight}, x, {weight.dim() == 2 ? weight.size(0) : 0, x.size(-1)});
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  return shape;
 }
 
 }  // namespace
@@ -209,9 +228,8 @@ extern "C" int tl_linear(TlTensor x, TlTensor weight, TlTensor* fp8, TlTensor* o
   const char* op = "linear";
   TL_GUARD({
     auto &t = tensor(x), &w = tensor(weight);
-    const auto shape = check_linear(op, t, w);
-    const Fp8Linear layer = fp8_linear(op, fp8, t, w.size(1), w.size(0));
-    *out = give(LinearFunction::apply(t.view({-1, w.size(1)}), w, layer).view(shape));
+    check_linear(op, t, w);
+    *out = give(LinearFunction::apply(t, w, fp8_linear(op, fp8, t, w.size(1), w.size(0))));
   });
 }
 
@@ -221,10 +239,10 @@ extern "C" int tl_norm_linear(TlTensor x, TlTensor residual, TlTensor norm, doub
   const char* op = "norm_linear";
   TL_GUARD({
     auto &t = tensor(x), &w = tensor(weight);
-    const auto shape = check_linear(op, t, w);
+    check_linear(op, t, w);
     const Fp8Linear layer = fp8_linear(op, fp8, t, w.size(1), w.size(0));
     const auto r = NormLinearFunction::apply(t, optional_tensor(residual), tensor(norm), eps, w, layer);
-    *out = give(r[0].view(shape));
+    *out = give(r[0]);
     if (residual) *sum = give(r[1]);
   });
 }
@@ -240,12 +258,10 @@ extern "C" int tl_norm_mlp(TlTensor x, TlTensor residual, TlTensor norm, double 
     TORCH_CHECK(f % 8 == 0, op, ": fc_1 must be (F, C) with F a multiple of 8, got shape ", w1.sizes());
     check_block({op, "fc_2", w2}, t, {f, c});
     check_block({op, "proj", w3}, t, {w3.dim() == 2 ? w3.size(0) : 0, f});
-    auto shape = t.sizes().vec();
-    shape.back() = w3.size(0);
     const Fp8Linear gate_up = fp8_linear(op, fp8_gate_up, t, c, 2 * f), down = fp8_linear(op, fp8_down, t, f, w3.size(0));
     TORCH_CHECK(gate_up.on() == down.on(), op, ": both layers in fp8, or none");
     const auto r = NormMlpFunction::apply(t, optional_tensor(residual), tensor(norm), eps, w1, w2, w3, gate_up, down);
-    *out = give(r[0].view(shape));
+    *out = give(r[0]);
     if (residual) *sum = give(r[1]);
   });
 }

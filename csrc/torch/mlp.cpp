@@ -45,16 +45,14 @@ at::Tensor activate_backward(const at::Tensor& gate_up, const at::Tensor& dact, 
   return d;
 }
 
-at::Tensor gate_up_product(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2) {
+void gate_up_product(const at::Tensor& gate_up, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2) {
   const int64_t f = w1.size(0);
-  at::Tensor gate_up = at::empty({x.size(0), 2 * f}, x.options());
   if (const at::Tensor w = joined(w1, w2); w.defined()) {
     product(gate_up, x, w.t());
   } else {
     product(gate_up.narrow(1, 0, f), x, w1.t());
     product(gate_up.narrow(1, f, f), x, w2.t());
   }
-  return gate_up;
 }
 
 at::Tensor gate_up_input_gradient(const at::Tensor& dgate_up, const at::Tensor& w1, const at::Tensor& w2) {
@@ -103,7 +101,8 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
                             const at::Tensor& w3) {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
-    const at::Tensor gate_up = gate_up_product(x, w1, w2);
+    const at::Tensor gate_up = at::empty({x.size(0), 2 * w1.size(0)}, x.options());
+    gate_up_product(gate_up, x, w1, w2);
     ctx->save_for_backward({x, w1, w2, w3, gate_up});
     return product(activate(gate_up), w3.t());
   }

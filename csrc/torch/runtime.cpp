@@ -13,6 +13,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <cuda_runtime_api.h>
 #endif
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -74,6 +75,13 @@ extern "C" int tl_cuda_reset_peak_memory(int device) {
   TL_GUARD(c10::cuda::CUDACachingAllocator::resetPeakStats(device));
 }
 
+extern "C" int tl_cuda_memory_limit(int device, int64_t bytes) {
+  TL_GUARD({
+    const double total = static_cast<double>(at::cuda::getDeviceProperties(device)->totalGlobalMem);
+    c10::cuda::CUDACachingAllocator::setMemoryFraction(std::min(1.0, static_cast<double>(bytes) / total), device);
+  });
+}
+
 extern "C" int tl_cuda_device(int device, char* name, size_t capacity, int* major, int* minor, int64_t* total) {
   TL_GUARD({
     auto* p = at::cuda::getDeviceProperties(device);
@@ -87,6 +95,7 @@ extern "C" int tl_cuda_device(int device, char* name, size_t capacity, int* majo
 static const char* kNoCuda = "this binary was built without CUDA; run ./scripts/setup.sh and build again";
 extern "C" int tl_cuda_memory(int, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 extern "C" int tl_cuda_reset_peak_memory(int) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
+extern "C" int tl_cuda_memory_limit(int, int64_t) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 extern "C" int tl_cuda_device(int, char*, size_t, int*, int*, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 #endif
 

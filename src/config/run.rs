@@ -40,6 +40,9 @@ pub struct RunConfig {
     /// `auto`: a micro-batch's forward and backward pass is captured as a CUDA graph and launched by one call;
     /// `never`: each kernel is launched by itself.
     pub cuda_graph: CudaGraph,
+    /// Most GiB of a card that tensors may take; CUDA itself needs about 0.7 more. `null`: all there is. For a card
+    /// shared with others, or to try what a smaller one would do.
+    pub memory_limit: Option<f64>,
     /// What to train and validate on.
     pub data: DataConfig,
     /// Batch sizes, schedule, stopping, saving.
@@ -407,6 +410,7 @@ impl Default for RunConfig {
             deterministic: false,
             matmul: MatmulBackend::Search,
             cuda_graph: CudaGraph::Auto,
+            memory_limit: None,
             data: DataConfig::default(),
             train: TrainConfig::default(),
             eval: EvalConfig::default(),

@@ -135,6 +135,9 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_optimizer(config, &mut problems);
     check_optimizer_formats(config, &mut problems);
     check_data(config, &mut problems);
+    if let Some(gib) = config.memory_limit.filter(|gib| !(*gib > 0.0 && gib.is_finite())) {
+        problems.push(format!("`memory_limit`: must be above 0 GiB, or null, got {gib}"));
+    }
     if config.precision == Precision::Fp8Mixed && !config.fused {
         problems
             .push("`fused`: `precision: fp8-mixed` has no plain path, so it must be true".into());

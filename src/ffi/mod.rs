@@ -24,6 +24,7 @@ unsafe extern "C" {
     fn tl_versions(buffer: *mut c_char, capacity: usize) -> c_int;
     fn tl_cuda_memory(device: c_int, out: *mut i64) -> c_int;
     fn tl_cuda_reset_peak_memory(device: c_int) -> c_int;
+    fn tl_cuda_memory_limit(device: c_int, bytes: i64) -> c_int;
     fn tl_cuda_device(
         device: c_int,
         name: *mut c_char,
@@ -110,6 +111,12 @@ pub fn cuda_memory(device: usize) -> Result<CudaMemory> {
 pub fn cuda_reset_peak_memory(device: usize) -> Result<()> {
     // SAFETY: plain call.
     check(unsafe { tl_cuda_reset_peak_memory(device as c_int) })
+}
+
+/// The caching allocator takes at most so many bytes of the card.
+pub fn cuda_memory_limit(device: usize, bytes: i64) -> Result<()> {
+    // SAFETY: plain call.
+    check(unsafe { tl_cuda_memory_limit(device as c_int, bytes) })
 }
 
 /// One CUDA card as libtorch sees it.

@@ -341,7 +341,10 @@ impl Run {
 fn set_backends(config: &RunConfig, device: Device) -> Result<()> {
     ffi::set_math_mode(true, config.deterministic)?;
     let cache = matmul_cache();
-    if device.is_cuda() {
+    if let Device::Cuda(index) = device {
+        if let Some(gib) = config.memory_limit {
+            ffi::cuda_memory_limit(index, (gib * (1u64 << 30) as f64) as i64)?;
+        }
         ffi::set_matmul(match config.matmul {
             MatmulBackend::Aten => ffi::Matmul::Aten,
             MatmulBackend::Heuristic => ffi::Matmul::Heuristic,
