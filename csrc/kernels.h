@@ -60,11 +60,13 @@ struct Rope {
   int64_t rows;          // B T; row r stands at position r % t of the tables
   int64_t t;
   int heads;             // heads to rotate
+  int all_heads;         // heads of x, of which those after the first `heads` are copied; in place: heads
   int head_size, n;      // D, and how many of its dimensions turn
   int64_t row_stride, head_stride;  // of x, elements
   int64_t table_stride;             // of cos and sin, elements
   const float *cos, *sin;           // (T, n/2 at least)
-  void* x;                          // in place
+  void* x;
+  const void* from;                 // of x's strides; in place: x
   bool backward;                    // turn the other way
 };
 cudaError_t rope(const Rope& p, cudaStream_t stream);

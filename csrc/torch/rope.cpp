@@ -1,5 +1,6 @@
 // Rotary embedding in place on a packed projection, as an autograd function over csrc/rope.cu.
 #include <ATen/ops/clone.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "tensors.h"
@@ -11,13 +12,15 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 constexpr const char* OP = "rope";
 
-// x (B, T, heads D): turns the first `rotated` heads in place.
-void turn(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, int64_t rotated, int64_t head_size,
-          bool backward) {
-  c10::cuda::OptionalCUDAGuard device(device_of(x));
-  C10_CUDA_CHECK(rope({type_of({OP, "x", x}), x.size(0) * x.size(1), x.size(1), static_cast<int>(rotated),
-                       static_cast<int>(head_size), static_cast<int>(cos.size(1)), x.size(2), head_size,
-                       cos.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), x.data_ptr(), backward},
+// to, from (B, T, heads D): turns the first `rotated` heads; the others are copied where `to` is not `from`.
+void turn(const at::Tensor& to, const at::Tensor& from, const at::Tensor& cos, const at::Tensor& sin,
+          int64_t rotated, int64_t head_size, bool backward) {
+  c10::cuda::OptionalCUDAGuard device(device_of(to));
+  const int64_t all = to.is_same(from) ? rotated : to.size(2) / head_size;
+  C10_CUDA_CHECK(rope({type_of({OP, "x", to}), to.size(0) * to.size(1), to.size(1), static_cast<int>(rotated),
+                       static_cast<int>(all), static_cast<int>(head_size), static_cast<int>(cos.size(1)), to.size(2),
+                       head_size, cos.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), to.data_ptr(),
+                       from.data_ptr(), backward},
                       stream()));
 }
 
@@ -28,16 +31,16 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["rotated"] = rotated;
     ctx->saved_data["head_size"] = head_size;
-    turn(x, cos, sin, rotated, head_size, false);
+    turn(x, x, cos, sin, rotated, head_size, false);
     return x;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto s = ctx->get_saved_variables();
-    // In place where nobody else holds the gradient: its only handles are `dx` and the engine's for this call.
-    at::Tensor dx = std::move(grads[0]);
-    const bool own = dx.is_contiguous() && dx.use_count() <= 2 && dx.storage().use_count() == 1;
-    if (!own) dx = dx.clone(at::MemoryFormat::Contiguous);
-    turn(dx, s[0], s[1], ctx->saved_data["rotated"].toInt(), ctx->saved_data["head_size"].toInt(), true);
+    const int64_t rotated = ctx->saved_data["rotated"].toInt(), head_size = ctx->saved_data["head_size"].toInt();
+    const at::Tensor dy = grads[0].contiguous();
+    const bool whole_heads = s[0].size(1) == head_size;  // else the kernel leaves the rest of a head as it is
+    const at::Tensor dx = whole_heads ? at::empty_like(dy) : dy.clone();
+    turn(dx, whole_heads ? dy : dx, s[0], s[1], rotated, head_size, true);
     return {dx, {}, {}, {}, {}};
   }
 };

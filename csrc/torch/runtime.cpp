@@ -77,6 +77,7 @@ extern "C" int tl_cuda_reset_peak_memory(int device) {
 
 extern "C" int tl_cuda_memory_limit(int device, int64_t bytes) {
   TL_GUARD({
+    at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
     const double total = static_cast<double>(at::cuda::getDeviceProperties(device)->totalGlobalMem);
     c10::cuda::CUDACachingAllocator::setMemoryFraction(std::min(1.0, static_cast<double>(bytes) / total), device);
   });
