@@ -35,6 +35,9 @@ int tl_rng_state(int device, TlTensor* out);
 int tl_set_rng_state(int device, TlTensor state);
 // TF32 for fp32 matrix products (torch.set_float32_matmul_precision("high")); deterministic algorithms.
 int tl_set_math_mode(int allow_tf32, int deterministic);
+// Lets the caching allocator grow its segments instead of leaving gaps between them (expandable segments), unless the
+// user's environment configures it. Before the first CUDA allocation.
+int tl_configure_allocator(void);
 // Attention kernels that scaled_dot_product_attention may pick from: bit 0 math, 1 flash, 2 efficient,
 // 3 cuDNN.
 int tl_set_sdp_backends(int mask);

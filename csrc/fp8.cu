@@ -1,7 +1,7 @@
 // Casts to fp8 (e4m3) with one scale a tensor, the transposed copies that fp8 matrix products need, and the scales.
 //
 //   q = e4m3(x scale), saturating at 448;  x ~ q inverse
-//   scale = 448 / (1.25 largest),  largest = max(0.9 largest, amax of the last micro-step)      (delayed scaling)
+//   scale = 448 / (2 largest),  largest = max(0.95 largest, amax of the last micro-step)      (delayed scaling)
 //
 // cuBLASLt multiplies fp8 matrices only where both are contiguous along the summed dimension, so a matrix that takes
 // part in a forward and a backward product is needed in both orientations. One pass makes both: a block casts a tile of
@@ -185,8 +185,8 @@ __global__ void update_kernel(Fp8Slot* slots, int count) {
   if (amax == 0.f) return;  // not used since
   s.last = amax;
   if (!(amax * s.scale <= 448.f)) s.overflows += 1.f;
-  if (isfinite(amax)) s.largest = fmaxf(0.9f * s.largest, amax);
-  s.scale = 448.f / (1.25f * fmaxf(s.largest, 1e-30f));
+  if (isfinite(amax)) s.largest = fmaxf(0.95f * s.largest, amax);
+  s.scale = 448.f / (2.f * fmaxf(s.largest, 1e-30f));
   s.inverse = 1.f / s.scale;
 }
 

@@ -198,6 +198,13 @@ extern "C" int tl_set_math_mode(int allow_tf32, int deterministic) {
   });
 }
 
+extern "C" int tl_configure_allocator(void) {
+  TL_GUARD({
+    // Read from the environment at the first allocation; PYTORCH_CUDA_ALLOC_CONF is its older name.
+    if (!getenv("PYTORCH_CUDA_ALLOC_CONF")) setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True", /*overwrite=*/0);
+  });
+}
+
 extern "C" int tl_set_sdp_backends(int mask) {
   TL_GUARD({
     auto& c = at::globalContext();

@@ -25,6 +25,8 @@ pub enum Family {
     Swiglu,
     /// Cross-entropy.
     Loss,
+    /// Casts to fp8 and their transposed copies, SwiGLU's backward pass among them.
+    Fp8Casts,
     /// Token embedding.
     Embedding,
     /// Gradient norm and AdamW.
@@ -40,6 +42,7 @@ pub enum Family {
 /// Words in the lower-case name of a kernel; the first line with one of them decides. Attention comes first, since
 /// FlashAttention-2 has cutlass's types in its names.
 const FAMILIES: &[(Family, &[&str])] = &[
+    (Family::Fp8Casts, &["fp8cast", "fp8swiglu", "fp8slot"]),
     (Family::Attention, &["flash", "sdpa", "fmha", "cudnn", "attention"]),
     (Family::MatrixProducts, &["nvjet", "gemm", "gemv", "xmma", "cutlass", "cublas", "splitk"]),
     (Family::Loss, &["crossentropy", "cross_entropy", "tl::scaleby", "nll_loss", "logsoftmax"]),
@@ -49,6 +52,7 @@ const FAMILIES: &[(Family, &[&str])] = &[
     (Family::Rope, &["rope_kernel", "tl::rope"]),
     (Family::Swiglu, &["swiglu", "silu"]),
     (Family::Embedding, &["embedding", "gather", "indexselect", "grad_weight", "radixsort"]),
+    (Family::Memory, &["memcpy", "memset"]),
     (Family::Elementwise, &["at::native"]),
 ];
 
@@ -69,6 +73,7 @@ impl Family {
             Self::Rope => "RoPE",
             Self::Swiglu => "SwiGLU",
             Self::Loss => "loss",
+            Self::Fp8Casts => "fp8 casts",
             Self::Embedding => "embedding",
             Self::Optimizer => "optimizer",
             Self::Elementwise => "casts, element-wise",

@@ -54,7 +54,7 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     }
     let micro = config.train.micro_batch_size;
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-    let again = config.train.recomputed_blocks(model.n_layer);
+    let again = memory::Recompute::of(config, model.n_layer);
     let (precision, optimizer) = (config.precision, &config.optimizer);
     let memory_plan = MemoryPlan::new(&model, precision, optimizer, again, micro, sequence as u64);
     let Some(memory_plan) = memory_plan.filter(|_| config.fused) else {

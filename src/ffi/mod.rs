@@ -37,6 +37,7 @@ unsafe extern "C" {
     fn tl_set_rng_state(device: c_int, state: Handle) -> c_int;
     fn tl_pin_memory(tensor: Handle, out: *mut Handle) -> c_int;
     fn tl_set_math_mode(allow_tf32: c_int, deterministic: c_int) -> c_int;
+    fn tl_configure_allocator() -> c_int;
     fn tl_set_sdp_backends(mask: c_int) -> c_int;
 }
 
@@ -180,6 +181,13 @@ pub fn pin_memory(tensor: &Tensor) -> Result<Tensor> {
 pub fn set_math_mode(allow_tf32: bool, deterministic: bool) -> Result<()> {
     // SAFETY: plain call.
     check(unsafe { tl_set_math_mode(allow_tf32.into(), deterministic.into()) })
+}
+
+/// Lets the CUDA allocator grow its segments, so that no memory is lost between them; a user's own
+/// `PYTORCH_ALLOC_CONF` stays. Call before the first CUDA allocation.
+pub fn configure_allocator() -> Result<()> {
+    // SAFETY: plain call, made before other threads start.
+    check(unsafe { tl_configure_allocator() })
 }
 
 /// Kernels that `scaled_dot_product_attention` may choose from.

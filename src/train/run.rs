@@ -115,6 +115,7 @@ pub struct Run {
 impl Run {
     /// Prepares data where the configuration says so, builds model, optimizer and readers, and resumes.
     pub fn assemble(config: &RunConfig) -> Result<Self> {
+        ffi::configure_allocator()?;
         let model_config = config.model()?;
         let device = device::resolve(&config.device.0)?;
         let sequence = config.sequence_length(&model_config);
