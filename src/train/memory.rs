@@ -19,8 +19,10 @@ use super::optimizer::low_memory;
 use crate::config::{
     ActivationCheckpointing, MasterFormat, OptimizerConfig, Precision, RunConfig, StateFormat,
 };
+use crate::error::WithHint;
 use crate::model::{MlpClass, ModelConfig};
 use crate::ops;
+use anyhow::{Result, anyhow};
 
 /// Memory that no plan sees: CUDA's context, workspaces of libraries, fragmentation.
 pub const RESERVE: u64 = 3 << 29; // 1.5 GiB
@@ -154,6 +156,45 @@ pub fn optimizer_parts(optimizer: &OptimizerConfig, n_params: u64) -> Vec<(Strin
     parts
 }
 
+/// Refuses a run whose plan does not fit into `memory` bytes, before anything is allocated. A run without a plan passes.
+///
+/// # Errors
+/// The largest part, and the micro-batch that would fit.
+pub fn check_fits(
+    config: &RunConfig,
+    model: &ModelConfig,
+    sequence: u64,
+    memory: u64,
+) -> Result<()> {
+    let again = Recompute::of(config, model.n_layer);
+    let (precision, optimizer) = (config.precision, &config.optimizer);
+    let micro = config.train.micro_batch_size;
+    let plan = MemoryPlan::new(model, precision, optimizer, again, micro, sequence);
+    let Some(plan) = plan.filter(|plan| config.fused && plan.total() > memory) else {
+        return Ok(());
+    };
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let largest = plan.parts.iter().max_by_key(|(_, bytes)| *bytes);
+    let (name, bytes) = largest.map_or(("nothing", 0), |(name, bytes)| (name.as_str(), *bytes));
+    let fits = largest_micro_batch(model, precision, optimizer, again, sequence, memory);
+    let hint = match fits.unwrap_or(0) {
+        0 => {
+            "no micro-batch fits; lower `train.max_seq_length`, or set `optimizer.master: split`, \
+              `optimizer.state: int8` or `train.activation_checkpointing: block`"
+                .to_owned()
+        }
+        n => format!("set `train.micro_batch_size` to {n} or less (accumulation rises by itself)"),
+    };
+    Err(anyhow!(
+        "`train.micro_batch_size`: {micro} needs {:.1} GiB, the card offers {:.1}; the largest part is {name}, \
+         {:.1} GiB",
+        gib(plan.total()),
+        gib(memory),
+        gib(bytes)
+    ))
+    .hint(hint)
+}
+
 /// Bytes that a block keeps for each token.
 fn block_bytes(model: &ModelConfig, recompute_norms: bool) -> u64 {
     let (c, f) = (model.n_embd as u64, model.intermediate_size as u64);
@@ -225,6 +266,22 @@ mod tests {
             println!("{what}");
             assert!((gib / measured - 1.0).abs() < 0.05, "{what}");
         }
+    }
+
+    #[test]
+    fn a_run_that_does_not_fit_is_refused_with_its_largest_part_and_what_would_fit() {
+        let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        let mut config = RunConfig::default();
+        config.train.micro_batch_size = 16;
+        check_fits(&config, &model, 2048, 80 << 30).unwrap();
+        let error = format!("{:#}", check_fits(&config, &model, 2048, 40 << 30).unwrap_err());
+        for words in ["16 needs 52.6 GiB", "offers 40.0", "activations of 22 blocks", "32.4 GiB"] {
+            assert!(error.contains(words), "`{words}` is not in {error}");
+        }
+        config.train.micro_batch_size = 1;
+        assert!(check_fits(&config, &model, 2048, 10 << 30).is_err());
+        config.precision = Precision::Fp32True; // no plan
+        check_fits(&config, &model, 2048, 10 << 30).unwrap();
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Everything a run needs, put together in one visible order.
 
 use super::flops::{self, FlopsPerToken};
+use super::memory;
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::AdamW;
 use super::schedule::lr_at;
@@ -121,6 +122,12 @@ impl Run {
         let sequence = config.sequence_length(&model_config);
         let plan = BatchPlan::new(config, sequence, 1)?;
         set_backends(config, device)?;
+        if let Device::Cuda(index) = device {
+            let card = ffi::cuda_device(index)?.total_memory as u64;
+            let limit = config.memory_limit.map(|gib| (gib * (1u64 << 30) as f64) as u64);
+            let memory = limit.map_or(card, |limit| limit.min(card));
+            memory::check_fits(config, &model_config, sequence as u64, memory)?;
+        }
 
         // 1. Which checkpoint, before anything is prepared; tokenizer and data.
         let resume_from = find_resume(config)?;

@@ -265,9 +265,9 @@ fn memory_formats_of_the_optimizer_belong_to_mixed_precision() {
     assert_eq!(
         got,
         [
-            "`optimizer.state`: `int8` needs `precision: bf16-mixed`; `32-true` keeps one fp32 copy of the \
+            "`optimizer.state`: `int8` needs `precision: bf16-mixed` or `fp8-mixed`; `32-true` keeps one fp32 copy of the \
              weights and fp32 moments and takes `fp32` only",
-            "`optimizer.master`: `split` needs `precision: bf16-mixed`; `32-true` keeps one fp32 copy of the \
+            "`optimizer.master`: `split` needs `precision: bf16-mixed` or `fp8-mixed`; `32-true` keeps one fp32 copy of the \
              weights and fp32 moments and takes `fp32` only"
         ]
     );
@@ -342,4 +342,25 @@ fn a_model_that_no_checkpoint_can_hold_is_refused_before_it_trains() {
     assert_eq!(got.len(), 2, "{got:?}");
     assert!(got[0].contains("`model_config.rotary_percentage`: a Llama rotates whole heads"));
     assert!(got[1].contains("must be equal in a Llama"), "{got:?}");
+}
+
+#[test]
+fn fp8_and_memory_limits_that_cannot_work_are_refused() {
+    let problems = |sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+        let path = std::path::Path::new("configs/tinyllama-h100-fp8.yaml");
+        match tinyllama::config::load(path, &sets) {
+            Ok(_) => String::new(),
+            Err(e) => format!("{e:#}"),
+        }
+    };
+    assert_eq!(problems(&[]), "");
+    let error = problems(&["fused=false"]);
+    assert!(error.contains("`fused`") && error.contains("fp8-mixed"), "{error}");
+    let error = problems(&["memory_limit=-1"]);
+    assert!(error.contains("`memory_limit`: must be above 0 GiB"), "{error}");
+    // Without a card: one message before training.
+    let model = tinyllama::model::ModelConfig::preset("tiny-llama-1.1b").unwrap();
+    let reason = tinyllama::model::fp8_obstacle(&model, tch::Device::Cpu).unwrap();
+    assert!(reason.is_some_and(|reason| reason.contains("needs a CUDA card")));
 }
