@@ -71,7 +71,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 };
 
-// dx of a norm whose output has gradient dy, for x and the residual; `first` of the sum's two gradients.
+// Gradients of x, the residual and the norm's weight, given that of the norm's output and what reached the sum by
+// another way.
 variable_list norm_backward(const at::Tensor& dy, const at::Tensor& sum, const at::Tensor& weight,
                             const at::Tensor& rstd, const at::Tensor& dsum, bool add) {
   const auto [dx, dweight] =
@@ -258,7 +259,8 @@ extern "C" int tl_norm_mlp(TlTensor x, TlTensor residual, TlTensor norm, double 
     TORCH_CHECK(f % 8 == 0, op, ": fc_1 must be (F, C) with F a multiple of 8, got shape ", w1.sizes());
     check_block({op, "fc_2", w2}, t, {f, c});
     check_block({op, "proj", w3}, t, {w3.dim() == 2 ? w3.size(0) : 0, f});
-    const Fp8Linear gate_up = fp8_linear(op, fp8_gate_up, t, c, 2 * f), down = fp8_linear(op, fp8_down, t, f, w3.size(0));
+    const Fp8Linear gate_up = fp8_linear(op, fp8_gate_up, t, c, 2 * f);
+    const Fp8Linear down = fp8_linear(op, fp8_down, t, f, w3.size(0));
     TORCH_CHECK(gate_up.on() == down.on(), op, ": both layers in fp8, or none");
     const auto r = NormMlpFunction::apply(t, optional_tensor(residual), tensor(norm), eps, w1, w2, w3, gate_up, down);
     *out = give(r[0]);

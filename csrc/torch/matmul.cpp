@@ -375,7 +375,8 @@ at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& dy, const
 }
 
 at::Tensor joined(const at::Tensor& a, const at::Tensor& b) {
-  const bool together = a.defined() && b.defined() && a.is_contiguous() && b.is_contiguous() && a.storage().is_alias_of(b.storage()) &&
+  const bool blocks = a.defined() && b.defined() && a.is_contiguous() && b.is_contiguous();
+  const bool together = blocks && a.storage().is_alias_of(b.storage()) &&
                         b.storage_offset() == a.storage_offset() + a.numel();
   return together ? at::as_strided(a, {2 * a.size(0), a.size(1)}, {a.size(1), 1}) : at::Tensor();
 }

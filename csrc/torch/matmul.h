@@ -18,8 +18,8 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b);
 void product_fp8(const at::Tensor& out, const at::Tensor& a, const Fp8Slot* a_slot, const at::Tensor& b,
                  const Fp8Slot* b_slot, bool add = false);
 
-// The gradient dy^T x of `weight` (O, C), with dy (N, O) and x (N, C). Where weight.grad is a persistent fp32 buffer the
-// product is added to it and an undefined tensor returned, which autograd passes over; else it is returned.
+// The gradient dy^T x of `weight` (O, C), with dy (N, O) and x (N, C). Where weight.grad is a persistent fp32 buffer,
+// the product is added to it and an undefined tensor returned, which autograd passes over; else it is returned.
 at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& dy, const at::Tensor& x);
 
 // weight.grad where it is such a buffer, else undefined.

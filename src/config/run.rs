@@ -317,11 +317,11 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// How `bf16-mixed` and `fp8-mixed` keep the two moments. `32-true` and `bf16-true` keep them in the dtype of the weights
-    /// and take `fp32` only.
+    /// How `bf16-mixed` and `fp8-mixed` keep the two moments. `32-true` and `bf16-true` keep them in the dtype of the
+    /// weights and take `fp32` only.
     pub state: StateFormat,
-    /// How `bf16-mixed` and `fp8-mixed` keep the exact weights beside the bf16 ones it computes with. `32-true` and `bf16-true`
-    /// have one copy of the weights and take `fp32` only.
+    /// How `bf16-mixed` and `fp8-mixed` keep the exact weights beside the bf16 ones that they compute with.
+    /// `32-true` and `bf16-true` have one copy of the weights and take `fp32` only.
     pub master: MasterFormat,
 }
 

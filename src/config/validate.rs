@@ -309,8 +309,8 @@ fn check_optimizer_formats(config: &RunConfig, problems: &mut Vec<String>) {
     };
     let mut refuse = |key: &str, got: String| {
         problems.push(format!(
-            "`optimizer.{key}`: `{got}` needs `precision: bf16-mixed` or `fp8-mixed`; `{precision}` keeps {keeps} and takes \
-             `fp32` only"
+            "`optimizer.{key}`: `{got}` needs `precision: bf16-mixed` or `fp8-mixed`; `{precision}` keeps {keeps} and \
+             takes `fp32` only"
         ));
     };
     if o.state != StateFormat::Fp32 {

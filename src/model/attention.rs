@@ -74,7 +74,8 @@ impl CausalSelfAttention {
         Self { qkv: self.qkv.shallow_clone(), proj: self.proj.shallow_clone(), ..*self }
     }
 
-    /// `qkv` is the packed projection of the normed x. With a cache, x continues the cached sequence: keys and values are appended to it.
+    /// `qkv` is the packed projection of the normed x. With a cache, x continues the cached sequence: keys and values
+    /// are appended to it.
     ///
     /// # Shapes
     /// qkv (B, T, (H+2G)*D) -> (B, T, C).

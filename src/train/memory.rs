@@ -5,9 +5,9 @@
 //! - a parameter: 4 master + 8 moments + 4 gradient sum + 2 working copy in `bf16-mixed`, 2 more in `fp8-mixed`;
 //!   2 weight + 2 gradient + 4 moments in `bf16-true`. In `bf16-mixed`, `optimizer.master: split` has 2 for the
 //!   master and `bf16` none; `optimizer.state: bf16` has 4 for the moments, `int8` 2 + 8 / 256;
-//! - a Llama block a token: twice the residual sum and its norm (4 C; 2 C where norms are computed again), the packed QKV (H + 2G) D, the attention
-//!   output H D, gate and up 2 F, each in bf16; log sum exp 4 H; 1/rms 8. The product silu(gate) up is computed
-//!   again in the backward pass;
+//! - a Llama block a token: twice the residual sum and its norm (4 C; 2 C where norms are computed again), the packed
+//!   QKV (H + 2G) D, the attention output H D, gate and up 2 F, each in bf16; log sum exp 4 H; 1/rms 8. The product
+//!   silu(gate) up is computed again in the backward pass;
 //! - a GPT-NeoX block a token: input and two norms 3 C, QKV 3 C, attention output C, the MLP's inner values
 //!   before and after gelu 2 F;
 //! - a block that is computed again: its two inputs 2 C, each in bf16. Where all are, one block's own values come
@@ -156,7 +156,8 @@ pub fn optimizer_parts(optimizer: &OptimizerConfig, n_params: u64) -> Vec<(Strin
     parts
 }
 
-/// Refuses a run whose plan does not fit into `memory` bytes, before anything is allocated. A run without a plan passes.
+/// Refuses a run whose plan does not fit into `memory` bytes, before anything is allocated. A run without a plan
+/// passes.
 ///
 /// # Errors
 /// The largest part, and the micro-batch that would fit.

@@ -43,9 +43,10 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
         let saves = due(train.save_interval, step) && !run.finished();
         let stops = stop.requested();
         let pause = validates || saves || stops.is_some() || run.finished();
-        if pause || !run.runs_ahead() {
-            let last = in_flight.take().into_iter();
-            last.map(|step| conclude(&mut run, step, &mut clock)).collect::<Result<()>>()?;
+        if (pause || !run.runs_ahead())
+            && let Some(last) = in_flight.take()
+        {
+            conclude(&mut run, last, &mut clock)?;
         }
 
         // ---- validate, save --------------------------------------------------------------------

@@ -231,6 +231,12 @@ impl Run {
         if let Some(steps) = self.plan.total_steps {
             eprintln!("length      {steps} steps");
         }
+        let searches = self.device.is_cuda() && self.config.matmul == MatmulBackend::Search;
+        if searches && !matmul_cache().is_some_and(|file| file.exists()) {
+            eprintln!(
+                "matmul      timing cuBLASLt's algorithms in the first step, once: about 20 s"
+            );
+        }
         eprintln!("out_dir     {}", self.config.out_dir.display());
         if self.progress.step > 0 {
             let from = self.last_checkpoint.as_ref().map(|p| p.display().to_string());
