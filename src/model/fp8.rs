@@ -65,6 +65,14 @@ pub fn obstacle(config: &ModelConfig, device: Device) -> Result<Option<String>> 
     })
 }
 
+/// Refuses `fp8-mixed` where there is an [`obstacle`].
+pub fn require_fp8(config: &ModelConfig, device: Device) -> Result<()> {
+    if let Some(reason) = obstacle(config, device)? {
+        bail_hint!("use `precision: bf16-mixed`"; "`precision: fp8-mixed`: {reason}");
+    }
+    Ok(())
+}
+
 impl GPT {
     /// Gives the layers of a bf16 model their e4m3 weights and scales.
     ///
@@ -72,9 +80,7 @@ impl GPT {
     /// The card or the architecture cannot do it.
     pub fn enable_fp8(&mut self) -> Result<()> {
         let device = self.device();
-        if let Some(reason) = obstacle(&self.config, device)? {
-            bail_hint!("use `precision: bf16-mixed`"; "`precision: fp8-mixed`: {reason}");
-        }
+        require_fp8(&self.config, device)?;
         let n = (self.h.len() * LAYERS.len()) as i64;
         let one = |shape: &[i64]| {
             let scales = Tensor::zeros(shape, (Kind::Float, device));

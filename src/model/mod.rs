@@ -16,6 +16,6 @@ mod presets;
 pub mod rope;
 
 pub use config::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
-pub use fp8::{Fp8, Fp8Record, obstacle as fp8_obstacle};
+pub use fp8::{Fp8, Fp8Record, obstacle as fp8_obstacle, require_fp8};
 pub use gpt::GPT;
 pub use kv_cache::KvCache;

@@ -16,7 +16,7 @@ use crate::error::WithHint;
 use crate::ffi::ReadBack;
 use crate::model::{Fp8, GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
-use crate::{bail_hint, checkpoint, config, device, ffi, guard};
+use crate::{bail_hint, checkpoint, config, device, ffi, guard, model};
 use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -122,6 +122,9 @@ impl Run {
         let sequence = config.sequence_length(&model_config);
         let plan = BatchPlan::new(config, sequence, 1)?;
         set_backends(config, device)?;
+        if config.precision == Precision::Fp8Mixed {
+            model::require_fp8(&model_config, device)?; // before data is prepared
+        }
         if let Device::Cuda(index) = device {
             let card = ffi::cuda_device(index)?.total_memory as u64;
             let limit = config.memory_limit.map(|gib| (gib * (1u64 << 30) as f64) as u64);
