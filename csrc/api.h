@@ -42,10 +42,6 @@ int tl_configure_allocator(void);
 // 3 cuDNN.
 int tl_set_sdp_backends(int mask);
 
-// A copy of a CPU tensor in page-locked memory, as a new tensor in *out that the caller owns (tch's own
-// pin_memory passes a deprecated argument and warns at each call).
-int tl_pin_memory(TlTensor tensor, TlTensor* out);
-
 // ---- timing (csrc/torch/runtime.cpp) -------------------------------------------------------------------
 
 // A CUDA event; record it on the current stream; milliseconds between two (waits for the second).

@@ -4,9 +4,9 @@
 //   pair (a, b) = dimensions i and i + n/2 of a head at position t:
 //   a' = a cos[t][i] - b sin[t][i];  b' = b cos[t][i] + a sin[t][i]        (backward: sin negated)
 //
-// fp32 inside, one rounding; in place, dimensions from n on are not touched. A thread turns V neighbouring pairs (V: 16
-// bytes, or 1 where the sizes do not allow it) of HEADS heads, so that a row's angles are read once for them.
-// Bytes: every rotated value is read and written once; angles come from L2.
+// fp32 inside, one rounding; in place, dimensions from n on are not touched. A thread turns V neighbouring pairs
+// (V: 16 bytes, or 1 where the sizes do not allow it) of HEADS heads, so that a row's angles are read once for them.
+// Bytes: every rotated value, out of place every value, is read and written once; angles come from L2.
 // Reference: `rope_reference` in src/ops/rope.rs.
 #include "vector.cuh"
 

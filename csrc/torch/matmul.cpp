@@ -120,9 +120,10 @@ class Library {
   void run(const Product& p, const Pointers& x) {
     std::lock_guard<std::mutex> lock(mutex_);
     Plan plan(p, x);
-    const cublasLtMatmulAlgo_t algorithm = choose(p, plan, x);
-    C10_CUDA_CHECK(cudaGetLastError());
-    check(launch(plan, p, x, algorithm), "cublasLtMatmul");
+    cublasStatus_t status = launch(plan, p, x, choose(p, plan, x));
+    // A line of the file may be damaged and name an algorithm that there is not: without it there is a search.
+    if (status != CUBLAS_STATUS_SUCCESS && found_.erase(p.name())) status = launch(plan, p, x, choose(p, plan, x));
+    check(status, "cublasLtMatmul");
   }
 
   // Drops what was found and reads `file` again at the next product.
@@ -259,8 +260,8 @@ class Library {
     return best;
   }
 
-  // Lines `card | product | algorithm as hexadecimal words`. Another card's, an old version's and damaged lines are
-  // passed over: their products are searched again.
+  // Lines `card | product | algorithm as hexadecimal words`. Another card's, an old version's and cut lines are passed
+  // over: their products are searched again.
   void read_file() {
     read_ = true;
     if (file.empty()) return;

@@ -1,4 +1,4 @@
-// Rotary embedding in place on a packed projection, as an autograd function over csrc/rope.cu.
+// Rotary embedding on a packed projection, in place but for its gradient, as an autograd function over csrc/rope.cu.
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -185,10 +185,6 @@ extern "C" int tl_set_rng_state(int device, TlTensor state) {
   });
 }
 
-extern "C" int tl_pin_memory(TlTensor tensor, TlTensor* out) {
-  TL_GUARD(*out = new at::Tensor(static_cast<at::Tensor*>(tensor)->pin_memory()));
-}
-
 extern "C" int tl_set_math_mode(int allow_tf32, int deterministic) {
   TL_GUARD({
     at::globalContext().setFloat32MatmulPrecision(allow_tf32 ? "high" : "highest");

@@ -4,11 +4,12 @@
 //! that must be done (causal attention: half the square). The two ceilings, a large copy and a large matrix
 //! product, are measured in the same run.
 
+mod optimizer;
+
 use crate::bail_hint;
-use crate::config::{AttentionBackend, MasterFormat, StateFormat};
+use crate::config::AttentionBackend;
 use crate::ffi::{self, Event, FlashOptions, LossScalars};
 use crate::ops::{self, Mask};
-use crate::train::optimizer::low_memory;
 use anyhow::{Result, bail};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
@@ -68,7 +69,6 @@ const G: i64 = 4;
 const D: i64 = 64;
 const F: i64 = 5632;
 const V: i64 = 32_000;
-const PARAMETERS: i64 = 1_100_048_384;
 const EPS: f64 = 1e-5;
 
 /// Measures all ops, or those whose name contains `only`.
@@ -104,7 +104,6 @@ pub fn run(device: Device, tokens: &[i64], only: Option<&str>) -> Result<Report>
         lab.loss(n)?;
     }
     lab.optimizer()?;
-    lab.optimizer_formats()?;
     if lab.report.rows.is_empty() {
         bail_hint!(
             "leave it out for all: attention, rms_norm, add_rms_norm, rope, swiglu, mlp, cross_entropy, \
@@ -511,123 +510,6 @@ impl Lab {
         }
         Ok(())
     }
-
-    /// One step over 1.1e9 parameters, as 22 equal tensors.
-    fn optimizer(&mut self) -> Result<()> {
-        if !self.wants("adamw") && !self.wants("grad_norm") {
-            return Ok(());
-        }
-        let each = PARAMETERS / 22;
-        let fp32 = (Kind::Float, self.device);
-        let random = || Tensor::randn([each], fp32) * 1e-2;
-        let list: Vec<[Tensor; 5]> = (0..22)
-            .map(|_| {
-                let weight = Tensor::empty([each], (Kind::BFloat16, self.device));
-                [random(), random(), random(), random().square(), weight]
-            })
-            .collect();
-        let tensors: Vec<ffi::AdamWTensors> = list
-            .iter()
-            .map(|[param, grad, exp_avg, exp_avg_sq, weight]| ffi::AdamWTensors {
-                param: Some(param),
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                scales: None,
-                weight: Some(weight),
-                key: 0,
-            })
-            .collect();
-        let n = (22 * each) as f64;
-        let grads: Vec<&Tensor> = list.iter().map(|t| &t[1]).collect();
-        let ms = time(|| ffi::grad_norm(&grads, Some(1.0)).map(drop))?;
-        self.add("grad_norm of 1.1e9 values", 0, "ours", ms, Work::Bytes(4.0 * n), None);
-        let (_, clip) = ffi::grad_norm(&grads, Some(1.0))?;
-        for (kernel, clear_grad, bytes) in
-            [("ours, 30 B each", false, 30.0), ("ours, gradient cleared", true, 34.0)]
-        {
-            let s = adamw_scalars(clear_grad);
-            let ms = time(|| ffi::adamw(&tensors, &clip, s))?;
-            self.add("adamw of 1.1e9 parameters", 0, kernel, ms, Work::Bytes(bytes * n), None);
-        }
-        Ok(())
-    }
-
-    /// The same step with exact weights and moments kept in fewer bytes; it clears the gradient.
-    fn optimizer_formats(&mut self) -> Result<()> {
-        if !self.wants("adamw") {
-            return Ok(());
-        }
-        let n = PARAMETERS / 22 * 22;
-        let clip = Tensor::ones([], (Kind::Float, self.device));
-        for (kernel, master, state, bytes) in [
-            ("ours, split master", MasterFormat::Split, StateFormat::Fp32, 32.0),
-            ("ours, int8 moments", MasterFormat::Fp32, StateFormat::Int8, 22.0),
-            ("ours, split, int8", MasterFormat::Split, StateFormat::Int8, 20.0),
-            ("ours, bf16, bf16", MasterFormat::Bf16, StateFormat::Bf16, 20.0),
-            ("ours, bf16, int8", MasterFormat::Bf16, StateFormat::Int8, 16.0),
-        ] {
-            let list: Vec<_> = (0..22).map(|_| kept(n / 22, master, state, self.device)).collect();
-            let tensors: Vec<ffi::AdamWTensors> = list.iter().map(Kept::tensors).collect();
-            let ms = time(|| ffi::adamw(&tensors, &clip, adamw_scalars(true)))?;
-            let scales = if state == StateFormat::Int8 { 16.0 / 256.0 } else { 0.0 };
-            let work = Work::Bytes((bytes + scales) * n as f64);
-            self.add("adamw of 1.1e9 parameters", 0, kernel, ms, work, None);
-        }
-        Ok(())
-    }
-}
-
-fn adamw_scalars(clear_grad: bool) -> ffi::AdamWScalars {
-    let (lr, beta1, beta2, eps, weight_decay) = (1e-4, 0.9, 0.95, 1e-8, 0.1);
-    ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step: 10, clear_grad }
-}
-
-/// A parameter as an optimizer keeps it.
-struct Kept {
-    param: Option<Tensor>,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Option<(Tensor, Tensor)>,
-    weight: Tensor,
-}
-
-impl Kept {
-    fn tensors(&self) -> ffi::AdamWTensors<'_> {
-        ffi::AdamWTensors {
-            param: self.param.as_ref(),
-            grad: &self.grad,
-            exp_avg: &self.exp_avg,
-            exp_avg_sq: &self.exp_avg_sq,
-            scales: self.scales.as_ref().map(|(m, v)| (m, v)),
-            weight: Some(&self.weight),
-            key: 1,
-        }
-    }
-}
-
-/// n random elements in these formats.
-fn kept(n: i64, master: MasterFormat, state: StateFormat, device: Device) -> Kept {
-    let random = || Tensor::randn([n], (Kind::Float, device)) * 1e-2;
-    let (exact, m, v) = (random(), random(), random().square());
-    let (weight, low) = low_memory::split(&exact);
-    let param = match master {
-        MasterFormat::Fp32 => Some(exact),
-        MasterFormat::Split => Some(low),
-        MasterFormat::Bf16 => None,
-    };
-    let half = Tensor::full([n], 0x8000, (Kind::Int, device));
-    let (exp_avg, exp_avg_sq, scales) = match state {
-        StateFormat::Fp32 => (m, v, None),
-        StateFormat::Bf16 => (m.to_kind(Kind::BFloat16), v.to_kind(Kind::BFloat16), None),
-        StateFormat::Int8 => {
-            let (m, scale) = low_memory::quantize_signed(&m, &half);
-            let (v, scale_sq) = low_memory::quantize_unsigned(&v, &half);
-            (m, v, Some((scale, scale_sq)))
-        }
-    };
-    Kept { param, grad: random(), exp_avg, exp_avg_sq, scales, weight }
 }
 
 /// Results and gradients, one after the other.

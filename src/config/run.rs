@@ -259,8 +259,8 @@ pub struct TrainConfig {
 pub enum ActivationCheckpointing {
     /// Each operation keeps what its backward pass needs.
     None,
-    /// The backward pass computes the outputs of the norms again (two reads and a write of C values a token each);
-    /// with fused kernels, on a GPU. In `fp8-mixed` this is always so.
+    /// The backward pass computes the outputs of the norms again (a read and a write of C values a token each); for
+    /// Llamas without biases, with fused kernels, on a GPU. In `fp8-mixed` this is always so.
     Selective,
     /// A block keeps only its inputs (4 C bytes a token in bf16) and the backward pass runs it again: a third more
     /// arithmetic in it, which MFU does not count.
@@ -354,6 +354,13 @@ pub enum MasterFormat {
 pub enum OptimizerName {
     /// Adam with decoupled weight decay.
     AdamW,
+}
+
+impl RunConfig {
+    /// `memory_limit` in bytes.
+    pub fn memory_limit_bytes(&self) -> Option<u64> {
+        self.memory_limit.map(|gib| (gib * (1u64 << 30) as f64) as u64)
+    }
 }
 
 impl Precision {

@@ -127,6 +127,7 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
         Ok(model) => {
             check_sequence(config, &model, &mut problems);
             check_recomputation(config, &model, &mut problems);
+            check_fp8(config, &model, &mut problems);
         }
         Err(found) => problems.extend(found),
     }
@@ -137,10 +138,6 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_data(config, &mut problems);
     if let Some(gib) = config.memory_limit.filter(|gib| !(*gib > 0.0 && gib.is_finite())) {
         problems.push(format!("`memory_limit`: must be above 0 GiB, or null, got {gib}"));
-    }
-    if config.precision == Precision::Fp8Mixed && !config.fused {
-        problems
-            .push("`fused`: `precision: fp8-mixed` has no plain path, so it must be true".into());
     }
     if config.deterministic && config.attention == AttentionBackend::Cudnn {
         problems.push("`attention`: cuDNN's is not deterministic; use `auto` or `flash`".into());
@@ -160,6 +157,23 @@ fn check_sequence(config: &RunConfig, model: &ModelConfig, problems: &mut Vec<St
     if t < 1 || t > most {
         problems.push(format!(
             "`train.max_seq_length`: must be between 1 and the model's `block_size` = {most}, got {t}"
+        ));
+    }
+}
+
+/// What `fp8-mixed` needs of a run; card and model are looked at when it starts.
+fn check_fp8(config: &RunConfig, model: &ModelConfig, problems: &mut Vec<String>) {
+    if config.precision != Precision::Fp8Mixed {
+        return;
+    }
+    if !config.fused {
+        problems
+            .push("`fused`: `precision: fp8-mixed` has no plain path, so it must be true".into());
+    }
+    let t = config.sequence_length(model);
+    if t % 16 != 0 {
+        problems.push(format!(
+            "`train.max_seq_length`: `precision: fp8-mixed` needs a multiple of 16, got {t}"
         ));
     }
 }

@@ -35,7 +35,6 @@ unsafe extern "C" {
     ) -> c_int;
     fn tl_rng_state(device: c_int, out: *mut Handle) -> c_int;
     fn tl_set_rng_state(device: c_int, state: Handle) -> c_int;
-    fn tl_pin_memory(tensor: Handle, out: *mut Handle) -> c_int;
     fn tl_set_math_mode(allow_tf32: c_int, deterministic: c_int) -> c_int;
     fn tl_configure_allocator() -> c_int;
     fn tl_set_sdp_backends(mask: c_int) -> c_int;
@@ -166,14 +165,6 @@ pub fn rng_state(device: tch::Device) -> Result<Tensor> {
 pub fn set_rng_state(device: tch::Device, state: &Tensor) -> Result<()> {
     // SAFETY: the tensor outlives the call.
     check(unsafe { tl_set_rng_state(device_index(device), handle(state)) })
-}
-
-/// A copy of a CPU tensor in page-locked memory, from which a GPU copies without a CPU wait.
-pub fn pin_memory(tensor: &Tensor) -> Result<Tensor> {
-    let mut out: Handle = std::ptr::null_mut();
-    // SAFETY: on success `out` is a new tensor that this side owns.
-    check(unsafe { tl_pin_memory(handle(tensor), &mut out) })?;
-    Ok(unsafe { Tensor::from_ptr(out) })
 }
 
 /// `allow_tf32` is `torch.set_float32_matmul_precision("high")`; `deterministic` is

@@ -48,7 +48,8 @@ pub fn obstacle(config: &ModelConfig, device: Device) -> Result<Option<String>> 
         return Ok(Some("it needs a CUDA card, and the run is on the CPU".into()));
     };
     let (major, minor) = ffi::cuda_device(index)?.capability;
-    let sizes = [config.n_embd, config.qkv_rows(), config.intermediate_size];
+    let width = config.n_head * config.head_size;
+    let sizes = [config.n_embd, config.qkv_rows(), width, config.intermediate_size];
     Ok(if (major, minor) < (8, 9) {
         Some(format!(
             "it needs compute capability 8.9 or later (RTX 4090, H100), got {major}.{minor}"
@@ -143,10 +144,10 @@ impl GPT {
     pub fn restore_fp8(&self, saved: &[(String, Tensor)]) -> Result<bool> {
         let Some(fp8) = &self.fp8 else { return Ok(false) };
         for (name, mut ours) in fp8.state() {
-            match saved.iter().find(|(saved, _)| *saved == name) {
-                Some((_, theirs)) if theirs.size() == ours.size() => ours.copy_(theirs),
-                _ => return Ok(false),
-            }
+            let Some((_, theirs)) = saved.iter().find(|(saved, _)| *saved == name) else {
+                return Ok(false);
+            };
+            ours.copy_(theirs);
         }
         self.cast_fp8_weights()?;
         Ok(true)

@@ -1,6 +1,6 @@
 //! `y = x W^T`, alone and behind a norm.
 
-use super::{add_rms_norm, fused_here, or_panic, rms_norm, swiglu_mlp};
+use super::{add_rms_norm, fused_here, mlp, norm as norms, or_panic, rms_norm, swiglu_mlp};
 use crate::ffi::{self, Fp8Linear};
 use tch::{Kind, Tensor};
 
@@ -31,7 +31,7 @@ pub fn linear(
 }
 
 /// `(rms_norm(sum) W^T, sum)` with `sum = x + residual`. On a GPU only the sum is kept for the backward pass, which
-/// computes the norm's output again: 2 C bytes a token less.
+/// computes the norm's output again: 2 C bytes a token less. Where a kernel does not cover the sizes, the two apart.
 ///
 /// # Shapes
 /// x, residual (.., C); norm (C,); weight (O, C) -> (.., O), (.., C).
@@ -46,13 +46,13 @@ pub fn norm_linear(
     weight: &Tensor,
     fp8: Option<&Fp8Linear>,
 ) -> (Tensor, Tensor) {
-    if fused_here(x) {
+    if norms::kernel_takes(x, norm) && weight.kind() == x.kind() {
         let (x, residual) = (x.contiguous(), residual.map(Tensor::contiguous));
         let (y, sum) = or_panic(ffi::norm_linear(&x, residual.as_ref(), norm, eps, weight, fp8));
         return (y, sum.unwrap_or(x));
     }
     let (normed, sum) = norm_of_sum(x, residual, norm, eps);
-    (linear(&normed, weight, None, None, false), sum)
+    (linear(&normed, weight, None, None, true), sum)
 }
 
 /// `(swiglu_mlp(rms_norm(sum)), sum)` with `sum = x + residual`, likewise. `fp8`: of `[W1; W2]` and of W3.
@@ -70,20 +70,20 @@ pub fn norm_mlp(
     weights: [&Tensor; 3],
     fp8: Option<(&Fp8Linear, &Fp8Linear)>,
 ) -> (Tensor, Tensor) {
-    if fused_here(x) {
+    if norms::kernel_takes(x, norm) && mlp::kernel_takes(x, weights[0].size()[0]) {
         let (x, residual) = (x.contiguous(), residual.map(Tensor::contiguous));
         let fp8 = fp8.map(|(gate_up, down)| [gate_up, down]);
         let (y, sum) = or_panic(ffi::norm_mlp(&x, residual.as_ref(), norm, eps, weights, fp8));
         return (y, sum.unwrap_or(x));
     }
     let (normed, sum) = norm_of_sum(x, residual, norm, eps);
-    (swiglu_mlp(&normed, weights[0], weights[1], weights[2], false), sum)
+    (swiglu_mlp(&normed, weights[0], weights[1], weights[2], true), sum)
 }
 
 fn norm_of_sum(x: &Tensor, residual: Option<&Tensor>, norm: &Tensor, eps: f64) -> (Tensor, Tensor) {
     match residual {
-        Some(residual) => add_rms_norm(x, residual, norm, eps, false),
-        None => (rms_norm(x, norm, eps, false), x.shallow_clone()),
+        Some(residual) => add_rms_norm(x, residual, norm, eps, true),
+        None => (rms_norm(x, norm, eps, true), x.shallow_clone()),
     }
 }
 

@@ -52,7 +52,7 @@ pub fn swiglu_mlp(x: &Tensor, fc_1: &Tensor, fc_2: &Tensor, proj: &Tensor, fused
 }
 
 /// Whether the kernel covers this F: it works in 16-byte pieces. Says so where it does not.
-fn kernel_takes(x: &Tensor, f: i64) -> bool {
+pub(super) fn kernel_takes(x: &Tensor, f: i64) -> bool {
     let vector = if x.kind() == Kind::Float { 4 } else { 8 };
     let here = fused_here(x);
     if here && f % vector != 0 {

@@ -46,7 +46,7 @@ pub fn add_rms_norm(
 }
 
 /// Whether the kernel covers this C: it holds a row in registers, in 16-byte pieces. Says so where it does not.
-fn kernel_takes(x: &Tensor, weight: &Tensor) -> bool {
+pub(super) fn kernel_takes(x: &Tensor, weight: &Tensor) -> bool {
     if !fused_here(x) || weight.kind() != x.kind() {
         return false;
     }

@@ -3,7 +3,7 @@
 //! The arithmetic of what the training step keeps (bytes; N tokens of a micro-batch, widths as in [`crate::model`]):
 //!
 //! - a parameter: 4 master + 8 moments + 4 gradient sum + 2 working copy in `bf16-mixed`, 2 more in `fp8-mixed`;
-//!   2 weight + 2 gradient + 4 moments in `bf16-true`. In `bf16-mixed`, `optimizer.master: split` has 2 for the
+//!   2 weight + 2 gradient + 4 moments in `bf16-true`. In the first two, `optimizer.master: split` has 2 for the
 //!   master and `bf16` none; `optimizer.state: bf16` has 4 for the moments, `int8` 2 + 8 / 256;
 //! - a Llama block a token: twice the residual sum and its norm (4 C; 2 C where norms are computed again), the packed
 //!   QKV (H + 2G) D, the attention output H D, gate and up 2 F, each in bf16; log sum exp 4 H; 1/rms 8. The product
@@ -137,8 +137,8 @@ pub fn largest_micro_batch(
     Some((1..=4096).take_while(fits).last().unwrap_or(0))
 }
 
-/// Bytes of exact weights and moments in `bf16-mixed`, beside the bf16 weights.
-pub fn optimizer_parts(optimizer: &OptimizerConfig, n_params: u64) -> Vec<(String, u64)> {
+/// Bytes of exact weights and moments in `bf16-mixed` and `fp8-mixed`, beside the bf16 weights.
+fn optimizer_parts(optimizer: &OptimizerConfig, n_params: u64) -> Vec<(String, u64)> {
     let mut parts = match optimizer.master {
         MasterFormat::Fp32 => vec![("master weights, fp32".to_owned(), 4 * n_params)],
         MasterFormat::Split => {

@@ -8,10 +8,10 @@
 //! | `bf16-true`  | bf16                        | the master itself              | bf16         |
 //!
 //! The gradient sums lie in one buffer. Each parameter's part of it is that weight's `.grad` for the whole run, in
-//! `bf16-mixed` an fp32 `.grad` of a bf16 weight: autograd adds to it in place, and on a GPU the matrix products of
+//! the mixed precisions an fp32 `.grad` of a bf16 weight: autograd adds to it in place, and on a GPU the matrix products of
 //! the backward pass do so themselves (`csrc/torch/matmul.h`), with no bf16 gradient in between.
 //!
-//! `bf16-mixed` can keep master and moments in fewer bytes: `optimizer.master`, `optimizer.state`. Every step
+//! The mixed precisions can keep master and moments in fewer bytes: `optimizer.master`, `optimizer.state`. Every step
 //! widens them to fp32, updates, and narrows the result; the formats are in [`low_memory`].
 
 pub mod low_memory;
@@ -127,7 +127,7 @@ pub struct AdamW {
 
 impl AdamW {
     /// Takes over an fp32 model: keeps its weights as masters and, as `precision` says, gives the model
-    /// its bf16 weights. Turns on gradients. `config.state` and `config.master` count in `bf16-mixed`.
+    /// its bf16 weights. Turns on gradients. `config.state` and `config.master` count in `bf16-mixed` and `fp8-mixed`.
     pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Self {
         let fp32 = model.named_parameters();
         let masters: Vec<Tensor> = match precision {

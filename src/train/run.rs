@@ -127,8 +127,7 @@ impl Run {
         }
         if let Device::Cuda(index) = device {
             let card = ffi::cuda_device(index)?.total_memory as u64;
-            let limit = config.memory_limit.map(|gib| (gib * (1u64 << 30) as f64) as u64);
-            let memory = limit.map_or(card, |limit| limit.min(card));
+            let memory = config.memory_limit_bytes().map_or(card, |limit| limit.min(card));
             memory::check_fits(config, &model_config, sequence as u64, memory)?;
         }
 
@@ -165,15 +164,14 @@ impl Run {
         // 3. Optimizer: takes the fp32 weights over as masters.
         let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer);
         optimizer.seed = config.seed;
-
         if config.precision == Precision::Fp8Mixed {
             model.enable_fp8()?;
         }
 
         // 4. Resume: optimizer, random generators, data cursor, counters.
-        let progress = match &resume_from {
+        let (progress, has_scales) = match &resume_from {
             Some(dir) => saver::restore(dir, config, &model, &mut optimizer, &mut loader, device)?,
-            None => Progress::default(),
+            None => (Progress::default(), false),
         };
 
         // 5. The run's folder and its log.
@@ -187,7 +185,7 @@ impl Run {
         let mut micro = MicroStep::new(
             device.is_cuda() && config.fused && config.cuda_graph == CudaGraph::Auto,
         );
-        micro.find_scales = model.fp8.is_some() && progress.step == 0;
+        micro.find_scales = model.fp8.is_some() && !has_scales;
         let width = model_config.n_head * model_config.head_size;
         let flops = flops::flops_per_token(
             model_config.n_matmul_params(),
@@ -357,11 +355,11 @@ impl Run {
 /// adds its gradients with atomics; FlashAttention-2 has a mode with a fixed order.
 fn set_backends(config: &RunConfig, device: Device) -> Result<()> {
     ffi::set_math_mode(true, config.deterministic)?;
-    let cache = matmul_cache();
     if let Device::Cuda(index) = device {
-        if let Some(gib) = config.memory_limit {
-            ffi::cuda_memory_limit(index, (gib * (1u64 << 30) as f64) as i64)?;
+        if let Some(bytes) = config.memory_limit_bytes() {
+            ffi::cuda_memory_limit(index, bytes as i64)?;
         }
+        let cache = matmul_cache();
         ffi::set_matmul(match config.matmul {
             MatmulBackend::Aten => ffi::Matmul::Aten,
             MatmulBackend::Heuristic => ffi::Matmul::Heuristic,

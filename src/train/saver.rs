@@ -50,7 +50,8 @@ pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Loads `train_state/` of a checkpoint whose weights already sit in the model.
+/// Loads `train_state/` of a checkpoint whose weights already sit in the model. Whether it held the
+/// scales of `fp8-mixed` too: a checkpoint of another precision has none.
 pub fn restore(
     dir: &Path,
     config: &RunConfig,
@@ -58,11 +59,11 @@ pub fn restore(
     optimizer: &mut AdamW,
     loader: &mut DataLoader,
     device: Device,
-) -> Result<Progress> {
+) -> Result<(Progress, bool)> {
     let (state, moments, generators) = checkpoint::load_train_state(dir)?;
     check_precision(&state, config.precision)?;
     optimizer.load_state(state.step as i64, &moments)?;
-    model.restore_fp8(&moments)?;
+    let has_scales = model.restore_fp8(&moments)?;
     let cursor = serde_json::from_value(state.data.clone())
         .with_context(|| format!("data cursor of `{}`", dir.display()))?;
     loader.restore(&cursor)?;
@@ -74,12 +75,13 @@ pub fn restore(
         }
     }
     report_changes(dir, config);
-    Ok(Progress {
+    let progress = Progress {
         step: state.step,
         iter: state.iter,
         tokens: state.tokens,
         elapsed: state.elapsed_seconds,
-    })
+    };
+    Ok((progress, has_scales))
 }
 
 /// Moments are stored in the dtype of the masters: bf16 and fp32 states do not continue each other.

@@ -48,10 +48,10 @@ pub fn train_step(
         find_scales(model, first, scalars)?;
         optimizer.clear_gradients();
     }
-    let coming: Vec<Coming> =
-        batches.iter().map(|batch| Coming::new(batch, device)).collect::<Result<_>>()?;
-    for batch in coming {
-        let (input, target) = batch.take()?; // (B, T) x2
+    let coming: Vec<[Coming; 2]> =
+        batches.iter().map(|batch| stage(batch, device)).collect::<Result<_>>()?;
+    for [input, target] in coming {
+        let (input, target) = (input.take()?, target.take()?); // (B, T) x2
         let _ = loss.g_add_(&micro.run(model, &input, &target, scalars)?);
     }
     let grad_norm = optimizer.step(lr, train.max_norm)?;
@@ -154,45 +154,41 @@ fn forward_backward(
 fn find_scales(model: &GPT, batch: &Batch, scalars: LossScalars) -> Result<()> {
     let Some(fp8) = &model.fp8 else { return Ok(()) };
     fp8.guess_gradients(1.0 / scalars.scale);
-    let input = to_device(&batch.input, model.device())?;
-    let target = to_device(&batch.target, model.device())?;
+    let [input, target] = stage(batch, model.device())?;
+    let (input, target) = (input.take()?, target.take()?); // (B, T) x2
     for _ in 0..6 {
         let _ = forward_backward(model, &input, &target, scalars)?;
     }
     Ok(())
 }
 
-/// A batch on its way to the model's device.
-enum Coming {
-    /// Copied beside the work before.
-    Staged(Staged, Staged),
+/// Token ids on their way to the model's device.
+pub enum Coming {
+    /// Copied from page-locked memory beside the work before.
+    Staged(Staged),
     /// On the CPU, where the model is.
-    Here(Tensor, Tensor),
+    Here(Tensor),
 }
 
 impl Coming {
-    fn new(batch: &Batch, device: Device) -> Result<Self> {
+    /// Starts the copy.
+    pub fn new(tokens: &Tensor, device: Device) -> Result<Self> {
         Ok(match device {
-            Device::Cuda(_) => Self::Staged(
-                Staged::new(&batch.input, device)?,
-                Staged::new(&batch.target, device)?,
-            ),
-            _ => Self::Here(batch.input.shallow_clone(), batch.target.shallow_clone()),
+            Device::Cuda(_) => Self::Staged(Staged::new(tokens, device)?),
+            _ => Self::Here(tokens.shallow_clone()),
         })
     }
 
-    fn take(self) -> Result<(Tensor, Tensor)> {
-        Ok(match self {
-            Self::Staged(input, target) => (input.take()?, target.take()?),
-            Self::Here(input, target) => (input, target),
-        })
+    /// The ids on the device. The stream waits for the copy, the CPU does not.
+    pub fn take(self) -> Result<Tensor> {
+        match self {
+            Self::Staged(tokens) => tokens.take(),
+            Self::Here(tokens) => Ok(tokens),
+        }
     }
 }
 
-/// Copies a batch to the GPU from pinned memory, without a CPU wait; on the CPU, the tensor itself.
-pub fn to_device(tokens: &Tensor, device: Device) -> Result<Tensor> {
-    match device {
-        Device::Cuda(_) => Staged::new(tokens, device)?.take(),
-        _ => Ok(tokens.shallow_clone()),
-    }
+/// Input and target of a batch on their way.
+pub fn stage(batch: &Batch, device: Device) -> Result<[Coming; 2]> {
+    Ok([Coming::new(&batch.input, device)?, Coming::new(&batch.target, device)?])
 }

@@ -1,6 +1,6 @@
 //! Validation loss.
 
-use super::step::to_device;
+use super::step::stage;
 use crate::data::ValidationSet;
 use crate::model::GPT;
 use crate::ops::LossScalars;
@@ -19,8 +19,8 @@ pub fn validate(model: &GPT, set: &ValidationSet, max_iters: Option<u64>) -> Res
     let limit = max_iters.map_or(usize::MAX, |n| n as usize);
     for batch in set.batches().take(limit) {
         let batch = batch?;
-        let input = to_device(&batch.input, model.device())?; // (B, T)
-        let target = to_device(&batch.target, model.device())?; // (B, T)
+        let [input, target] = stage(&batch, model.device())?;
+        let (input, target) = (input.take()?, target.take()?); // (B, T) x2
         let _ = sum.g_add_(&model.loss(&input, &target, LossScalars::SUM).to_kind(Kind::Double));
         n_targets += batch.n_targets;
     }

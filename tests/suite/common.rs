@@ -1,7 +1,11 @@
 //! Small models and helpers shared by the tests.
 
 use tch::{Kind, Tensor};
-use tinyllama::model::ModelConfig;
+use tinyllama::config::TrainConfig;
+use tinyllama::data::Batch;
+use tinyllama::model::{GPT, ModelConfig};
+use tinyllama::train::optimizer::AdamW;
+use tinyllama::train::step::{MicroStep, StepOutput, train_step};
 
 /// A Llama with grouped queries, small enough for a test.
 pub fn tiny_llama() -> ModelConfig {
@@ -41,4 +45,10 @@ pub fn tiny_neox() -> ModelConfig {
 pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+}
+
+/// One optimizer step with the default training settings, launched kernel by kernel.
+pub fn one_step(model: &GPT, optimizer: &mut AdamW, batches: &[Batch], lr: f64) -> StepOutput {
+    let train = TrainConfig::default();
+    train_step(model, optimizer, &mut MicroStep::default(), batches, lr, &train).unwrap()
 }

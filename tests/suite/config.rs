@@ -357,6 +357,8 @@ fn fp8_and_memory_limits_that_cannot_work_are_refused() {
     assert_eq!(problems(&[]), "");
     let error = problems(&["fused=false"]);
     assert!(error.contains("`fused`") && error.contains("fp8-mixed"), "{error}");
+    let error = problems(&["train.max_seq_length=1001"]);
+    assert!(error.contains("needs a multiple of 16, got 1001"), "{error}");
     let error = problems(&["memory_limit=-1"]);
     assert!(error.contains("`memory_limit`: must be above 0 GiB"), "{error}");
     // Without a card: one message before training.

@@ -1,5 +1,6 @@
 //! Parity with PyTorch and transformers, on vectors made by `scripts/golden/{model,train}.py`.
 
+use crate::common::one_step;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,6 @@ use tinyllama::model::{GPT, ModelConfig, RopeScaling, rope};
 use tinyllama::ops;
 use tinyllama::train::optimizer::AdamW;
 use tinyllama::train::schedule::lr_at;
-use tinyllama::train::step::{MicroStep, train_step};
 
 fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
@@ -139,15 +139,7 @@ fn twenty_training_steps_equal_pytorchs() {
                     Batch { input, target, n_targets }
                 })
                 .collect();
-            let out = train_step(
-                &model,
-                &mut optimizer,
-                &mut MicroStep::default(),
-                &batches,
-                lr,
-                &TrainConfig::default(),
-            )
-            .unwrap();
+            let out = one_step(&model, &mut optimizer, &batches, lr);
             optimizer.zero_grad();
             let relative = |got: f64, want: f64| (got / want - 1.0).abs();
             worst_loss = worst_loss.max(relative(out.loss.double_value(&[]), losses[step - 1]));

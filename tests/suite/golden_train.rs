@@ -1,16 +1,16 @@
 //! Training parity beyond fp32: `bf16-mixed`, and batches read from the packed file, on files made by
 //! `scripts/golden/train.py`.
 
+use crate::common::one_step;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 use tinyllama::checkpoint::{self, names};
-use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
+use tinyllama::config::{OptimizerConfig, Precision};
 use tinyllama::data::Batch;
 use tinyllama::data::packed::PackedSet;
 use tinyllama::train::optimizer::AdamW;
-use tinyllama::train::step::{MicroStep, train_step};
 
 const VOCAB: usize = 128;
 
@@ -55,15 +55,7 @@ fn train(family: &str, precision: Precision, expected: &Value) -> (Vec<f64>, Vec
     let mut optimizer = AdamW::new(&mut model, precision, &settings);
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for (step, lr) in batches().iter().zip(floats(&expected["lr"])) {
-        let out = train_step(
-            &model,
-            &mut optimizer,
-            &mut MicroStep::default(),
-            step,
-            lr,
-            &TrainConfig::default(),
-        )
-        .unwrap();
+        let out = one_step(&model, &mut optimizer, step, lr);
         optimizer.zero_grad();
         losses.push(out.loss.double_value(&[]));
         norms.push(out.grad_norm.double_value(&[]));

@@ -1,13 +1,12 @@
 //! AdamW with weights and moments in fewer bytes: exactness, unbiased rounding, resume, and learning.
 
-use crate::common::tiny_llama;
+use crate::common::{one_step, tiny_llama};
 use tch::{Device, Kind, Tensor};
-use tinyllama::config::{MasterFormat, OptimizerConfig, Precision, StateFormat, TrainConfig};
+use tinyllama::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
 use tinyllama::data::Batch;
 use tinyllama::model::GPT;
 use tinyllama::train::optimizer::AdamW;
 use tinyllama::train::optimizer::low_memory::{self, Noise, noise_key};
-use tinyllama::train::step::{MicroStep, train_step};
 
 const MASTERS: [MasterFormat; 3] = [MasterFormat::Fp32, MasterFormat::Split, MasterFormat::Bf16];
 const STATES: [StateFormat; 3] = [StateFormat::Fp32, StateFormat::Bf16, StateFormat::Int8];
@@ -269,15 +268,7 @@ fn train(
 ) -> Vec<f64> {
     let step = |seed| {
         let data = [batch(seed)];
-        let out = train_step(
-            model,
-            optimizer,
-            &mut MicroStep::default(),
-            &data,
-            lr,
-            &TrainConfig::default(),
-        )
-        .unwrap();
+        let out = one_step(model, optimizer, &data, lr);
         optimizer.zero_grad();
         out.loss.double_value(&[])
     };

@@ -9,6 +9,7 @@ mod generate;
 mod golden;
 mod golden_train;
 mod gpu;
+mod gpu_step;
 mod kernels;
 mod low_memory;
 mod metrics;

@@ -1,15 +1,14 @@
 //! Activation checkpointing: what is computed again is the same, and what goes wrong there is told.
 
-use crate::common::{tiny_llama, tiny_neox};
+use crate::common::{one_step, tiny_llama, tiny_neox};
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
-use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
+use tinyllama::config::{OptimizerConfig, Precision};
 use tinyllama::data::Batch;
 use tinyllama::guard;
 use tinyllama::model::{GPT, KvCache, ModelConfig};
 use tinyllama::ops::{self, LossScalars};
 use tinyllama::train::optimizer::AdamW;
-use tinyllama::train::step::{MicroStep, train_step};
 
 /// Three blocks of both families, and a Llama whose head is its embedding.
 fn models() -> [ModelConfig; 3] {
@@ -78,16 +77,8 @@ fn five_steps_end_at_the_same_weights_in_every_precision() {
             let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
             let mut out = vec![];
             for step in 0..5 {
-                let (data, train) = (batches(&config), TrainConfig::default());
-                let step_out = train_step(
-                    &model,
-                    &mut optimizer,
-                    &mut MicroStep::default(),
-                    &data,
-                    1e-2,
-                    &train,
-                )
-                .unwrap();
+                let data = batches(&config);
+                let step_out = one_step(&model, &mut optimizer, &data, 1e-2);
                 optimizer.zero_grad();
                 out.push((format!("loss {step}"), step_out.loss));
                 out.push((format!("norm {step}"), step_out.grad_norm));

@@ -1,6 +1,6 @@
 //! The training step against its own invariants; parity with PyTorch is in `golden`.
 
-use crate::common::{max_difference, tiny_llama, tiny_neox};
+use crate::common::{max_difference, one_step, tiny_llama, tiny_neox};
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
@@ -36,15 +36,7 @@ fn both_families_overfit_one_batch_in_every_precision() {
             let data = [batch(&config, 2, 16)];
             let mut losses = Vec::new();
             for _ in 0..60 {
-                let out = train_step(
-                    &model,
-                    &mut optimizer,
-                    &mut MicroStep::default(),
-                    &data,
-                    1e-2,
-                    &TrainConfig::default(),
-                )
-                .unwrap();
+                let out = one_step(&model, &mut optimizer, &data, 1e-2);
                 optimizer.zero_grad();
                 losses.push(out.loss.double_value(&[]));
             }
@@ -69,15 +61,7 @@ fn two_micro_batches_of_two_equal_one_of_four_also_with_masked_targets() {
         let (model, mut optimizer) = fresh(&config, Precision::Fp32True);
         let mut losses = Vec::new();
         for _ in 0..3 {
-            let out = train_step(
-                &model,
-                &mut optimizer,
-                &mut MicroStep::default(),
-                batches,
-                1e-4,
-                &TrainConfig::default(),
-            )
-            .unwrap();
+            let out = one_step(&model, &mut optimizer, batches, 1e-4);
             optimizer.zero_grad();
             losses.push(out.loss.double_value(&[]));
         }
@@ -99,15 +83,7 @@ fn mixed_precision_keeps_exact_masters_and_refreshes_the_bf16_copy() {
     let (model, mut optimizer) = fresh(&config, Precision::Bf16Mixed);
     assert_eq!(model.kind(), Kind::BFloat16);
     let data = [batch(&config, 2, 16), batch(&config, 2, 16)];
-    let _ = train_step(
-        &model,
-        &mut optimizer,
-        &mut MicroStep::default(),
-        &data,
-        1e-4,
-        &TrainConfig::default(),
-    )
-    .unwrap();
+    let _ = one_step(&model, &mut optimizer, &data, 1e-4);
     for p in &optimizer.params {
         assert_eq!(p.master.kind(), Kind::Float);
         assert_eq!(p.grad.kind(), Kind::Float);
@@ -139,15 +115,7 @@ fn the_optimizers_state_survives_a_round_trip_bit_for_bit_and_refuses_a_stranger
     let config = tiny_llama();
     let (model, mut optimizer) = fresh(&config, Precision::Fp32True);
     let data = [batch(&config, 2, 16)];
-    let _ = train_step(
-        &model,
-        &mut optimizer,
-        &mut MicroStep::default(),
-        &data,
-        1e-3,
-        &TrainConfig::default(),
-    )
-    .unwrap();
+    let _ = one_step(&model, &mut optimizer, &data, 1e-3);
     let saved: Vec<(String, Tensor)> =
         optimizer.state().into_iter().map(|(n, t)| (n, t.copy())).collect();
 
