@@ -1,14 +1,15 @@
-// AdamW with gradient clipping, the refresh of the bf16 weights that the model computes with and the clearing of the
-// gradient in one pass over all tensors; and the global gradient norm, on the device.
+// AdamW with gradient clipping, the refresh of the bf16 weights that the model computes with and, where asked for, the
+// clearing of the gradient in one pass over all tensors; and the global gradient norm, on the device.
 //
 //   g' = g clip
 //   m  = b1 m + (1 - b1) g'
 //   v  = b2 v + (1 - b2) g'^2
 //   p  = p (1 - lr wd) - lr/(1 - b1^s) * m / (sqrt(v) / sqrt(1 - b2^s) + eps)
 //   w  = bf16(p)                                 (where there are bf16 weights)
-//   g  = 0                                       (where asked for)
+//   g  = 0                                       (where asked for: see gradients.h for where it is not needed)
 //
-// clip is one fp32 on the device; where it is not finite nothing is written. Tensors are flat; a launch carries
+// clip is one fp32 on the device; where it is not finite nothing is written, and the norm can keep it so: the CPU reads
+// a norm a step late, when the next step has overwritten the gradients. Tensors are flat; a launch carries
 // up to LIST of them in its parameters, so no table is copied. A block updates 1,024 elements, a thread one
 // 16-byte vector of each fp32 array: blocks that stay on the chip and take several chunks were 10 % slower.
 //
@@ -303,7 +304,7 @@ __device__ void update4(const AdamWTensor& t, int64_t i, const Update& update) {
     store4<WHOLE>(t.exp_avg, m8, i, t.n);
     store4<WHOLE>(t.exp_avg_sq, v8, i, t.n);
   }
-  if (update.c.clear_grad) store4<WHOLE>(t.grad, Four<float>{}, i, t.n);
+  if (t.clear_grad) store4<WHOLE>(t.grad, Four<float>{}, i, t.n);
 }
 
 template <Master M, State S>
@@ -357,34 +358,40 @@ __device__ float squares(const T* x, int64_t start, int64_t end) {
   return sum;
 }
 
+// blame: null, or a number for each tensor of the list, to be 1 where its squares are not finite; unless *stopped.
 __global__ void __launch_bounds__(THREADS)
-    squares_kernel(const __grid_constant__ List<NormTensor> list, float* partial, bool add) {
+    squares_kernel(const __grid_constant__ List<NormTensor> list, float* partial, bool add, int* blame,
+                   const int* stopped) {
   float sum = 0.f;
   for (int64_t chunk = blockIdx.x; chunk < list.chunks; chunk += gridDim.x) {
     const int which = list.find(chunk);
     const NormTensor& t = list.entry[which];
     const int64_t start = (chunk - list.first[which]) * NORM_CHUNK, end = min(start + NORM_CHUNK, t.n);
+    float part;
     if (t.type == Type::fp32)
-      sum += squares(static_cast<const float*>(t.grad), start, end);
+      part = squares(static_cast<const float*>(t.grad), start, end);
     else if (t.type == Type::bf16)
-      sum += squares(static_cast<const __nv_bfloat16*>(t.grad), start, end);
+      part = squares(static_cast<const __nv_bfloat16*>(t.grad), start, end);
     else
-      sum += squares(static_cast<const __half*>(t.grad), start, end);
+      part = squares(static_cast<const __half*>(t.grad), start, end);
+    if (!isfinite(part) && blame && !*stopped) blame[which] = 1;
+    sum += part;
   }
   sum = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = add ? partial[blockIdx.x] + sum : sum;
 }
 
 __global__ void __launch_bounds__(THREADS)
-    norm_kernel(const float* partial, float max_norm, float* norm, float* clip) {
+    norm_kernel(const float* partial, float max_norm, float* norm, float* clip, int* stopped) {
   float sum = 0.f;
   for (int i = threadIdx.x; i < kNormBlocks; i += THREADS) sum += partial[i];
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
     const float x = sqrtf(sum);
     *norm = x;
+    if (stopped && !isfinite(x)) *stopped = 1;
     // As torch's clip_grad_norm_; x * 0 carries inf and nan over.
-    *clip = fminf(max_norm / (x + 1e-6f), 1.f) + x * 0.f;
+    *clip = stopped && *stopped ? nanf("") : fminf(max_norm / (x + 1e-6f), 1.f) + x * 0.f;
   }
 }
 
@@ -420,12 +427,13 @@ cudaError_t adamw(const AdamWTensor* tensors, int count, Master master, State st
 }
 
 cudaError_t grad_norm(const NormTensor* tensors, int count, float max_norm, float* partial, float* norm, float* clip,
-                      cudaStream_t stream) {
+                      int* watch, cudaStream_t stream) {
+  int* stopped = watch ? watch + count : nullptr;
   for (int at = 0; at < count; at += LIST) {
     const auto list = make_list(tensors + at, count - at, NORM_CHUNK);
-    squares_kernel<<<kNormBlocks, THREADS, 0, stream>>>(list, partial, at > 0);
+    squares_kernel<<<kNormBlocks, THREADS, 0, stream>>>(list, partial, at > 0, watch ? watch + at : nullptr, stopped);
   }
-  norm_kernel<<<1, THREADS, 0, stream>>>(partial, max_norm, norm, clip);
+  norm_kernel<<<1, THREADS, 0, stream>>>(partial, max_norm, norm, clip, stopped);
   return cudaGetLastError();
 }
 

@@ -82,8 +82,8 @@ int tl_node_backward(TlTensor out, int n, TlTensor* gradients);
 // ---- CUDA graphs and copies beside the work (csrc/torch/graph.cpp) ---------------------------------------
 
 // Starts to capture what this thread and its backward passes launch, on a stream of its own; waits for the card first.
-// tl_graph_free also ends a capture that was broken off.
-int tl_graph_begin(void** graph);
+// `other`, null or a graph that never runs at the same time: its memory is used again. tl_graph_free also ends a capture that was broken off.
+int tl_graph_begin(void* other, void** graph);
 int tl_graph_end(void* graph);
 int tl_graph_replay(void* graph);
 void tl_graph_free(void* graph);
@@ -144,6 +144,11 @@ int tl_fp8_cast_weight(TlTensor weight, TlTensor second, TlTensor* layer);
 int tl_fp8_update(TlTensor scales);
 // weight.grad = grad, also of another dtype; a null grad takes it away.
 int tl_set_grad(TlTensor weight, TlTensor grad);
+// Notes from now on (1), or no longer (0), which gradients matrix products write; whether this is one of them.
+int tl_gradients_record(int on);
+int tl_gradients_written(TlTensor grad, int* written);
+// What these gradients hold is old: the first product of each overwrites it. *left of those named before were not.
+int tl_gradients_overwrite(int n, TlTensor* grad, int* left);
 
 // ---- element-wise ops, differentiable: fp32, bf16 or fp16, contiguous, on one CUDA device ------------------
 
@@ -175,17 +180,20 @@ typedef struct {
   TlTensor exp_avg_scale, exp_avg_sq_scale;  // (ceil(n / 256),) fp32 where there are codes, else null
   TlTensor weight;      // what the model computes with, bf16; null only beside an fp32 param
   uint64_t key;         // of the random bits of this tensor in this step
+  int clear_grad;       // leave zeros in grad
 } TlAdamWTensors;
 // One AdamW update in place:
 //   g' = g * clip;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2
 //   p -= lr*wd*p + lr * (m / (1-b1^s)) / (sqrt(v / (1-b2^s)) + eps)
-// where clip is a 0-dim fp32 tensor on the device. weight receives p rounded to bf16; clear_grad leaves zeros in g.
-// Where clip is not finite, nothing is written. The CPU does not wait.
+// where clip is a 0-dim fp32 tensor on the device. weight receives p rounded to bf16. Where
+// clip is not finite, nothing is written. The CPU does not wait.
 int tl_adamw(int n, const TlAdamWTensors* tensors, TlTensor clip, double lr, double beta1, double beta2, double eps,
-             double weight_decay, int64_t step, int clear_grad);
+             double weight_decay, int64_t step);
 // *norm = L2 norm over all gradients (fp32, bf16 or fp16), *clip = min(1, max_norm / (norm + 1e-6)), not finite
-// where the norm is not; both () fp32 on the device. The CPU does not wait.
-int tl_grad_norm(int n, TlTensor* grad, double max_norm, TlTensor* norm, TlTensor* clip);
+// where the norm is not; both () fp32 on the device. watch, null or (n + 1,) int32 of zeros at first, keeps what the
+// first norm that is not finite was due to: 1 for each such gradient, and 1 in the last place, with which clip is nan
+// from then on. The CPU does not wait.
+int tl_grad_norm(int n, TlTensor* grad, double max_norm, TlTensor watch, TlTensor* norm, TlTensor* clip);
 
 #ifdef __cplusplus
 }

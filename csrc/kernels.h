@@ -152,13 +152,13 @@ struct AdamWTensor {
   void* weight;          // bf16; may be null for Master::fp32
   int64_t n;
   uint32_t key[2];       // of the random bits
+  bool clear_grad;       // leave zeros in grad
 };
 struct AdamWConfig {
   float lr, beta1, beta2, eps;
   float decay;           // 1 - lr * weight_decay
   float step_size;       // lr / (1 - beta1^s)
   float inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^s)
-  bool clear_grad;       // leave zeros in grad
 };
 cudaError_t adamw(const AdamWTensor* tensors, int count, Master master, State state, const float* clip, AdamWConfig c,
                   cudaStream_t stream);
@@ -170,8 +170,9 @@ struct NormTensor {
 };
 constexpr int kNormBlocks = 1056;
 // norm = sqrt(sum of squares); clip = min(1, max_norm / (norm + 1e-6)), not finite where norm is not. `partial`
-// has kNormBlocks fp32. max_norm = inf: clip is 1.
+// has kNormBlocks fp32. max_norm = inf: clip is 1. `watch` is null or has count + 1 numbers, 0 at first: after the
+// first norm that is not finite the last is 1, those of the tensors that were to blame are 1, and clip stays nan.
 cudaError_t grad_norm(const NormTensor* tensors, int count, float max_norm, float* partial, float* norm, float* clip,
-                      cudaStream_t stream);
+                      int* watch, cudaStream_t stream);
 
 }  // namespace tl

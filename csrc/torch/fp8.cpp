@@ -79,7 +79,7 @@ at::Tensor weight_gradient_fp8(const at::Tensor& weight, const at::Tensor& dy8_t
                                const at::Tensor& x8_t, const Fp8Slot* x_slot) {
   const at::Tensor sum = gradient_buffer(weight);
   at::Tensor out = sum.defined() ? sum : at::empty(weight.sizes(), weight.options());
-  product_fp8(out, dy8_t, dy_slot, x8_t, x_slot, /*add=*/sum.defined());
+  product_fp8(out, dy8_t, dy_slot, x8_t, x_slot, sum.defined() && adds_to({sum}));
   return sum.defined() ? at::Tensor() : out;
 }
 

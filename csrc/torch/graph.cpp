@@ -9,20 +9,23 @@
 namespace tl {
 namespace {
 
-// Work that was captured once and is launched again by one call. Its memory stays in a pool of its own.
+// Work that was captured once and is launched again by one call. Its memory stays in a pool of its own, or of another
+// graph, if the two never run at the same time: captured on the same stream, since the pool keeps blocks by stream.
 struct Graph {
   at::cuda::CUDAGraph graph;
   c10::cuda::CUDAStream outer = at::cuda::getCurrentCUDAStream();
+  c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool();
   bool capturing = false;
 
   // The cache is emptied first: what it holds could not be used in the graph's pool.
-  void begin() {
+  void begin(Graph* other) {
     C10_CUDA_CHECK(cudaDeviceSynchronize());
     c10::cuda::CUDACachingAllocator::emptyCache();
-    c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool());
+    if (other) stream = other->stream;
+    c10::cuda::setCurrentCUDAStream(stream);
     capturing = true;
     // Other threads (readers of data) may call CUDA meanwhile.
-    graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    graph.capture_begin(other ? other->graph.pool() : at::cuda::MempoolId_t{0, 0}, cudaStreamCaptureModeThreadLocal);
   }
   void end() {
     capturing = false;
@@ -46,11 +49,11 @@ struct Staged {
 }  // namespace
 }  // namespace tl
 
-extern "C" int tl_graph_begin(void** out) {
+extern "C" int tl_graph_begin(void* other, void** out) {
   TL_GUARD({
     auto graph = std::make_unique<tl::Graph>();
     try {
-      graph->begin();
+      graph->begin(static_cast<tl::Graph*>(other));
     } catch (...) {
       c10::cuda::setCurrentCUDAStream(graph->outer);
       throw;

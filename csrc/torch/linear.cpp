@@ -200,9 +200,10 @@ struct NormMlpFunction : torch::autograd::Function<NormMlpFunction> {
                                        stream()));
     dw3 = weight_gradient_fp8(w3, d.transposed, down8.gradient(), act_t, down8.input());
     const at::Tensor h_t = cast_norm_transposed(sum, norm, rstd, gate_up8.input());  // (C, N)
-    const at::Tensor sum12 = joined(gradient_buffer(w1), gradient_buffer(w2));       // (2F, C)
+    const at::Tensor sum1 = gradient_buffer(w1), sum2 = gradient_buffer(w2), sum12 = joined(sum1, sum2);  // (2F, C)
     at::Tensor dw = sum12.defined() ? sum12 : at::empty({2 * f, sum.size(-1)}, w1.options());
-    product_fp8(dw, dgate_up_t, gate_up8.gradient(), h_t, gate_up8.input(), /*add=*/sum12.defined());
+    const bool add = sum12.defined() && adds_to({sum1, sum2});
+    product_fp8(dw, dgate_up_t, gate_up8.gradient(), h_t, gate_up8.input(), add);
     if (!sum12.defined()) {
       dw1 = dw.narrow(0, 0, f);
       dw2 = dw.narrow(0, f, f);

@@ -99,7 +99,8 @@ struct HeadLossFunction : torch::autograd::Function<HeadLossFunction> {
     multiply(ctx, "head_loss", grads[0], {dx, dw});
     if (dw.defined()) {
       const at::Tensor sum = gradient_buffer(weight);
-      if (sum.defined()) sum.add_(dw);
+      if (sum.defined() && adds_to({sum})) sum.add_(dw);
+      else if (sum.defined()) sum.copy_(dw);
       dw = sum.defined() ? at::Tensor() : dw.to(weight.scalar_type());
     }
     return {dx, dw, {}, {}, {}, {}, {}, {}, {}};

@@ -362,16 +362,10 @@ void product_fp8(const at::Tensor& out, const at::Tensor& a, const Fp8Slot* a_sl
            x);
 }
 
-at::Tensor gradient_buffer(const at::Tensor& weight) {
-  const at::Tensor& grad = weight.grad();
-  const bool buffer = grad.defined() && grad.scalar_type() == at::kFloat && weight.scalar_type() != at::kFloat;
-  return buffer ? grad : at::Tensor();
-}
-
 at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& dy, const at::Tensor& x) {
   const at::Tensor sum = gradient_buffer(weight);
   if (!sum.defined()) return product(dy.t(), x);
-  product(sum, dy.t(), x, /*add=*/true);
+  product(sum, dy.t(), x, adds_to({sum}));
   return {};
 }
 

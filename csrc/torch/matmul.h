@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "gradients.h"
 #include "kernels.h"
 
 namespace tl {
@@ -19,11 +20,9 @@ void product_fp8(const at::Tensor& out, const at::Tensor& a, const Fp8Slot* a_sl
                  const Fp8Slot* b_slot, bool add = false);
 
 // The gradient dy^T x of `weight` (O, C), with dy (N, O) and x (N, C). Where weight.grad is a persistent fp32 buffer,
-// the product is added to it and an undefined tensor returned, which autograd passes over; else it is returned.
+// the product is added to it, or overwrites it (gradients.h), and an undefined tensor returned, which autograd passes
+// over; else it is returned.
 at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& dy, const at::Tensor& x);
-
-// weight.grad where it is such a buffer, else undefined.
-at::Tensor gradient_buffer(const at::Tensor& weight);
 
 // [a; b] as one view of twice the rows where b begins in memory where a ends; undefined otherwise. Either may be.
 at::Tensor joined(const at::Tensor& a, const at::Tensor& b);

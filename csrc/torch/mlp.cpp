@@ -68,7 +68,7 @@ std::pair<at::Tensor, at::Tensor> gate_up_weight_gradients(const at::Tensor& w1,
   const int64_t f = w1.size(0);
   const at::Tensor sum1 = gradient_buffer(w1), sum2 = gradient_buffer(w2);
   if (const at::Tensor sum = joined(sum1, sum2); sum.defined()) {
-    product(sum, dgate_up.t(), x, /*add=*/true);
+    product(sum, dgate_up.t(), x, adds_to({sum1, sum2}));
     return {};
   }
   if (sum1.defined() || sum2.defined())

@@ -66,13 +66,14 @@ tl::AdamWTensor entry_of(const TlAdamWTensors& t, tl::Master master, tl::State s
   }
   out.key[0] = static_cast<uint32_t>(t.key);
   out.key[1] = static_cast<uint32_t>(t.key >> 32);
+  out.clear_grad = t.clear_grad != 0;
   return out;
 }
 
 }  // namespace
 
 extern "C" int tl_adamw(int n, const TlAdamWTensors* tensors, TlTensor clip, double lr, double beta1, double beta2,
-                        double eps, double weight_decay, int64_t step, int clear_grad) {
+                        double eps, double weight_decay, int64_t step) {
   TL_GUARD({
     TORCH_CHECK(n > 0, "adamw: no parameters");
     auto& scale = tl::tensor(clip);
@@ -88,7 +89,6 @@ extern "C" int tl_adamw(int n, const TlAdamWTensors* tensors, TlTensor clip, dou
     c.decay = static_cast<float>(1.0 - lr * weight_decay);
     c.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, static_cast<double>(step))));
     c.inv_sqrt_bias2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(step))));
-    c.clear_grad = clear_grad != 0;
     const tl::Master master = master_of(tensors[0]);
     const tl::State state = state_of(tensors[0]);
     std::vector<tl::AdamWTensor> list(n);
@@ -97,7 +97,7 @@ extern "C" int tl_adamw(int n, const TlAdamWTensors* tensors, TlTensor clip, dou
   });
 }
 
-extern "C" int tl_grad_norm(int n, TlTensor* grad, double max_norm, TlTensor* norm, TlTensor* clip) {
+extern "C" int tl_grad_norm(int n, TlTensor* grad, double max_norm, TlTensor watch, TlTensor* norm, TlTensor* clip) {
   const char* op = "grad_norm";
   TL_GUARD({
     TORCH_CHECK(n > 0, op, ": no gradients");
@@ -113,10 +113,18 @@ extern "C" int tl_grad_norm(int n, TlTensor* grad, double max_norm, TlTensor* no
       tl::check_aligned(a);
       list[i] = {a.t.data_ptr(), a.t.numel(), tl::type_of(a)};
     }
+    int* kept = nullptr;
+    if (watch) {
+      tl::Argument w{op, "watch", tl::tensor(watch)};
+      tl::check_same_device(w, first);
+      tl::check_dtype(w, at::kInt);
+      tl::check_shape(w, {n + 1});
+      kept = w.t.data_ptr<int>();
+    }
     const auto fp32 = first.options().dtype(at::kFloat);
     at::Tensor partial = at::empty({tl::kNormBlocks}, fp32), x = at::empty({}, fp32), c = at::empty({}, fp32);
     C10_CUDA_CHECK(tl::grad_norm(list.data(), n, static_cast<float>(max_norm), partial.data_ptr<float>(),
-                                 x.data_ptr<float>(), c.data_ptr<float>(), tl::stream()));
+                                 x.data_ptr<float>(), c.data_ptr<float>(), kept, tl::stream()));
     *norm = tl::give(x);
     *clip = tl::give(c);
   });

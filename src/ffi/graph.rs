@@ -7,7 +7,7 @@ use std::ptr::null_mut;
 use tch::{Device, Tensor};
 
 unsafe extern "C" {
-    fn tl_graph_begin(graph: *mut *mut c_void) -> c_int;
+    fn tl_graph_begin(other: *mut c_void, graph: *mut *mut c_void) -> c_int;
     fn tl_graph_end(graph: *mut c_void) -> c_int;
     fn tl_graph_replay(graph: *mut c_void) -> c_int;
     fn tl_graph_free(graph: *mut c_void);
@@ -23,14 +23,17 @@ pub struct Graph(*mut c_void);
 
 impl Graph {
     /// Captures what `work` launches, its backward passes included; nothing runs. All tensors that `work`
-    /// makes live in the graph's own memory.
+    /// makes live in the graph's own memory, or in that of `other`, if they never run at the same time and nothing that
+    /// the other one's work made is looked at after this one ran.
     ///
     /// # Sync
     /// The CPU waits for the card before.
-    pub fn capture(work: impl FnOnce() -> Result<()>) -> Result<Self> {
+    pub fn capture(other: Option<&Self>, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let mut graph = null_mut();
-        // SAFETY: on success `graph` is ours; `Drop` frees it, and ends the capture where `work` failed.
-        check(unsafe { tl_graph_begin(&mut graph) })?;
+        let other = other.map_or(null_mut(), |graph| graph.0);
+        // SAFETY: the other graph is live; on success `graph` is ours; `Drop` frees it, and ends the capture where
+        // `work` failed.
+        check(unsafe { tl_graph_begin(other, &mut graph) })?;
         let graph = Self(graph);
         work()?;
         // SAFETY: the graph is live and capturing.

@@ -94,6 +94,9 @@ unsafe extern "C" {
     fn tl_fp8_cast_weight(weight: Handle, second: Handle, layer: *mut Handle) -> c_int;
     fn tl_fp8_update(scales: Handle) -> c_int;
     fn tl_set_grad(weight: Handle, grad: Handle) -> c_int;
+    fn tl_gradients_record(on: c_int) -> c_int;
+    fn tl_gradients_written(grad: Handle, written: *mut c_int) -> c_int;
+    fn tl_gradients_overwrite(n: c_int, grad: *mut Handle, left: *mut c_int) -> c_int;
     fn tl_swiglu(gate_up: Handle, out: *mut Handle) -> c_int;
     fn tl_swiglu_mlp(
         x: Handle,
@@ -130,12 +133,12 @@ unsafe extern "C" {
         eps: f64,
         weight_decay: f64,
         step: i64,
-        clear_grad: c_int,
     ) -> c_int;
     fn tl_grad_norm(
         n: c_int,
         grad: *mut Handle,
         max_norm: f64,
+        watch: Handle,
         norm: *mut Handle,
         clip: *mut Handle,
     ) -> c_int;
@@ -152,6 +155,7 @@ struct RawAdamWTensors {
     exp_avg_sq_scale: Handle,
     weight: Handle,
     key: u64,
+    clear_grad: c_int,
 }
 
 /// A null handle for an absent tensor.
@@ -457,6 +461,48 @@ pub fn set_grad(weight: &Tensor, grad: &Tensor) -> Result<()> {
     check(unsafe { tl_set_grad(handle(weight), handle(grad)) })
 }
 
+/// Runs `work` and says of each gradient whether a matrix product wrote it (`csrc/torch/gradients.h`).
+pub fn written_by_products<T>(
+    grads: &[&Tensor],
+    work: impl FnOnce() -> Result<T>,
+) -> Result<(T, Vec<bool>)> {
+    // SAFETY: a number.
+    let record = |on: bool| check(unsafe { tl_gradients_record(on.into()) });
+    record(true)?;
+    let done = work();
+    record(false)?;
+    let done = done?;
+    let written = |grad: &&Tensor| {
+        let mut written = 0;
+        // SAFETY: the tensor outlives the call.
+        check(unsafe { tl_gradients_written(handle(grad), &mut written) })?;
+        Ok(written != 0)
+    };
+    Ok((done, grads.iter().map(written).collect::<Result<_>>()?))
+}
+
+/// Runs `work`, in which the first matrix product of each of these gradients overwrites what it holds.
+///
+/// # Errors
+/// One of them was not written, so that it still holds what it did.
+pub fn overwriting<T>(grads: &[&Tensor], work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let mark = |grads: &[&Tensor]| -> Result<c_int> {
+        let mut handles: Vec<Handle> = grads.iter().map(|t| handle(t)).collect();
+        let mut left = 0;
+        // SAFETY: the array has as many entries as said; the tensors outlive the call.
+        check(unsafe {
+            tl_gradients_overwrite(handles.len() as c_int, handles.as_mut_ptr(), &mut left)
+        })?;
+        Ok(left)
+    };
+    mark(grads)?;
+    let done = work();
+    let left = mark(&[])?;
+    let done = done?;
+    anyhow::ensure!(left == 0, "{left} gradients were to be overwritten and were not");
+    Ok(done)
+}
+
 /// gate_up (.., 2F) -> silu(gate) * up (.., F).
 pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     // SAFETY: the tensor outlives the call.
@@ -524,6 +570,8 @@ pub struct AdamWTensors<'a> {
     pub weight: Option<&'a Tensor>,
     /// Key of the random bits of this tensor in this step.
     pub key: u64,
+    /// Leave zeros in the gradient.
+    pub clear_grad: bool,
 }
 
 /// Scalars of one AdamW step; `step` counts from 1.
@@ -535,8 +583,6 @@ pub struct AdamWScalars {
     pub eps: f64,
     pub weight_decay: f64,
     pub step: i64,
-    /// Leave zeros in the gradients.
-    pub clear_grad: bool,
 }
 
 /// One fused AdamW update in place (formula in `csrc/adamw.cu`). Gradients are multiplied by `clip`,
@@ -551,6 +597,7 @@ pub fn adamw(tensors: &[AdamWTensors], clip: &Tensor, s: AdamWScalars) -> Result
         exp_avg_sq_scale: optional(t.scales.map(|s| s.1)),
         weight: optional(t.weight),
         key: t.key,
+        clear_grad: t.clear_grad.into(),
     };
     let list: Vec<RawAdamWTensors> = tensors.iter().map(raw).collect();
     // SAFETY: the array has as many entries as said; the tensors outlive the call, and C++ checks dtype, layout,
@@ -566,18 +613,24 @@ pub fn adamw(tensors: &[AdamWTensors], clip: &Tensor, s: AdamWScalars) -> Result
             s.eps,
             s.weight_decay,
             s.step,
-            s.clear_grad.into(),
         )
     })
 }
 
 /// L2 norm over all gradients, and the factor that brings it to `max_norm` (`None`: 1), both () fp32 on the
 /// device; the factor is not finite where the norm is not. The CPU does not wait.
-pub fn grad_norm(grads: &[&Tensor], max_norm: Option<f64>) -> Result<(Tensor, Tensor)> {
+///
+/// `watch`, `(n + 1,) i32` of zeros at first, keeps what the first norm that is not finite was due to: 1 for each such
+/// gradient, and 1 in the last place, with which the factor stays nan.
+pub fn grad_norm(
+    grads: &[&Tensor],
+    max_norm: Option<f64>,
+    watch: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
     let mut grad: Vec<Handle> = grads.iter().map(|t| handle(t)).collect();
     let max_norm = max_norm.unwrap_or(f64::INFINITY);
     // SAFETY: the array has `grads.len()` entries; the tensors outlive the call.
     two(|norm, clip| unsafe {
-        tl_grad_norm(grads.len() as c_int, grad.as_mut_ptr(), max_norm, norm, clip)
+        tl_grad_norm(grads.len() as c_int, grad.as_mut_ptr(), max_norm, optional(watch), norm, clip)
     })
 }

@@ -9,7 +9,8 @@
 //!
 //! The gradient sums lie in one buffer. Each parameter's part of it is that weight's `.grad` for the whole run, in
 //! the mixed precisions an fp32 `.grad` of a bf16 weight: autograd adds to it in place, and on a GPU the matrix products of
-//! the backward pass do so themselves (`csrc/torch/matmul.h`), with no bf16 gradient in between.
+//! the backward pass do so themselves (`csrc/torch/matmul.h`), with no bf16 gradient in between. The first product of a
+//! step overwrites, so that the update need not leave zeros (`csrc/torch/gradients.h`).
 //!
 //! The mixed precisions can keep master and moments in fewer bytes: `optimizer.master`, `optimizer.state`. Every step
 //! widens them to fp32, updates, and narrows the result; the formats are in [`low_memory`].
@@ -121,6 +122,10 @@ pub struct AdamW {
     mixed: bool,
     fused: bool,
     grads: Tensor,
+    /// Which gradients the first micro-batch of a step overwrites; none before it is known.
+    overwritten: Option<Vec<bool>>,
+    /// What the first gradient norm that is not finite was due to (`ffi::grad_norm`).
+    watch: Tensor,
     state: StateFormat,
     master: MasterFormat,
 }
@@ -154,7 +159,9 @@ impl AdamW {
             ffi::set_grad(&weight, &grad).expect("a part of the buffer has its weight's shape");
             new_param(name, weight, grad, masters.next(), state, master)
         };
-        let params = tch::no_grad(|| weights.into_iter().zip(parts).map(new).collect());
+        let params: Vec<ParamState> =
+            tch::no_grad(|| weights.into_iter().zip(parts).map(new).collect());
+        let watch = Tensor::zeros([params.len() as i64 + 1], (Kind::Int, model.device()));
         Self {
             params,
             step_count: 0,
@@ -165,8 +172,33 @@ impl AdamW {
             mixed,
             fused: model.fused && model.device().is_cuda() && precision != Precision::Bf16True,
             grads,
+            overwritten: None,
+            watch,
             state,
             master,
+        }
+    }
+
+    /// Runs the first micro-batch of a step, whose products overwrite the gradients of the step before.
+    ///
+    /// Only the fused update leaves such gradients as they are. Which they are is seen in the first call.
+    pub fn overwriting<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        if !self.fused {
+            return work();
+        }
+        let grads = self.params.iter().map(|p| &p.grad);
+        match &self.overwritten {
+            None => {
+                let grads: Vec<&Tensor> = grads.collect();
+                let (done, written) = ffi::written_by_products(&grads, work)?;
+                self.overwritten = Some(written);
+                Ok(done)
+            }
+            Some(old) => {
+                let grads: Vec<&Tensor> =
+                    grads.zip(old).filter(|(_, old)| **old).map(|(grad, _)| grad).collect();
+                ffi::overwriting(&grads, work)
+            }
         }
     }
 
@@ -185,7 +217,8 @@ impl AdamW {
     /// Clips the global norm to `max_norm`, updates masters and moments, refreshes the working copies.
     /// Returns the norm before clipping, `() fp32`.
     ///
-    /// Where the norm is not finite nothing is updated; the caller stops the run.
+    /// Where the norm is not finite nothing is updated, in the fused form neither by any later step; the caller stops
+    /// the run.
     ///
     /// # Sync
     /// Fused: none. Reference on a GPU: the CPU waits for the norm.
@@ -210,7 +243,7 @@ impl AdamW {
     fn step_fused(&mut self, lr: f64, max_norm: Option<f64>) -> Result<Tensor> {
         let [beta1, beta2] = self.betas;
         let grads: Vec<&Tensor> = self.params.iter().map(|p| &p.grad).collect();
-        let (norm, clip) = ffi::grad_norm(&grads, max_norm)?;
+        let (norm, clip) = ffi::grad_norm(&grads, max_norm, Some(&self.watch))?;
         let step = self.step_count + 1;
         let tensors = self.params.iter().enumerate().map(|(i, p)| ffi::AdamWTensors {
             param: (self.master != MasterFormat::Bf16).then_some(&p.master),
@@ -220,11 +253,11 @@ impl AdamW {
             scales: p.scales.as_ref().map(|[m, v]| (m, v)),
             weight: self.mixed.then_some(&p.weight),
             key: noise_key(self.seed, step, i),
+            clear_grad: !self.overwritten.as_ref().is_some_and(|old| old[i]),
         });
         let tensors: Vec<ffi::AdamWTensors> = tensors.collect();
         let (eps, weight_decay) = (self.eps, self.weight_decay);
-        let scalars =
-            ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step, clear_grad: true };
+        let scalars = ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step };
         ffi::adamw(&tensors, &clip, scalars)?;
         self.step_count += 1;
         Ok(norm)
@@ -260,7 +293,8 @@ impl AdamW {
         }
     }
 
-    /// Zeroes the gradient sums in place, before a step's micro-batches; the fused update has done so.
+    /// Zeroes the gradient sums in place, before a step's micro-batches. The fused update has done so, but for those
+    /// that the first micro-batch overwrites.
     pub fn zero_grad(&mut self) {
         if !self.fused {
             self.clear_gradients();
@@ -272,13 +306,19 @@ impl AdamW {
         let _ = self.grads.zero_();
     }
 
-    /// Names of the parameters whose gradient sum holds a value that is not finite.
+    /// Names of the parameters whose gradient sum held a value that is not finite when a norm was not finite for the
+    /// first time.
     ///
     /// # Sync
-    /// The CPU waits once a parameter; for the message of a run that stops.
+    /// The CPU waits; for the message of a run that stops.
     pub fn non_finite(&self) -> Vec<&str> {
-        let bad = |p: &&ParamState| !p.grad.norm().double_value(&[]).is_finite();
-        self.params.iter().filter(bad).map(|p| p.name.as_str()).collect()
+        let watched = Vec::<i64>::try_from(&self.watch.to_kind(Kind::Int64)).unwrap_or_default();
+        let bad = |(i, p): (usize, &ParamState)| match self.fused {
+            true => watched.get(i) == Some(&1),
+            false => !p.grad.norm().double_value(&[]).is_finite(),
+        };
+        let params = self.params.iter().enumerate();
+        params.filter(|&(i, p)| bad((i, p))).map(|(_, p)| p.name.as_str()).collect()
     }
 
     /// The exact weights under their lit-gpt names. They share storage but for `master: split`, whose weights are

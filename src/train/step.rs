@@ -50,26 +50,28 @@ pub fn train_step(
     }
     let coming: Vec<[Coming; 2]> =
         batches.iter().map(|batch| stage(batch, device)).collect::<Result<_>>()?;
-    for [input, target] in coming {
+    for (i, [input, target]) in coming.into_iter().enumerate() {
         let (input, target) = (input.take()?, target.take()?); // (B, T) x2
-        let _ = loss.g_add_(&micro.run(model, &input, &target, scalars)?);
+        let first = (i == 0).then_some(&mut *optimizer);
+        let _ = loss.g_add_(&micro.run(model, first, &input, &target, scalars)?);
     }
     let grad_norm = optimizer.step(lr, train.max_norm)?;
     model.refresh_fp8_weights()?;
     Ok(StepOutput { loss, grad_norm })
 }
 
-/// Forward, loss and backward of one micro-batch; gradients are added to the weights' `.grad`.
+/// Forward, loss and backward of one micro-batch; gradients are added to the weights' `.grad`, or overwrite it
+/// ([`AdamW::overwriting`]) in the first of a step.
 ///
 /// With `graph`, its GPU work is captured once as a CUDA graph and then launched by one call each time that shape and
-/// scalars are the same; others run as if there were no graph.
+/// scalars are the same; others run as if there were no graph. The first of a step is a graph of its own.
 #[derive(Debug, Default)]
 pub struct MicroStep {
     graph: bool,
     /// Find the scales of `fp8-mixed` by the first batch before the first step.
     pub find_scales: bool,
-    runs: usize,
-    captured: Option<Captured>,
+    runs: [usize; 2],
+    captured: [Option<Captured>; 2],
 }
 
 /// A captured micro-step with the memory that it reads and writes.
@@ -83,7 +85,9 @@ struct Captured {
 }
 
 impl MicroStep {
-    /// Runs before the capture: libraries make their workspaces, and products are chosen by measurement.
+    /// First micro-batches before the capture of either: libraries make their workspaces, and products are chosen by
+    /// measurement, in the second one those that overwrite. What captures made is out of reach for runs without graph,
+    /// so that none may follow.
     const WARM_UP: usize = 2;
 
     /// `graph`: capture it; on a GPU only.
@@ -91,39 +95,61 @@ impl MicroStep {
         Self { graph, ..Self::default() }
     }
 
-    /// The loss of the micro-batch, `() fp32`.
+    /// The loss of the micro-batch, `() fp32`. With the optimizer it is the first of its step: gradients that are
+    /// products overwrite.
     ///
     /// # Shapes
     /// input, target (B, T) of i64 on the model's device.
     pub fn run(
         &mut self,
         model: &GPT,
+        optimizer: Option<&mut AdamW>,
         input: &Tensor,
         target: &Tensor,
         scalars: LossScalars,
     ) -> Result<Tensor> {
-        self.runs += 1;
-        if !self.graph || self.runs <= Self::WARM_UP {
-            return forward_backward(model, input, target, scalars);
+        let first = optimizer.is_some();
+        let which = usize::from(!first);
+        self.runs[which] += 1;
+        let warm = match first {
+            true => self.runs[0] > Self::WARM_UP,
+            false => self.runs[0] >= Self::WARM_UP && self.runs[1] > 1,
+        };
+        if !self.graph || !warm {
+            return forward_backward(model, optimizer, input, target, scalars);
         }
-        if self.captured.is_none() {
-            self.captured = Some(Captured::new(model, input, target, scalars)?);
+        let [of_first, of_others] = &mut self.captured;
+        let (captured, other) = if first { (of_first, of_others) } else { (of_others, of_first) };
+        if captured.is_none() {
+            let other = other.as_ref().map(|c| &c.graph);
+            let work = |input: &Tensor, target: &Tensor| {
+                forward_backward(model, optimizer, input, target, scalars)
+            };
+            let new = Captured::new(input, target, scalars, other, work)?;
+            return captured.insert(new).run(input, target);
         }
-        match &mut self.captured {
+        match captured {
             Some(c) if c.scalars == scalars && c.input.size() == input.size() => {
                 c.run(input, target)
             }
-            _ => forward_backward(model, input, target, scalars),
+            _ => forward_backward(model, optimizer, input, target, scalars),
         }
     }
 }
 
 impl Captured {
-    fn new(model: &GPT, input: &Tensor, target: &Tensor, scalars: LossScalars) -> Result<Self> {
+    /// The graph uses the memory of `other` again, which never runs at the same time.
+    fn new(
+        input: &Tensor,
+        target: &Tensor,
+        scalars: LossScalars,
+        other: Option<&Graph>,
+        work: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
         let (input, target) = (input.copy(), target.copy());
         let mut loss = Tensor::zeros([], (Kind::Float, input.device()));
-        let graph = Graph::capture(|| {
-            loss.copy_(&forward_backward(model, &input, &target, scalars)?);
+        let graph = Graph::capture(other, || {
+            loss.copy_(&work(&input, &target)?);
             Ok(())
         })?;
         Ok(Self { graph, input, target, loss, scalars })
@@ -139,13 +165,17 @@ impl Captured {
 
 fn forward_backward(
     model: &GPT,
+    optimizer: Option<&mut AdamW>,
     input: &Tensor,
     target: &Tensor,
     scalars: LossScalars,
 ) -> Result<Tensor> {
     model.update_fp8_scales()?; // from the micro-batch before
     let loss = model.loss(input, target, scalars); // ()
-    loss.backward();
+    match optimizer {
+        Some(optimizer) => optimizer.overwriting(|| Ok(loss.backward()))?,
+        None => loss.backward(),
+    }
     Ok(loss.detach())
 }
 
@@ -157,7 +187,7 @@ fn find_scales(model: &GPT, batch: &Batch, scalars: LossScalars) -> Result<()> {
     let [input, target] = stage(batch, model.device())?;
     let (input, target) = (input.take()?, target.take()?); // (B, T) x2
     for _ in 0..6 {
-        let _ = forward_backward(model, &input, &target, scalars)?;
+        let _ = forward_backward(model, None, &input, &target, scalars)?;
     }
     Ok(())
 }

@@ -513,12 +513,12 @@ fn the_gradient_norm_and_its_clip_factor_are_those_of_torch() {
     let want = Tensor::cat(&wide, 0).norm().double_value(&[]);
     let all: Vec<&Tensor> = grads.iter().collect();
     for (max_norm, factor) in [(Some(1.0), 1.0 / want), (Some(1e9), 1.0), (None, 1.0)] {
-        let (norm, clip) = ffi::grad_norm(&all, max_norm).unwrap();
+        let (norm, clip) = ffi::grad_norm(&all, max_norm, None).unwrap();
         assert!((norm.double_value(&[]) / want - 1.0).abs() < 1e-6);
         assert!((clip.double_value(&[]) / factor - 1.0).abs() < 1e-5, "{max_norm:?}");
     }
     let _ = grads[2].get(1).fill_(f64::INFINITY);
-    let (norm, clip) = ffi::grad_norm(&grads.iter().collect::<Vec<_>>(), Some(1.0)).unwrap();
+    let (norm, clip) = ffi::grad_norm(&grads.iter().collect::<Vec<_>>(), Some(1.0), None).unwrap();
     assert!(!norm.double_value(&[]).is_finite() && !clip.double_value(&[]).is_finite());
 }
 
@@ -636,7 +636,7 @@ fn bad_arguments_are_refused_with_op_argument_expected_and_got() {
             &["label_smoothing must be in [0, 1)", "got 1"],
         ),
         (
-            message(ffi::grad_norm(&[&x, &cpu], None)),
+            message(ffi::grad_norm(&[&x, &cpu], None, None)),
             &["grad_norm", "must be on a CUDA device", "cpu"],
         ),
     ];

@@ -143,7 +143,7 @@ fn a_kernel_given_a_cpu_tensor_names_the_op_the_argument_and_the_device() {
         ("swiglu_mlp: x", ffi::swiglu_mlp(&x, &x, &x, &x).err()),
         ("cross_entropy: logits", ffi::cross_entropy(&x, &ids, s).err()),
         ("head_loss: x", ffi::head_loss(&x, &x, &ids, 1, s).err()),
-        ("grad_norm: grad[0]", ffi::grad_norm(&[&x], None).err()),
+        ("grad_norm: grad[0]", ffi::grad_norm(&[&x], None, None).err()),
     ];
     for (argument, error) in errors {
         let error = error.map_or_else(String::new, |e| e.to_string());

@@ -19,7 +19,7 @@ impl Lab {
             let grads: Vec<Tensor> =
                 (0..TENSORS).map(|_| Tensor::randn(each, (Kind::Float, self.device))).collect();
             let grads: Vec<&Tensor> = grads.iter().collect();
-            let ms = time(|| ffi::grad_norm(&grads, Some(1.0)).map(drop))?;
+            let ms = time(|| ffi::grad_norm(&grads, Some(1.0), None).map(drop))?;
             let work = Work::Bytes(4.0 * (each[0] * TENSORS) as f64);
             self.add("grad_norm of 1.1e9 values", 0, "ours", ms, work, None);
         }
@@ -46,10 +46,11 @@ impl Lab {
         let each = PARAMETERS / TENSORS;
         let list: Vec<Kept> =
             (0..TENSORS).map(|_| kept(each, master, state, self.device)).collect();
-        let tensors: Vec<ffi::AdamWTensors> = list.iter().map(Kept::tensors).collect();
+        let tensors: Vec<ffi::AdamWTensors> =
+            list.iter().map(|kept| kept.tensors(clear_grad)).collect();
         let clip = Tensor::ones([], (Kind::Float, self.device));
         let (lr, beta1, beta2, eps, weight_decay) = (1e-4, 0.9, 0.95, 1e-8, 0.1);
-        let s = ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step: 10, clear_grad };
+        let s = ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step: 10 };
         let ms = time(|| ffi::adamw(&tensors, &clip, s))?;
         let work = Work::Bytes(bytes * (each * TENSORS) as f64);
         self.add("adamw of 1.1e9 parameters", 0, kernel, ms, work, None);
@@ -68,7 +69,7 @@ struct Kept {
 }
 
 impl Kept {
-    fn tensors(&self) -> ffi::AdamWTensors<'_> {
+    fn tensors(&self, clear_grad: bool) -> ffi::AdamWTensors<'_> {
         ffi::AdamWTensors {
             param: self.param.as_ref(),
             grad: &self.grad,
@@ -77,6 +78,7 @@ impl Kept {
             scales: self.scales.as_ref().map(|(m, v)| (m, v)),
             weight: Some(&self.weight),
             key: 1,
+            clear_grad,
         }
     }
 }
