@@ -97,6 +97,23 @@ int tl_read_back(TlTensor numbers, TlTensor* host, void* event);
 // Makes the CPU wait for the event.
 int tl_event_wait(void* event);
 
+// ---- optimizer state on the host (csrc/torch/offload.cpp) ------------------------------------------------
+
+// `bytes` of page-locked memory as a CPU tensor (bytes,) uint8, freed with its last view. Not zeroed.
+int tl_page_locked(int64_t bytes, int device, TlTensor* out);
+// Copies between n page-locked tensors host[i] (blocks, ..) and slots on the card, card[i] (slots, blocks, ..) of the
+// same dtype, on two streams of their own. Slots are free once the current stream has done its work so far. The link
+// keeps the tensors until it is freed, which waits for its copies.
+int tl_link_new(int device, int slots, int n, TlTensor* host, TlTensor* card, void** link);
+// Blocks start, .., start + blocks - 1 of every host tensor into the slot, after the slot's last store; the current
+// stream waits for it.
+int tl_link_load(void* link, int slot, int64_t start, int64_t blocks);
+// And back, after the current stream's work so far. The CPU does not wait in either.
+int tl_link_store(void* link, int slot, int64_t start, int64_t blocks);
+// Makes the CPU wait for all copies.
+int tl_link_wait(void* link);
+void tl_link_free(void* link);
+
 // ---- activation checkpointing (csrc/torch/checkpoint.cpp) ------------------------------------------------
 
 // A part of the network, in Rust: makes n_out new tensors, which C++ then owns, of n_in borrowed ones. May be called

@@ -198,6 +198,11 @@ fn cpu() -> Cpu {
     }
 }
 
+/// Bytes of memory that the system could give to a process, where it says so.
+pub fn available_memory() -> Option<u64> {
+    ram().map(|ram| ram.free_bytes)
+}
+
 fn ram() -> Option<Space> {
     let info = fs::read_to_string("/proc/meminfo").ok()?;
     let bytes = |name| {

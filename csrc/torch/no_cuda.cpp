@@ -34,6 +34,11 @@ TL_ABSENT(tl_stage_new, T, int, void**)
 TL_ABSENT(tl_stage_take, void*, T*)
 TL_ABSENT(tl_read_back, T, T*, void*)
 TL_ABSENT(tl_event_wait, void*)
+TL_ABSENT(tl_page_locked, int64_t, int, T*)
+TL_ABSENT(tl_link_new, int, int, int, T*, T*, void**)
+TL_ABSENT(tl_link_load, void*, int, int64_t, int64_t)
+TL_ABSENT(tl_link_store, void*, int, int64_t, int64_t)
+TL_ABSENT(tl_link_wait, void*)
 TL_ABSENT(tl_event_new, void**)
 TL_ABSENT(tl_event_record, void*)
 TL_ABSENT(tl_event_elapsed_ms, void*, void*, float*)
@@ -43,4 +48,5 @@ TL_ABSENT(tl_profile_stop, const TlActivity**, size_t*)
 extern "C" void tl_event_free(void*) {}
 extern "C" void tl_graph_free(void*) {}
 extern "C" void tl_stage_free(void*) {}
+extern "C" void tl_link_free(void*) {}
 #endif

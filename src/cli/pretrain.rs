@@ -68,6 +68,12 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
         println!("  {name:<44} {:>6.2}", gib(*bytes));
     }
     println!("  {:<44} {:>6.2}", "total", gib(memory_plan.total()));
+    if !memory_plan.host.is_empty() {
+        println!("\nhost memory, page-locked, in GiB");
+    }
+    for (name, bytes) in &memory_plan.host {
+        println!("  {name:<44} {:>6.2}", gib(*bytes));
+    }
     println!("\nlargest micro_batch_size ({:.1} GiB left for CUDA itself)", gib(memory::RESERVE));
     let fits = |name: &str, bytes: u64| {
         let largest = memory::largest_micro_batch(

@@ -135,6 +135,7 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_length(config, &mut problems);
     check_optimizer(config, &mut problems);
     check_optimizer_formats(config, &mut problems);
+    check_offload(config, &mut problems);
     check_data(config, &mut problems);
     if let Some(gib) = config.memory_limit.filter(|gib| !(*gib > 0.0 && gib.is_finite())) {
         problems.push(format!("`memory_limit`: must be above 0 GiB, or null, got {gib}"));
@@ -332,6 +333,23 @@ fn check_optimizer_formats(config: &RunConfig, problems: &mut Vec<String>) {
     }
     if o.master != MasterFormat::Fp32 {
         refuse("master", o.master.to_string());
+    }
+}
+
+/// What `cpu_offload` needs of a run; whether `device: auto` finds a GPU is seen when it starts.
+fn check_offload(config: &RunConfig, problems: &mut Vec<String>) {
+    let wrong = [
+        (!config.precision.is_mixed(), format!("`precision: {}`", config.precision)),
+        (!config.fused, "`fused: false`".into()),
+        (config.device.0 == "cpu", "`device: cpu`".into()),
+    ];
+    let wrong: Vec<String> =
+        wrong.into_iter().filter(|(is_wrong, _)| *is_wrong).map(|(_, got)| got).collect();
+    if config.optimizer.cpu_offload && !wrong.is_empty() {
+        problems.push(format!(
+            "`optimizer.cpu_offload`: needs a GPU, `precision: bf16-mixed` or `fp8-mixed`, and `fused: true`; got {}",
+            wrong.join(", ")
+        ));
     }
 }
 

@@ -554,7 +554,7 @@ pub fn head_loss(
 
 /// The tensors of one parameter in an AdamW step, on one CUDA device. Their dtypes say how master and moments are
 /// kept (`csrc/api.h`), the same for all parameters of a call.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct AdamWTensors<'a> {
     /// Exact weight, fp32; or the 16 bits that `weight` lacks, int16; or `None`: `weight` is all there is.
     pub param: Option<&'a Tensor>,

@@ -5,11 +5,13 @@
 pub mod driver;
 mod graph;
 mod kernels;
+mod offload;
 pub mod profile;
 mod recompute;
 
 pub use graph::*;
 pub use kernels::*;
+pub use offload::{HostLink, page_locked};
 pub use recompute::{Part, recompute};
 
 use anyhow::{Result, bail};

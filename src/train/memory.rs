@@ -4,7 +4,8 @@
 //!
 //! - a parameter: 4 master + 8 moments + 4 gradient sum + 2 working copy in `bf16-mixed`, 2 more in `fp8-mixed`;
 //!   2 weight + 2 gradient + 4 moments in `bf16-true`. In the first two, `optimizer.master: split` has 2 for the
-//!   master and `bf16` none; `optimizer.state: bf16` has 4 for the moments, `int8` 2 + 8 / 256;
+//!   master and `bf16` none; `optimizer.state: bf16` has 4 for the moments, `int8` 2 + 8 / 256. With
+//!   `optimizer.cpu_offload` master and moments are the host's, and the card has three groups of them;
 //! - a Llama block a token: twice the residual sum and its norm (4 C; 2 C where norms are computed again), the packed
 //!   QKV (H + 2G) D, the attention output H D, gate and up 2 F, each in bf16; log sum exp 4 H; 1/rms 8. The product
 //!   silu(gate) up is computed again in the backward pass;
@@ -15,7 +16,7 @@
 //! - the head: a chunk of logits, dx, and the weight's gradient in fp32, while all activations live; or,
 //!   where that is more, the buffers of an MLP's backward pass.
 
-use super::optimizer::low_memory;
+use super::optimizer::{low_memory, offload};
 use crate::config::{
     ActivationCheckpointing, MasterFormat, OptimizerConfig, Precision, RunConfig, StateFormat,
 };
@@ -50,8 +51,10 @@ impl Recompute {
 /// Bytes by part.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemoryPlan {
-    /// What, and how many bytes.
+    /// What, and how many bytes of the card.
     pub parts: Vec<(String, u64)>,
+    /// The same of page-locked memory on the host.
+    pub host: Vec<(String, u64)>,
 }
 
 impl MemoryPlan {
@@ -85,6 +88,14 @@ impl MemoryPlan {
             Precision::Bf16Mixed | Precision::Fp8Mixed => optimizer_parts(optimizer, n_params),
             _ => Vec::new(),
         };
+        let mut host = Vec::new();
+        if optimizer.cpu_offload {
+            let staging = offload::staging_bytes(optimizer, n_params);
+            host = std::mem::replace(
+                &mut parts,
+                vec![("staging of the host's state".into(), staging)],
+            );
+        }
         parts.extend(per_parameter.iter().map(|&(name, bytes)| (name.into(), bytes * n_params)));
 
         let tokens = micro_batch * sequence;
@@ -112,10 +123,10 @@ impl MemoryPlan {
         };
         let backward = block + mlp_backward_bytes(model, tokens);
         parts.push((name.into(), head_bytes(model, tokens).max(backward)));
-        Some(Self { parts })
+        Some(Self { parts, host })
     }
 
-    /// All parts, in bytes.
+    /// All parts on the card, in bytes.
     pub fn total(&self) -> u64 {
         self.parts.iter().map(|(_, bytes)| bytes).sum()
     }
@@ -181,7 +192,7 @@ pub fn check_fits(
     let hint = match fits.unwrap_or(0) {
         0 => {
             "no micro-batch fits; lower `train.max_seq_length`, or set `optimizer.master: split`, \
-              `optimizer.state: int8` or `train.activation_checkpointing: block`"
+              `optimizer.state: int8`, `train.activation_checkpointing: block` or `optimizer.cpu_offload: true`"
                 .to_owned()
         }
         n => format!("set `train.micro_batch_size` to {n} or less (accumulation rises by itself)"),
@@ -239,6 +250,23 @@ mod tests {
         assert_eq!(total(MasterFormat::Split, StateFormat::Fp32), 10 * n);
         assert_eq!(total(MasterFormat::Bf16, StateFormat::Bf16), 4 * n);
         assert_eq!(total(MasterFormat::Bf16, StateFormat::Int8), 2 * n + n / 32);
+    }
+
+    #[test]
+    fn state_on_the_host_leaves_weights_gradients_and_three_groups_on_the_card() {
+        let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        let n = model.n_params();
+        let plan = |optimizer: &OptimizerConfig, precision| {
+            MemoryPlan::new(&model, precision, optimizer, Recompute::default(), 1, 2048).unwrap()
+        };
+        for precision in [Precision::Bf16Mixed, Precision::Fp8Mixed] {
+            let here = plan(&fp32(), precision);
+            let there = plan(&OptimizerConfig { cpu_offload: true, ..fp32() }, precision);
+            assert!(here.host.is_empty());
+            let host: u64 = there.host.iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(host, 12 * n);
+            assert_eq!(here.total() - there.total(), 12 * n - (288 << 20));
+        }
     }
 
     /// Peaks of the allocator on an H100, as `bench train` printed them (docs/performance.md), in GiB.

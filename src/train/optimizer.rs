@@ -13,9 +13,11 @@
 //! step overwrites, so that the update need not leave zeros (`csrc/torch/gradients.h`).
 //!
 //! The mixed precisions can keep master and moments in fewer bytes: `optimizer.master`, `optimizer.state`. Every step
-//! widens them to fp32, updates, and narrows the result; the formats are in [`low_memory`].
+//! widens them to fp32, updates, and narrows the result; the formats are in [`low_memory`]. `optimizer.cpu_offload` keeps
+//! both in memory of the host: [`offload`].
 
 pub mod low_memory;
+pub mod offload;
 
 use crate::bail_hint;
 use crate::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
@@ -23,9 +25,11 @@ use crate::ffi;
 use crate::model::GPT;
 use anyhow::{Result, bail};
 use low_memory::{Noise, noise_key};
+use offload::{Kept, Offload};
 use tch::{Device, Kind, Tensor};
 
-/// One parameter with its optimizer state; all tensors have the parameter's shape.
+/// One parameter with its optimizer state; all tensors have the parameter's shape. With `cpu_offload` master, moments
+/// and scales are on the host: call [`AdamW::settle`] before they are read or written.
 #[derive(Debug)]
 pub struct ParamState {
     /// lit-gpt name.
@@ -50,7 +54,9 @@ impl ParamState {
     /// sharing storage.
     pub fn exact(&self) -> Tensor {
         match self.master.kind() {
-            Kind::Int16 => low_memory::join(&self.weight, &self.master),
+            Kind::Int16 => {
+                low_memory::join(&self.weight, &self.master.to_device(self.weight.device()))
+            }
             _ => self.master.shallow_clone(),
         }
     }
@@ -128,15 +134,24 @@ pub struct AdamW {
     watch: Tensor,
     state: StateFormat,
     master: MasterFormat,
+    offload: Option<Offload>,
 }
 
 impl AdamW {
     /// Takes over an fp32 model: keeps its weights as masters and, as `precision` says, gives the model
     /// its bf16 weights. Turns on gradients. `config.state` and `config.master` count in `bf16-mixed` and `fp8-mixed`.
-    pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Self {
+    ///
+    /// # Errors
+    /// `config.cpu_offload` without what it needs ([`offload::require`]), or without enough memory on the host.
+    pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Result<Self> {
         let fp32 = model.named_parameters();
-        let masters: Vec<Tensor> = match precision {
-            Precision::Bf16Mixed | Precision::Fp8Mixed => {
+        let offload = match config.cpu_offload {
+            true => Some(new_offload(model, precision, config)?),
+            false => None,
+        };
+        let masters: Vec<Tensor> = match (precision, &offload) {
+            (_, Some(offload)) => offload.take_over(&fp32),
+            (Precision::Bf16Mixed | Precision::Fp8Mixed, None) => {
                 fp32.iter().map(|(_, p)| p.detach().copy()).collect()
             }
             _ => Vec::new(),
@@ -155,14 +170,19 @@ impl AdamW {
             false => (StateFormat::Fp32, MasterFormat::Fp32),
         };
         let mut masters = masters.into_iter();
-        let new = |((name, weight), grad): ((String, Tensor), Tensor)| {
+        let new = |(i, ((name, weight), grad)): (usize, ((String, Tensor), Tensor))| {
             ffi::set_grad(&weight, &grad).expect("a part of the buffer has its weight's shape");
-            new_param(name, weight, grad, masters.next(), state, master)
+            let device = weight.device();
+            let zeros = |kept: Kept, shape: &[i64], kind: Kind| {
+                let host = offload.as_ref().and_then(|offload| offload.part(kept, i, shape));
+                host.unwrap_or_else(|| Tensor::zeros(shape, (kind, device)))
+            };
+            new_param(name, weight, grad, masters.next(), state, master, zeros)
         };
         let params: Vec<ParamState> =
-            tch::no_grad(|| weights.into_iter().zip(parts).map(new).collect());
+            tch::no_grad(|| weights.into_iter().zip(parts).enumerate().map(new).collect());
         let watch = Tensor::zeros([params.len() as i64 + 1], (Kind::Int, model.device()));
-        Self {
+        Ok(Self {
             params,
             step_count: 0,
             seed: 0,
@@ -176,6 +196,18 @@ impl AdamW {
             watch,
             state,
             master,
+            offload,
+        })
+    }
+
+    /// Makes the CPU wait until masters and moments that lie on the host are those of the last step. What this type
+    /// gives and takes is settled; for those who look at [`AdamW::params`] themselves.
+    ///
+    /// # Panics
+    /// The card failed, as libtorch's operations do.
+    pub fn settle(&self) {
+        if let Some(Err(e)) = self.offload.as_ref().map(Offload::wait) {
+            panic!("{e:#}")
         }
     }
 
@@ -258,7 +290,10 @@ impl AdamW {
         let tensors: Vec<ffi::AdamWTensors> = tensors.collect();
         let (eps, weight_decay) = (self.eps, self.weight_decay);
         let scalars = ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step };
-        ffi::adamw(&tensors, &clip, scalars)?;
+        match &self.offload {
+            Some(offload) => offload.adamw(&tensors, &clip, scalars)?,
+            None => ffi::adamw(&tensors, &clip, scalars)?,
+        }
         self.step_count += 1;
         Ok(norm)
     }
@@ -323,7 +358,11 @@ impl AdamW {
 
     /// The exact weights under their lit-gpt names. They share storage but for `master: split`, whose weights are
     /// put together on the CPU, so that a GPU needs room for one of them at a time.
+    ///
+    /// # Sync
+    /// With `cpu_offload` the CPU waits for the last step. What it gives is good until the next one.
     pub fn masters(&self) -> Vec<(String, Tensor)> {
+        self.settle();
         let exact = |p: &ParamState| match self.master {
             MasterFormat::Split => p.exact().to_device(Device::Cpu),
             _ => p.exact(),
@@ -333,7 +372,11 @@ impl AdamW {
 
     /// Moments under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, and with `state: int8` their scales
     /// `exp_avg_scale.NAME` and `exp_avg_sq_scale.NAME`; sharing storage.
+    ///
+    /// # Sync
+    /// As [`AdamW::masters`].
     pub fn state(&self) -> Vec<(String, Tensor)> {
+        self.settle();
         let all = |p: &ParamState| {
             let mut kept = vec![("exp_avg", &p.exp_avg), ("exp_avg_sq", &p.exp_avg_sq)];
             if let Some([scale, scale_sq]) = &p.scales {
@@ -353,6 +396,7 @@ impl AdamW {
     /// The moments are of another format; a tensor is missing, or has another shape or dtype.
     pub fn load_state(&mut self, step_count: i64, saved: &[(String, Tensor)]) -> Result<()> {
         let _guard = tch::no_grad_guard();
+        self.settle();
         let theirs = saved.iter().find(|(n, _)| n.starts_with("exp_avg.")).map(|(_, t)| t.kind());
         let ours = self.params.first().map(|p| p.exp_avg.kind());
         match (theirs.and_then(format_of), ours.and_then(format_of)) {
@@ -391,7 +435,15 @@ impl AdamW {
     }
 }
 
-/// A parameter with moments of zero. `exact`: its fp32 values in `bf16-mixed`; elsewhere the weight has them.
+/// Memory on the host for a model in fp32, which a step can stream.
+fn new_offload(model: &GPT, precision: Precision, config: &OptimizerConfig) -> Result<Offload> {
+    offload::require(model.device(), precision.is_mixed(), model.fused)?;
+    let sizes: Vec<i64> = model.named_parameters().iter().map(|(_, p)| p.numel() as i64).collect();
+    Offload::new(&sizes, config, model.device())
+}
+
+/// A parameter with moments of zero. `exact`: its fp32 values in `bf16-mixed`; elsewhere the weight has them. `zeros`
+/// gives the memory of a kind of state.
 fn new_param(
     name: String,
     weight: Tensor,
@@ -399,30 +451,31 @@ fn new_param(
     exact: Option<Tensor>,
     state: StateFormat,
     master: MasterFormat,
+    zeros: impl Fn(Kept, &[i64], Kind) -> Tensor,
 ) -> ParamState {
     let (shape, device) = (weight.size(), weight.device());
-    let zeros = |shape: &[i64], kind: Kind| Tensor::zeros(shape, (kind, device));
     let [first, second] = match state {
         StateFormat::Fp32 => [exact.as_ref().map_or(weight.kind(), Tensor::kind); 2],
         StateFormat::Bf16 => [Kind::BFloat16; 2],
         StateFormat::Int8 => [Kind::Int8, Kind::Uint8],
     };
-    let scale = || zeros(&[low_memory::n_blocks(weight.numel() as i64)], Kind::Float);
+    let blocks = [low_memory::n_blocks(weight.numel() as i64)];
+    let scale = |kept| zeros(kept, &blocks, Kind::Float);
     let mut p = ParamState {
         name,
         master: match (&exact, master) {
             (Some(exact), MasterFormat::Fp32) => exact.shallow_clone(),
-            (Some(_), MasterFormat::Split) => zeros(&shape, Kind::Int16),
+            (Some(_), MasterFormat::Split) => zeros(Kept::Master, &shape, Kind::Int16),
             _ => weight.detach(),
         },
         grad,
-        exp_avg: zeros(&shape, first),
-        exp_avg_sq: zeros(&shape, second),
-        scales: (state == StateFormat::Int8).then(|| [scale(), scale()]),
+        exp_avg: zeros(Kept::ExpAvg, &shape, first),
+        exp_avg_sq: zeros(Kept::ExpAvgSq, &shape, second),
+        scales: (state == StateFormat::Int8).then(|| [scale(Kept::Scale), scale(Kept::ScaleSq)]),
         weight,
     };
     if let Some(exact) = exact {
-        p.keep_weight(master, &exact, &Noise::half(&shape, device));
+        p.keep_weight(master, &exact.to_device(device), &Noise::half(&shape, device));
     }
     p
 }

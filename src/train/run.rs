@@ -3,7 +3,7 @@
 use super::flops::{self, FlopsPerToken};
 use super::memory;
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
-use super::optimizer::AdamW;
+use super::optimizer::{AdamW, offload};
 use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
 use super::{saver, validate};
@@ -125,6 +125,9 @@ impl Run {
         if config.precision == Precision::Fp8Mixed {
             model::require_fp8(&model_config, device)?; // before data is prepared
         }
+        if config.optimizer.cpu_offload {
+            offload::require(device, config.precision.is_mixed(), config.fused)?;
+        }
         if let Device::Cuda(index) = device {
             let card = ffi::cuda_device(index)?.total_memory as u64;
             let memory = config.memory_limit_bytes().map_or(card, |limit| limit.min(card));
@@ -162,7 +165,7 @@ impl Run {
         model.recomputed_blocks = config.train.recomputed_blocks(model_config.n_layer) as usize;
 
         // 3. Optimizer: takes the fp32 weights over as masters.
-        let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer);
+        let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer)?;
         optimizer.seed = config.seed;
         if config.precision == Precision::Fp8Mixed {
             model.enable_fp8()?;
@@ -228,6 +231,9 @@ impl Run {
         if self.model.recomputed_blocks > 0 {
             let (again, all) = (self.model.recomputed_blocks, self.model.h.len());
             eprintln!("recompute   {again} of {all} blocks, in the backward pass");
+        }
+        if self.config.optimizer.cpu_offload {
+            eprintln!("offload     exact weights and moments on the host, streamed once a step");
         }
         if let Some(steps) = self.plan.total_steps {
             eprintln!("length      {steps} steps");

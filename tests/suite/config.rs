@@ -276,6 +276,25 @@ fn memory_formats_of_the_optimizer_belong_to_mixed_precision() {
 }
 
 #[test]
+fn state_on_the_host_needs_a_gpu_mixed_precision_and_fused_kernels() {
+    assert!(!parse(BASE, &[]).optimizer.cpu_offload);
+    assert!(parse(BASE, &["optimizer.cpu_offload=true"]).optimizer.cpu_offload);
+    let on = "optimizer.cpu_offload=true";
+    let needs = "`optimizer.cpu_offload`: needs a GPU, `precision: bf16-mixed` or `fp8-mixed`, and `fused: true`; got";
+    for (setting, got) in [
+        ("precision=32-true", "`precision: 32-true`"),
+        ("precision=bf16-true", "`precision: bf16-true`"),
+        ("fused=false", "`fused: false`"),
+        ("device=cpu", "`device: cpu`"),
+    ] {
+        assert_eq!(problems(BASE, &[on, setting]), [format!("{needs} {got}")]);
+    }
+    let both = problems(BASE, &[on, "device=cpu", "precision=32-true"]);
+    assert_eq!(both, [format!("{needs} `precision: 32-true`, `device: cpu`")]);
+    parse(BASE, &[on, "precision=fp8-mixed", "device=cuda:1"]);
+}
+
+#[test]
 fn overrides_reach_into_default_lists_and_older_spellings_of_rope_scaling() {
     let c = parse(BASE, &["optimizer.betas.1=0.99"]);
     assert_eq!(c.optimizer.betas, [0.9, 0.99]);

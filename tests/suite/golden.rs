@@ -123,7 +123,7 @@ fn twenty_training_steps_equal_pytorchs() {
             min_lr: float("min_lr"),
             ..TrainConfig::default()
         };
-        let mut optimizer = AdamW::new(&mut model, Precision::Fp32True, &settings);
+        let mut optimizer = AdamW::new(&mut model, Precision::Fp32True, &settings).unwrap();
         let (mut worst_loss, mut worst_norm) = (0f64, 0f64);
         let (losses, norms, rates) = (list("loss"), list("grad_norm"), list("lr"));
         for step in 1..=losses.len() {

@@ -52,7 +52,7 @@ fn train(family: &str, precision: Precision, expected: &Value) -> (Vec<f64>, Vec
         eps: expected["eps"].as_f64().unwrap(),
         ..OptimizerConfig::default()
     };
-    let mut optimizer = AdamW::new(&mut model, precision, &settings);
+    let mut optimizer = AdamW::new(&mut model, precision, &settings).unwrap();
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for (step, lr) in batches().iter().zip(floats(&expected["lr"])) {
         let out = one_step(&model, &mut optimizer, step, lr);

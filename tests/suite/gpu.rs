@@ -45,7 +45,7 @@ fn five_steps(device: Device, precision: Precision, fused: bool) -> Vec<Tensor> 
     tch::manual_seed(3);
     let mut model = GPT::new(&small_llama(), device);
     model.fused = fused;
-    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
+    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default()).unwrap();
     for step in 0..5 {
         for (i, p) in optimizer.params.iter_mut().enumerate() {
             tch::manual_seed(1000 * step + i as i64);
@@ -80,7 +80,7 @@ fn fused_adamw_writes_nothing_where_the_gradient_is_not_finite() {
         tch::manual_seed(4);
         let mut model = GPT::new(&small_llama(), device);
         let mut optimizer =
-            AdamW::new(&mut model, Precision::Bf16Mixed, &OptimizerConfig::default());
+            AdamW::new(&mut model, Precision::Bf16Mixed, &OptimizerConfig::default()).unwrap();
         for p in &mut optimizer.params {
             p.grad = Tensor::randn_like(&p.master);
         }
@@ -127,7 +127,7 @@ fn optimizer(model: &ModelConfig, config: &OptimizerConfig, device: Device, fuse
     tch::manual_seed(3);
     let mut model = GPT::new(model, device);
     model.fused = fused;
-    let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, config);
+    let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, config).unwrap();
     optimizer.seed = 5;
     optimizer
 }
@@ -269,6 +269,138 @@ fn fused_adamw_repeats_its_stochastic_rounding_bit_for_bit() {
             }
         }
     }
+}
+
+/// An embedding and a head of ten slices each, so that a step takes its groups through the slots more than once.
+fn wide_llama() -> ModelConfig {
+    ModelConfig {
+        n_embd: 1024,
+        n_head: 16,
+        n_query_groups: 4,
+        vocab_size: 20_001,
+        padded_vocab_size: 20_001,
+        ..small_llama()
+    }
+}
+
+/// Every format with its state on the card, and the same on the host.
+fn both_places() -> impl Iterator<Item = (OptimizerConfig, OptimizerConfig)> {
+    let formats = MASTERS.into_iter().flat_map(|m| STATES.map(|s| (m, s)));
+    formats.map(|(master, state)| {
+        let card = OptimizerConfig { master, state, ..Default::default() };
+        (card.clone(), OptimizerConfig { cpu_offload: true, ..card })
+    })
+}
+
+/// Copies of everything that an optimizer keeps.
+fn all_of(optimizer: &AdamW) -> Vec<(String, Tensor)> {
+    let mut all = optimizer.masters();
+    all.extend(optimizer.state());
+    all.extend(
+        optimizer.params.iter().map(|p| (format!("weight of {}", p.name), p.weight.detach())),
+    );
+    all.extend(
+        optimizer.params.iter().map(|p| (format!("gradient of {}", p.name), p.grad.detach())),
+    );
+    all.into_iter().map(|(name, t)| (name, t.to_device(Device::Cpu).copy())).collect()
+}
+
+fn assert_same(got: &[(String, Tensor)], want: &[(String, Tensor)], what: &str) {
+    assert_eq!(got.len(), want.len());
+    for ((name, got), (_, want)) in got.iter().zip(want) {
+        assert!(got.kind() == want.kind() && got.equal(want), "{what}: {name}");
+    }
+}
+
+/// A new optimizer that begins where another stands, as a run that is resumed does.
+fn resume(model: &ModelConfig, from: &AdamW, config: &OptimizerConfig, device: Device) -> AdamW {
+    let mut model = GPT::new(model, device);
+    model.fused = true;
+    for ((_, mut to), (_, exact)) in model.named_parameters().into_iter().zip(from.masters()) {
+        tch::no_grad(|| to.copy_(&exact));
+    }
+    let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, config).unwrap();
+    optimizer.seed = from.seed;
+    let saved: Vec<_> = from.state().into_iter().map(|(name, t)| (name, t.copy())).collect();
+    optimizer.load_state(from.step_count, &saved).unwrap();
+    optimizer
+}
+
+/// Steps whose launches follow each other with no wait of the CPU.
+fn steps(optimizer: &mut AdamW, range: std::ops::Range<i64>) {
+    for step in range {
+        set_gradients(optimizer, step);
+        let _ = optimizer.step(1e-3, Some(1.0)).unwrap();
+    }
+}
+
+#[test]
+fn state_on_the_host_trains_as_state_on_the_card_bit_for_bit_in_every_format() {
+    let Some(device) = gpu("state_on_the_host_trains_as_state_on_the_card") else { return };
+    for model in [odd_llama(), wide_llama()] {
+        for (on_card, on_host) in both_places() {
+            let what = format!("{}, {} and {}", model.n_embd, on_card.master, on_card.state);
+            let mut card = optimizer(&model, &on_card, device, true);
+            let mut host = optimizer(&model, &on_host, device, true);
+            assert_eq!(host.params[0].exp_avg.device(), Device::Cpu);
+            assert_same(&all_of(&host), &all_of(&card), &format!("{what}, at first"));
+            steps(&mut card, 0..4);
+            steps(&mut host, 0..4);
+            assert_same(&all_of(&host), &all_of(&card), &format!("{what}, four steps"));
+            // From the host's memory, of which the last step may still be writing, and back into it.
+            steps(&mut card, 4..5);
+            steps(&mut host, 4..5);
+            let mut resumed = resume(&model, &host, &on_host, device);
+            drop(host);
+            steps(&mut card, 5..8);
+            steps(&mut resumed, 5..8);
+            assert_same(&all_of(&resumed), &all_of(&card), &format!("{what}, resumed"));
+            // The one is taken up by the other.
+            let mut back = resume(&model, &resumed, &on_card, device);
+            steps(&mut back, 8..9);
+            steps(&mut resumed, 8..9);
+            assert_same(&all_of(&resumed), &all_of(&back), &format!("{what}, on the card again"));
+        }
+    }
+}
+
+#[test]
+fn state_on_the_host_stays_untouched_where_the_gradient_is_not_finite() {
+    let Some(device) = gpu("state_on_the_host_stays_untouched_where_not_finite") else { return };
+    for (_, on_host) in both_places() {
+        let mut host = optimizer(&wide_llama(), &on_host, device, true);
+        steps(&mut host, 0..2);
+        set_gradients(&mut host, 2);
+        let _ = host.params[1].grad.view([-1]).narrow(0, 0, 1).fill_(f64::INFINITY);
+        let before = all_of(&host);
+        for _ in 0..2 {
+            let norm = host.step(1e-3, Some(1.0)).unwrap();
+            assert!(!norm.double_value(&[]).is_finite());
+        }
+        let what = format!("{} and {}", on_host.master, on_host.state);
+        assert_same(&all_of(&host), &before, &what);
+    }
+}
+
+#[test]
+fn a_host_link_refuses_memory_that_is_not_page_locked_and_places_that_are_not_there() {
+    let Some(device) = gpu("a_host_link_refuses_memory_that_is_not_page_locked") else { return };
+    let link = |host: &Tensor, card: &Tensor| ffi::HostLink::new(device, 2, &[host], &[card]);
+    let card = Tensor::zeros([2, 4, 16], (Kind::Uint8, device));
+    let ordinary = Tensor::zeros([8, 16], (Kind::Uint8, Device::Cpu));
+    let error = link(&ordinary, &card).unwrap_err().to_string();
+    assert!(error.contains("page-locked"), "{error}");
+    let host = ffi::page_locked(8 * 16, device).unwrap().view([8, 16]);
+    let error = link(&host, &card.narrow(0, 0, 1)).unwrap_err().to_string();
+    assert!(error.contains("(2, blocks, ..)"), "{error}");
+    let link = link(&host, &card).unwrap();
+    link.load(1, 4, 4).unwrap();
+    for (slot, start, blocks) in [(2, 0, 1), (0, 5, 4), (0, 0, 5)] {
+        assert!(link.load(slot, start, blocks).is_err(), "{slot}, {start}, {blocks}");
+    }
+    let error = ffi::page_locked(1 << 50, device).unwrap_err().to_string();
+    assert!(error.contains("memory") || error.contains("invalid"), "{error}");
+    link.wait().unwrap(); // an error of the host is none of the card
 }
 
 #[test]

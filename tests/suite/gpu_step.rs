@@ -33,7 +33,7 @@ fn six_steps_in(
     model.fused = fused;
     model.recompute_norms = recompute_norms;
     model.attention = if fused { AttentionBackend::Auto } else { AttentionBackend::Math };
-    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
+    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default()).unwrap();
     let mut micro = MicroStep::new(graph);
     if precision == Precision::Fp8Mixed {
         model.enable_fp8().unwrap();

@@ -247,7 +247,7 @@ fn blocks_of_zeros_and_of_tiny_values_stay_finite() {
 fn fresh(config: &OptimizerConfig) -> (GPT, AdamW) {
     tch::manual_seed(1);
     let mut model = GPT::new(&tiny_llama(), Device::Cpu);
-    let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, config);
+    let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, config).unwrap();
     optimizer.seed = 17;
     (model, optimizer)
 }
@@ -341,7 +341,7 @@ fn a_resumed_run_equals_one_that_was_not_interrupted_in_every_format() {
         for ((_, mut to), (_, from)) in model.named_parameters().into_iter().zip(&weights) {
             tch::no_grad(|| to.copy_(from));
         }
-        let mut resumed = AdamW::new(&mut model, Precision::Bf16Mixed, &config);
+        let mut resumed = AdamW::new(&mut model, Precision::Bf16Mixed, &config).unwrap();
         resumed.seed = 17;
         resumed.load_state(4, &moments).unwrap();
         assert_eq!(train(&model, &mut resumed, 4..8, 1e-3), losses, "{}", name(&config));

@@ -74,7 +74,8 @@ fn five_steps_end_at_the_same_weights_in_every_precision() {
         let config = models()[0].clone();
         let run = |recomputed| {
             let mut model = fresh(&config, recomputed);
-            let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
+            let mut optimizer =
+                AdamW::new(&mut model, precision, &OptimizerConfig::default()).unwrap();
             let mut out = vec![];
             for step in 0..5 {
                 let data = batches(&config);

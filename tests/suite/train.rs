@@ -24,7 +24,7 @@ fn slice(batch: &Batch, from: i64, len: i64) -> Batch {
 fn fresh(config: &ModelConfig, precision: Precision) -> (GPT, AdamW) {
     tch::manual_seed(1);
     let mut model = GPT::new(config, Device::Cpu);
-    let optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
+    let optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default()).unwrap();
     (model, optimizer)
 }
 
@@ -140,7 +140,7 @@ fn label_smoothing_and_z_loss_are_in_the_training_loss_and_not_in_validation() {
         tch::manual_seed(7);
         let mut model = GPT::new(&tiny_llama(), Device::Cpu);
         let mut optimizer =
-            AdamW::new(&mut model, Precision::Fp32True, &OptimizerConfig::default());
+            AdamW::new(&mut model, Precision::Fp32True, &OptimizerConfig::default()).unwrap();
         let batches = std::slice::from_ref(&batch);
         train_step(&model, &mut optimizer, &mut MicroStep::default(), batches, 1e-4, &train)
             .unwrap()

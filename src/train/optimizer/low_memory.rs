@@ -165,7 +165,8 @@ fn uniform(noise: &Tensor) -> Tensor {
 ///
 /// A hash of (key, index of the element): nothing is stored, and a resumed run draws what it would have drawn.
 /// With `mix` the finaliser of MurmurHash3 and the key's halves k0, k1:
-/// `a = mix(i ^ k0)`, `b = mix(a + k1)`; weight `a >> 16`, exp_avg `b >> 16`, exp_avg_sq `b & 0xffff`.
+/// `a = mix(i ^ k0)`, `b = mix(a + k1)`; weight `a >> 16`, exp_avg `b >> 16`, exp_avg_sq `b & 0xffff`. That i and k0
+/// meet in an exclusive or is what [`super::offload::slice_key`] rests on.
 #[derive(Debug)]
 pub struct Noise {
     /// For the weight.
