@@ -21,7 +21,9 @@ struct Graph {
     c10::cuda::CUDACachingAllocator::emptyCache();
     c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool());
     capturing = true;
-    // Other threads (readers of data) may call CUDA meanwhile.
+    // Thread-local: what other threads of the program do meanwhile, pinning or allocating memory, neither fails nor
+    // breaks the capture, as it would in the global mode, libtorch's default. Autograd's own threads may launch into
+    // the stream in either mode. No mode lets another thread wait for the whole card (cudaDeviceSynchronize).
     graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
   }
   void end() {

@@ -1,6 +1,7 @@
 //! The training step on a CUDA GPU: products, graph, layers behind norms, fp8. Skipped without one.
 
-use crate::gpu::{gpu, small_llama};
+use crate::common::card;
+use crate::gpu::small_llama;
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::{AttentionBackend, OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
@@ -57,7 +58,9 @@ fn six_steps_in(
 
 #[test]
 fn a_cuda_graph_trains_as_the_launches_it_stands_for() {
-    let Some(device) = gpu("a_cuda_graph_trains_as_the_launches_it_stands_for") else { return };
+    let Some((device, _card)) = card("a_cuda_graph_trains_as_the_launches_it_stands_for") else {
+        return;
+    };
     ffi::set_math_mode(true, true).unwrap();
     let (graph, plain) = (six_steps(device, true, true), six_steps(device, true, false));
     ffi::set_math_mode(true, false).unwrap();
@@ -67,7 +70,8 @@ fn a_cuda_graph_trains_as_the_launches_it_stands_for() {
 
 #[test]
 fn gradients_added_by_the_products_train_as_gradients_added_by_autograd() {
-    let Some(device) = gpu("gradients_added_by_the_products_train_as_those_added_by_autograd")
+    let Some((device, _card)) =
+        card("gradients_added_by_the_products_train_as_those_added_by_autograd")
     else {
         return;
     };
@@ -81,12 +85,11 @@ fn gradients_added_by_the_products_train_as_gradients_added_by_autograd() {
             }
         }
     }
-    ffi::set_matmul(Matmul::Aten).unwrap();
 }
 
 #[test]
 fn linear_agrees_with_libtorchs() {
-    let Some(device) = gpu("linear_agrees_with_libtorchs") else { return };
+    let Some((device, _card)) = card("linear_agrees_with_libtorchs") else { return };
     for how in [Matmul::Aten, Matmul::Heuristic, Matmul::Search(None)] {
         ffi::set_matmul(how).unwrap();
         // The second case is not aligned to more than 16 bytes, the third is one token.
@@ -113,7 +116,6 @@ fn linear_agrees_with_libtorchs() {
             assert!(error < 1e-5, "{how:?} ({n}, {c}, {o}) into a buffer: {error:.1e}");
         }
     }
-    ffi::set_matmul(Matmul::Aten).unwrap();
 }
 
 /// Results and gradients of x, residual, norm and weights.
@@ -141,7 +143,9 @@ fn behind_a_norm(leaves: &[Tensor], dy: &[Tensor], apart: bool) -> Vec<Tensor> {
 
 #[test]
 fn layers_behind_a_norm_agree_with_the_two_apart() {
-    let Some(device) = gpu("layers_behind_a_norm_agree_with_the_two_apart") else { return };
+    let Some((device, _card)) = card("layers_behind_a_norm_agree_with_the_two_apart") else {
+        return;
+    };
     tch::manual_seed(11);
     let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
     let leaf = |t: Tensor| t.detach().set_requires_grad(true);
@@ -163,7 +167,9 @@ fn layers_behind_a_norm_agree_with_the_two_apart() {
 
 #[test]
 fn norms_computed_again_train_as_norms_that_were_kept() {
-    let Some(device) = gpu("norms_computed_again_train_as_norms_that_were_kept") else { return };
+    let Some((device, _card)) = card("norms_computed_again_train_as_norms_that_were_kept") else {
+        return;
+    };
     ffi::set_math_mode(true, true).unwrap();
     let run = |again| six_steps_in(device, true, false, Precision::Bf16Mixed, again);
     let (kept, again) = (run(false), run(true));
@@ -198,7 +204,9 @@ fn fp8_layer(weights: &[&Tensor], device: Device) -> ffi::Fp8Linear {
 
 #[test]
 fn fp8_layers_agree_with_products_of_rounded_matrices() {
-    let Some(device) = gpu("fp8_layers_agree_with_products_of_rounded_matrices") else { return };
+    let Some((device, _card)) = card("fp8_layers_agree_with_products_of_rounded_matrices") else {
+        return;
+    };
     for (n, c, o) in [(256, 512, 704), (80, 48, 144), (16, 16, 16)] {
         tch::manual_seed(12);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
@@ -231,7 +239,9 @@ fn fp8_layers_agree_with_products_of_rounded_matrices() {
 
 #[test]
 fn an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one() {
-    let Some(device) = gpu("an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one") else { return };
+    let Some((device, _card)) = card("an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one") else {
+        return;
+    };
     for (n, c, f) in [(256, 512, 704), (48, 80, 144)] {
         tch::manual_seed(13);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
@@ -261,7 +271,10 @@ fn an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one() {
 
 #[test]
 fn fp8_training_follows_bf16_and_a_graph_changes_nothing() {
-    let Some(device) = gpu("fp8_training_follows_bf16_and_a_graph_changes_nothing") else { return };
+    let Some((device, _card)) = card("fp8_training_follows_bf16_and_a_graph_changes_nothing")
+    else {
+        return;
+    };
     let (plain, _) = six_steps(device, false, false);
     ffi::set_math_mode(true, true).unwrap();
     let run = |graph| six_steps_in(device, true, graph, Precision::Fp8Mixed, false);
