@@ -427,17 +427,3 @@ fn the_fast_path_has_the_gradients_of_plain_fp32_in_every_parameter() {
         assert!(cosines[0].0 > 0.999, "{backend:?}: {:?}", &cosines[..3]);
     }
 }
-
-#[test]
-#[ignore]
-fn cpu_try() {
-    let (want_loss, want) = gradients_of_prose(Device::Cpu, None);
-    let (loss, got) = gradients_of_prose(Device::Cpu, Some(AttentionBackend::Math));
-    let mut cosines: Vec<(f64, &str)> = got
-        .iter()
-        .zip(&want)
-        .map(|((name, got), (_, want))| (cosine(got, want), name.as_str()))
-        .collect();
-    cosines.sort_by(|a, b| a.0.total_cmp(&b.0));
-    eprintln!("loss {loss:.5}, fp32 {want_loss:.5}; worst {:?}", &cosines[..12]);
-}
