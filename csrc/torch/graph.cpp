@@ -24,7 +24,9 @@ struct Graph {
     if (other) stream = other->stream;
     c10::cuda::setCurrentCUDAStream(stream);
     capturing = true;
-    // Other threads (readers of data) may call CUDA meanwhile.
+    // Thread-local: what other threads of the program do meanwhile, pinning or allocating memory, neither fails nor
+    // breaks the capture, as it would in the global mode, libtorch's default. Autograd's own threads may launch into
+    // the stream in either mode. No mode lets another thread wait for the whole card (cudaDeviceSynchronize).
     graph.capture_begin(other ? other->graph.pool() : at::cuda::MempoolId_t{0, 0}, cudaStreamCaptureModeThreadLocal);
   }
   void end() {

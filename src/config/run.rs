@@ -27,7 +27,8 @@ pub struct RunConfig {
     pub device: DeviceChoice,
     /// Seed of the initial weights and of the data order.
     pub seed: u64,
-    /// `auto` and `flash`, `cudnn`, `math` pick the kernels of attention.
+    /// Kernels of attention: `auto` times ours and cuDNN's at the run's shape on its GPU and keeps the faster, `flash`
+    /// are ours, `cudnn` is cuDNN's, `math` the plain formula. `deterministic` leaves cuDNN's out.
     pub attention: AttentionBackend,
     /// Fused kernels of `csrc/` (`true`) or their plain references (`false`).
     pub fused: bool,
@@ -91,7 +92,9 @@ pub struct DeviceChoice(pub String);
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionBackend {
-    /// Our FlashAttention kernels; libtorch's choice where they do not apply (fp32, other head sizes, CPU).
+    /// In training on a GPU in 16 bits, the faster of our FlashAttention kernels and cuDNN's, by measurement at the
+    /// start, once for a card and shape; elsewhere ours; libtorch's choice where they do not apply (fp32, other head
+    /// sizes, CPU).
     Auto,
     /// Our FlashAttention kernels; libtorch's FlashAttention-2 where they do not apply.
     Flash,

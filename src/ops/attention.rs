@@ -137,17 +137,21 @@ fn kernel(x: &Tensor, t: i64, backend: AttentionBackend) -> Kernel {
         AttentionBackend::Cudnn => return Kernel::Libtorch,
         AttentionBackend::Auto | AttentionBackend::Flash => {}
     }
-    // One query leaves nothing to tile: a decoding step is libtorch's.
-    if !fused_here(x) || x.kind() == Kind::Float || t == 1 {
-        return Kernel::Libtorch;
+    if fused_here(x) && flash_covers(x.kind(), t, d) {
+        return Kernel::Own;
     }
-    if d != 64 && d != 128 {
+    if fused_here(x) && flash_covers(x.kind(), t, 64) {
         say_once(format!(
             "attention   libtorch's kernels: ours cover head sizes 64 and 128, this model has {d}"
         ));
-        return Kernel::Libtorch;
     }
-    Kernel::Own
+    Kernel::Libtorch
+}
+
+/// Whether the kernels of `csrc/flash_attention` compute `t` queries of this dtype and head size. One query leaves
+/// nothing to tile: a decoding step is libtorch's.
+pub fn flash_covers(kind: Kind, t: i64, d: i64) -> bool {
+    matches!(kind, Kind::BFloat16 | Kind::Half) && t > 1 && (d == 64 || d == 128)
 }
 
 fn options<'a>(mask: Mask<'a>) -> FlashOptions<'a> {

@@ -13,7 +13,9 @@ mod recompute;
 mod rope;
 
 pub use crate::ffi::LossScalars;
-pub use attention::{Documents, Mask, attention, attention_qkv, attention_reference, split_heads};
+pub use attention::{
+    Documents, Mask, attention, attention_qkv, attention_reference, flash_covers, split_heads,
+};
 pub use linear::{fp8_reference, linear, norm_linear, norm_mlp};
 pub use loss::{cross_entropy, cross_entropy_reference, cross_entropy_sum, head_loss, head_rows};
 pub use mlp::{swiglu, swiglu_mlp, swiglu_reference};

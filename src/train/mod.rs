@@ -1,10 +1,12 @@
 //! Training: the loop in [`mod@pretrain`], one step in [`step`], the optimizer in [`optimizer`].
 
 mod append;
+mod backends;
 pub mod flops;
 pub mod memory;
 pub mod metrics;
 pub mod optimizer;
+pub mod pick_attention;
 pub mod plot;
 pub mod pretrain;
 pub mod progress;

@@ -1,15 +1,16 @@
 //! Everything a run needs, put together in one visible order.
 
+use super::backends::{cache_file, set_backends};
 use super::flops::{self, FlopsPerToken};
 use super::memory;
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::{AdamW, offload};
+use super::pick_attention::pick_attention;
 use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
 use super::{saver, validate};
 use crate::config::{
-    ActivationCheckpointing, AttentionBackend, BatchPlan, CudaGraph, MatmulBackend, Precision,
-    Resume, RunConfig,
+    ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Resume, RunConfig,
 };
 use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
 use crate::error::WithHint;
@@ -108,6 +109,7 @@ pub struct Run {
     /// Newest checkpoint written or read.
     pub last_checkpoint: Option<PathBuf>,
     flops: FlopsPerToken,
+    attention_told: Option<String>,
     peak_flops: Option<f64>,
     started: Instant,
     elapsed_before: f64,
@@ -143,7 +145,8 @@ impl Run {
         prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref())?;
         let (mut loader, val) = open_data(config, &model_config, sequence)?;
 
-        // 2. Model: random, or from a checkpoint's weights.
+        // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
+        let attention = pick_attention(config, &model_config, sequence, device)?;
         tch::manual_seed(config.seed as i64);
         let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
             (Some(dir), _) => {
@@ -158,7 +161,7 @@ impl Run {
             }
             (None, None) => GPT::new(&model_config, device),
         };
-        model.attention = config.attention;
+        model.attention = attention.backend;
         model.fused = config.fused;
         model.recompute_norms =
             config.train.activation_checkpointing == ActivationCheckpointing::Selective;
@@ -213,6 +216,7 @@ impl Run {
             progress,
             micro,
             flops,
+            attention_told: attention.told,
         };
         run.announce()?;
         Ok(run)
@@ -238,8 +242,11 @@ impl Run {
         if let Some(steps) = self.plan.total_steps {
             eprintln!("length      {steps} steps");
         }
+        if let Some(told) = &self.attention_told {
+            eprintln!("attention   {told}");
+        }
         let searches = self.device.is_cuda() && self.config.matmul == MatmulBackend::Search;
-        if searches && !matmul_cache().is_some_and(|file| file.exists()) {
+        if searches && !cache_file("matmul.txt").is_some_and(|file| file.exists()) {
             eprintln!(
                 "matmul      timing cuBLASLt's algorithms in the first step, once: about 20 s"
             );
@@ -355,44 +362,6 @@ impl Run {
         self.log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;
         Ok(Some(loss))
     }
-}
-
-/// Process-wide switches of libtorch. TF32 for fp32 products is the original's choice. cuDNN's attention
-/// adds its gradients with atomics; FlashAttention-2 has a mode with a fixed order.
-fn set_backends(config: &RunConfig, device: Device) -> Result<()> {
-    ffi::set_math_mode(true, config.deterministic)?;
-    if let Device::Cuda(index) = device {
-        if let Some(bytes) = config.memory_limit_bytes() {
-            ffi::cuda_memory_limit(index, bytes as i64)?;
-        }
-        let cache = matmul_cache();
-        ffi::set_matmul(match config.matmul {
-            MatmulBackend::Aten => ffi::Matmul::Aten,
-            MatmulBackend::Heuristic => ffi::Matmul::Heuristic,
-            MatmulBackend::Search => ffi::Matmul::Search(cache.as_deref()),
-        })?;
-    }
-    let only = |wanted: AttentionBackend| {
-        config.attention == AttentionBackend::Auto || config.attention == wanted
-    };
-    let auto = config.attention == AttentionBackend::Auto;
-    ffi::set_sdp_backends(ffi::SdpBackends {
-        math: auto,
-        flash: only(AttentionBackend::Flash),
-        efficient: auto,
-        cudnn: only(AttentionBackend::Cudnn) && !config.deterministic,
-    })
-}
-
-/// Where matrix products that were chosen by measurement are kept from run to run; `None` where the system names no
-/// place.
-fn matmul_cache() -> Option<PathBuf> {
-    let folder = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
-    let folder = folder.join("tinyllama");
-    std::fs::create_dir_all(&folder).ok()?;
-    Some(folder.join("matmul.txt"))
 }
 
 fn open_data(

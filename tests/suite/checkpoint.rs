@@ -1,7 +1,7 @@
 //! Checkpoint folders: what goes in comes out, what is damaged is told, what is interrupted is
 //! harmless.
 
-use crate::common::{tiny_llama, tiny_neox};
+use crate::common::{alone, tiny_llama, tiny_neox};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use tinyllama::{error, ffi};
 /// A model whose every parameter is random: norms and biases too, so that none is mistaken for
 /// another.
 fn random_model(config: &ModelConfig) -> GPT {
+    let _alone = alone();
     tch::manual_seed(11);
     let model = GPT::new(config, Device::Cpu);
     tch::no_grad(|| {
@@ -439,6 +440,7 @@ fn write_checkpoint(dir: &Path, model: &GPT, step: u64) -> anyhow::Result<()> {
 
 #[test]
 fn train_state_comes_back_bit_for_bit_and_the_generator_goes_on() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let x = Tensor::randn([3, 5], tch::kind::FLOAT_CPU);
     let moments = vec![

@@ -1,11 +1,37 @@
 //! Small models and helpers shared by the tests.
 
-use tch::{Kind, Tensor};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tch::{Cuda, Device, Kind, Tensor};
 use tinyllama::config::TrainConfig;
 use tinyllama::data::Batch;
+use tinyllama::ffi::{self, Matmul, SdpBackends};
 use tinyllama::model::{GPT, ModelConfig};
 use tinyllama::train::optimizer::AdamW;
 use tinyllama::train::step::{MicroStep, StepOutput, train_step};
+
+/// Holds what libtorch has once a process: the random generators, which `tch::manual_seed` sets for all devices, and the
+/// switches. A test that draws random numbers holds it while it does, one that seeds them until it drew its last; a
+/// failed test leaves it to the others.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static LIBTORCH: Mutex<()> = Mutex::new(());
+    LIBTORCH.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The GPU for this test alone, as [`alone`], with all switches as at the start of a process; `None` after saying that
+/// the test is skipped. A test that ran beside it could wait for the card while it captures a graph, which breaks the
+/// capture, or add to what it measures: peak memory, kernels, the CPU's waits.
+pub fn card(test: &str) -> Option<(Device, MutexGuard<'static, ()>)> {
+    if !Cuda::is_available() {
+        eprintln!("skipped {test}: no CUDA GPU is visible");
+        return None;
+    }
+    let alone = alone();
+    ffi::set_math_mode(false, false).unwrap();
+    ffi::set_matmul(Matmul::Aten).unwrap();
+    let all = SdpBackends { math: true, flash: true, efficient: true, cudnn: true };
+    ffi::set_sdp_backends(all).unwrap();
+    Some((Device::Cuda(0), alone))
+}
 
 /// A Llama with grouped queries, small enough for a test.
 pub fn tiny_llama() -> ModelConfig {

@@ -1,6 +1,7 @@
 //! Tests that need a CUDA GPU. Without one each prints why it is skipped and passes.
 
-use tch::{Cuda, Device, Kind, Tensor};
+use crate::common::card;
+use tch::{Device, Kind, Tensor};
 use tinyllama::bench::profile::{Family, Profile, StepSpan};
 use tinyllama::config::{AttentionBackend, MasterFormat, OptimizerConfig, Precision, StateFormat};
 use tinyllama::ffi;
@@ -8,15 +9,6 @@ use tinyllama::ffi::profile::Recording;
 use tinyllama::model::{GPT, ModelConfig};
 use tinyllama::ops::LossScalars;
 use tinyllama::train::optimizer::{AdamW, ParamState, low_memory};
-
-/// The GPU, or `None` after saying that the test is skipped.
-pub fn gpu(test: &str) -> Option<Device> {
-    if Cuda::is_available() {
-        return Some(Device::Cuda(0));
-    }
-    eprintln!("skipped {test}: no CUDA GPU is visible");
-    None
-}
 
 /// Largest difference relative to the largest magnitude.
 fn relative_error(got: &Tensor, want: &Tensor) -> f64 {
@@ -61,7 +53,7 @@ fn five_steps(device: Device, precision: Precision, fused: bool) -> Vec<Tensor> 
 
 #[test]
 fn fused_adamw_agrees_with_the_plain_formula() {
-    let Some(device) = gpu("fused_adamw_agrees_with_the_plain_formula") else { return };
+    let Some((device, _card)) = card("fused_adamw_agrees_with_the_plain_formula") else { return };
     for precision in [Precision::Fp32True, Precision::Bf16Mixed] {
         let fused = five_steps(device, precision, true);
         let plain = five_steps(device, precision, false);
@@ -75,7 +67,7 @@ fn fused_adamw_agrees_with_the_plain_formula() {
 
 #[test]
 fn fused_adamw_writes_nothing_where_the_gradient_is_not_finite() {
-    let Some(device) = gpu("fused_adamw_writes_nothing_where_not_finite") else { return };
+    let Some((device, _card)) = card("fused_adamw_writes_nothing_where_not_finite") else { return };
     for bad in [f64::NAN, f64::INFINITY] {
         tch::manual_seed(4);
         let mut model = GPT::new(&small_llama(), device);
@@ -199,7 +191,9 @@ fn check_step(fused: &AdamW, plain: &AdamW, what: &str) {
 
 #[test]
 fn fused_adamw_keeps_every_format_as_the_reference_does() {
-    let Some(device) = gpu("fused_adamw_keeps_every_format_as_the_reference_does") else { return };
+    let Some((device, _card)) = card("fused_adamw_keeps_every_format_as_the_reference_does") else {
+        return;
+    };
     for model in [small_llama(), odd_llama()] {
         for (master, state) in MASTERS.into_iter().flat_map(|m| STATES.map(|s| (m, s))) {
             let config = OptimizerConfig { master, state, ..Default::default() };
@@ -236,7 +230,8 @@ fn ten_fused_steps(model: &ModelConfig, config: &OptimizerConfig, device: Device
 
 #[test]
 fn fused_adamw_with_a_split_master_equals_the_fp32_master_bit_for_bit() {
-    let Some(device) = gpu("fused_adamw_with_a_split_master_equals_the_fp32_master") else {
+    let Some((device, _card)) = card("fused_adamw_with_a_split_master_equals_the_fp32_master")
+    else {
         return;
     };
     for model in [small_llama(), odd_llama()] {
@@ -259,7 +254,7 @@ fn fused_adamw_with_a_split_master_equals_the_fp32_master_bit_for_bit() {
 
 #[test]
 fn fused_adamw_repeats_its_stochastic_rounding_bit_for_bit() {
-    let Some(device) = gpu("fused_adamw_repeats_its_stochastic_rounding") else { return };
+    let Some((device, _card)) = card("fused_adamw_repeats_its_stochastic_rounding") else { return };
     for state in [StateFormat::Bf16, StateFormat::Int8] {
         let config = OptimizerConfig { master: MasterFormat::Bf16, state, ..Default::default() };
         let run = || ten_fused_steps(&odd_llama(), &config, device);
@@ -405,7 +400,8 @@ fn a_host_link_refuses_memory_that_is_not_page_locked_and_places_that_are_not_th
 
 #[test]
 fn the_formats_bits_are_the_same_on_the_gpu_and_on_the_cpu() {
-    let Some(device) = gpu("the_formats_bits_are_the_same_on_the_gpu_and_on_the_cpu") else {
+    let Some((device, _card)) = card("the_formats_bits_are_the_same_on_the_gpu_and_on_the_cpu")
+    else {
         return;
     };
     tch::manual_seed(8);
@@ -427,7 +423,9 @@ fn the_formats_bits_are_the_same_on_the_gpu_and_on_the_cpu() {
 
 #[test]
 fn fused_adamw_refuses_tensors_that_do_not_go_together() {
-    let Some(device) = gpu("fused_adamw_refuses_tensors_that_do_not_go_together") else { return };
+    let Some((device, _card)) = card("fused_adamw_refuses_tensors_that_do_not_go_together") else {
+        return;
+    };
     let of = |kind: Kind, n: i64| Tensor::zeros([n], (kind, device));
     let (x, low, w) = (of(Kind::Float, 300), of(Kind::Int16, 300), of(Kind::BFloat16, 300));
     let (m8, v8, scale, short) =
@@ -473,7 +471,9 @@ fn fused_adamw_refuses_tensors_that_do_not_go_together() {
 
 #[test]
 fn a_bf16_forward_on_the_gpu_is_near_the_fp32_forward_on_the_cpu() {
-    let Some(device) = gpu("a_bf16_forward_on_the_gpu_is_near_the_fp32_forward") else { return };
+    let Some((device, _card)) = card("a_bf16_forward_on_the_gpu_is_near_the_fp32_forward") else {
+        return;
+    };
     tch::manual_seed(5);
     let cpu = GPT::new(&small_llama(), Device::Cpu);
     let mut gpu = GPT::empty(&small_llama(), device);
@@ -508,7 +508,9 @@ fn loss_and_gradients(device: Device, fused: bool, backend: AttentionBackend) ->
 
 #[test]
 fn the_fused_model_gives_the_loss_and_gradients_of_the_plain_one() {
-    let Some(device) = gpu("the_fused_model_gives_the_loss_and_gradients_of_the_plain_one") else {
+    let Some((device, _card)) =
+        card("the_fused_model_gives_the_loss_and_gradients_of_the_plain_one")
+    else {
         return;
     };
     let fused = loss_and_gradients(device, true, AttentionBackend::Auto);
@@ -522,7 +524,9 @@ fn the_fused_model_gives_the_loss_and_gradients_of_the_plain_one() {
 
 #[test]
 fn a_profile_tells_families_of_kernels_and_the_waits_of_the_cpu() {
-    let Some(device) = gpu("a_profile_tells_families_of_kernels_and_the_waits") else { return };
+    let Some((device, _card)) = card("a_profile_tells_families_of_kernels_and_the_waits") else {
+        return;
+    };
     let x = Tensor::randn([2048, 2048], (Kind::BFloat16, device));
     let weight = Tensor::ones([2048], (Kind::BFloat16, device));
     let work = || {
@@ -591,7 +595,9 @@ fn recomputing(device: Device, recomputed: usize) -> (Vec<Tensor>, i64) {
 
 #[test]
 fn recomputed_blocks_take_less_than_half_the_memory_and_give_the_same_gradients() {
-    let Some(device) = gpu("recomputed_blocks_take_less_than_half_the_memory") else { return };
+    let Some((device, _card)) = card("recomputed_blocks_take_less_than_half_the_memory") else {
+        return;
+    };
     let (kept, most) = recomputing(device, 0);
     let (half, less) = recomputing(device, 6);
     let (again, least) = recomputing(device, 12);

@@ -1,13 +1,17 @@
 //! The training step on a CUDA GPU: products, graph, layers behind norms, fp8. Skipped without one.
 
-use crate::gpu::{gpu, small_llama};
+use crate::common::card;
+use crate::gpu::small_llama;
+use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::{AttentionBackend, OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::ffi::{self, Matmul};
-use tinyllama::model::GPT;
+use tinyllama::model::{GPT, ModelConfig};
 use tinyllama::ops;
+use tinyllama::ops::{LossScalars, Mask};
 use tinyllama::train::optimizer::AdamW;
+use tinyllama::train::pick_attention::{Shape, Times, line, look_up, pick};
 use tinyllama::train::step::{MicroStep, train_step};
 
 /// `||got - want|| / ||want||`.
@@ -57,7 +61,9 @@ fn six_steps_in(
 
 #[test]
 fn a_cuda_graph_trains_as_the_launches_it_stands_for() {
-    let Some(device) = gpu("a_cuda_graph_trains_as_the_launches_it_stands_for") else { return };
+    let Some((device, _card)) = card("a_cuda_graph_trains_as_the_launches_it_stands_for") else {
+        return;
+    };
     ffi::set_math_mode(true, true).unwrap();
     let (graph, plain) = (six_steps(device, true, true), six_steps(device, true, false));
     ffi::set_math_mode(true, false).unwrap();
@@ -67,7 +73,8 @@ fn a_cuda_graph_trains_as_the_launches_it_stands_for() {
 
 #[test]
 fn gradients_added_by_the_products_train_as_gradients_added_by_autograd() {
-    let Some(device) = gpu("gradients_added_by_the_products_train_as_those_added_by_autograd")
+    let Some((device, _card)) =
+        card("gradients_added_by_the_products_train_as_those_added_by_autograd")
     else {
         return;
     };
@@ -81,12 +88,11 @@ fn gradients_added_by_the_products_train_as_gradients_added_by_autograd() {
             }
         }
     }
-    ffi::set_matmul(Matmul::Aten).unwrap();
 }
 
 #[test]
 fn linear_agrees_with_libtorchs() {
-    let Some(device) = gpu("linear_agrees_with_libtorchs") else { return };
+    let Some((device, _card)) = card("linear_agrees_with_libtorchs") else { return };
     for how in [Matmul::Aten, Matmul::Heuristic, Matmul::Search(None)] {
         ffi::set_matmul(how).unwrap();
         // The second case is not aligned to more than 16 bytes, the third is one token.
@@ -113,7 +119,6 @@ fn linear_agrees_with_libtorchs() {
             assert!(error < 1e-5, "{how:?} ({n}, {c}, {o}) into a buffer: {error:.1e}");
         }
     }
-    ffi::set_matmul(Matmul::Aten).unwrap();
 }
 
 /// Results and gradients of x, residual, norm and weights.
@@ -141,7 +146,9 @@ fn behind_a_norm(leaves: &[Tensor], dy: &[Tensor], apart: bool) -> Vec<Tensor> {
 
 #[test]
 fn layers_behind_a_norm_agree_with_the_two_apart() {
-    let Some(device) = gpu("layers_behind_a_norm_agree_with_the_two_apart") else { return };
+    let Some((device, _card)) = card("layers_behind_a_norm_agree_with_the_two_apart") else {
+        return;
+    };
     tch::manual_seed(11);
     let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
     let leaf = |t: Tensor| t.detach().set_requires_grad(true);
@@ -163,7 +170,9 @@ fn layers_behind_a_norm_agree_with_the_two_apart() {
 
 #[test]
 fn norms_computed_again_train_as_norms_that_were_kept() {
-    let Some(device) = gpu("norms_computed_again_train_as_norms_that_were_kept") else { return };
+    let Some((device, _card)) = card("norms_computed_again_train_as_norms_that_were_kept") else {
+        return;
+    };
     ffi::set_math_mode(true, true).unwrap();
     let run = |again| six_steps_in(device, true, false, Precision::Bf16Mixed, again);
     let (kept, again) = (run(false), run(true));
@@ -198,7 +207,9 @@ fn fp8_layer(weights: &[&Tensor], device: Device) -> ffi::Fp8Linear {
 
 #[test]
 fn fp8_layers_agree_with_products_of_rounded_matrices() {
-    let Some(device) = gpu("fp8_layers_agree_with_products_of_rounded_matrices") else { return };
+    let Some((device, _card)) = card("fp8_layers_agree_with_products_of_rounded_matrices") else {
+        return;
+    };
     for (n, c, o) in [(256, 512, 704), (80, 48, 144), (16, 16, 16)] {
         tch::manual_seed(12);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
@@ -231,7 +242,9 @@ fn fp8_layers_agree_with_products_of_rounded_matrices() {
 
 #[test]
 fn an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one() {
-    let Some(device) = gpu("an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one") else { return };
+    let Some((device, _card)) = card("an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one") else {
+        return;
+    };
     for (n, c, f) in [(256, 512, 704), (48, 80, 144)] {
         tch::manual_seed(13);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
@@ -261,7 +274,10 @@ fn an_fp8_mlp_behind_a_norm_agrees_with_the_bf16_one() {
 
 #[test]
 fn fp8_training_follows_bf16_and_a_graph_changes_nothing() {
-    let Some(device) = gpu("fp8_training_follows_bf16_and_a_graph_changes_nothing") else { return };
+    let Some((device, _card)) = card("fp8_training_follows_bf16_and_a_graph_changes_nothing")
+    else {
+        return;
+    };
     let (plain, _) = six_steps(device, false, false);
     ffi::set_math_mode(true, true).unwrap();
     let run = |graph| six_steps_in(device, true, graph, Precision::Fp8Mixed, false);
@@ -271,5 +287,143 @@ fn fp8_training_follows_bf16_and_a_graph_changes_nothing() {
     for (i, (got, want)) in with.0.iter().zip(&plain).enumerate() {
         let tolerance = if i % 2 == 0 { 1e-2 } else { 0.1 }; // loss, gradient norm
         assert!((got / want - 1.0).abs() < tolerance, "{i}: {got} {want}");
+    }
+}
+
+// ---- cuDNN's attention beside ours ---------------------------------------------------------------------------
+
+#[test]
+fn cudnns_attention_of_a_packed_projection_agrees_with_ours() {
+    let Some((device, _card)) = card("cudnns_attention_of_a_packed_projection_agrees_with_ours")
+    else {
+        return;
+    };
+    let cudnn = ffi::SdpBackends { math: false, flash: false, efficient: false, cudnn: true };
+    ffi::set_sdp_backends(cudnn).unwrap();
+    for (b, t, h, g, d) in [(2, 256, 8, 2, 64), (1, 300, 4, 1, 128), (2, 128, 4, 4, 64)] {
+        tch::manual_seed(14);
+        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::BFloat16, device));
+        let qkv = random(&[b, t, h + 2 * g, d]);
+        let dy = random(&[b, t, h, d]).transpose(1, 2);
+        let run = |backend| {
+            let qkv = qkv.detach().set_requires_grad(true);
+            let y = ops::attention_qkv(&qkv, h, g, Mask::CAUSAL, backend);
+            let gradient = ffi::gradients(&y, &dy, &[&qkv]).unwrap().remove(0);
+            [y.detach(), gradient]
+        };
+        let (got, want) = (run(AttentionBackend::Cudnn), run(AttentionBackend::Flash));
+        for (got, want) in got.iter().zip(&want) {
+            let error = distance(got, want);
+            assert!(error < 1e-2, "({b}, {t}, {h}, {g}, {d}) {:?}: {error:.1e}", want.size());
+        }
+    }
+}
+
+#[test]
+fn attention_is_picked_by_measurement_once_and_read_from_its_file_after() {
+    let Some((_, _card)) = card("attention_is_picked_by_measurement_once") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("attention.txt");
+    let shape = Shape { b: 2, t: 1024, h: 8, g: 2, d: 64 };
+    let first = pick(shape, 0, Some(&file)).unwrap();
+    let told = first.told.clone().unwrap();
+    assert!(told.contains("ours") && told.contains("cuDNN") && told.contains(" ms"), "{told}");
+    assert!([AttentionBackend::Flash, AttentionBackend::Cudnn].contains(&first.backend), "{told}");
+
+    let text = std::fs::read_to_string(&file).unwrap();
+    let (key, _) = text.split_once(" = ").unwrap();
+    let times = look_up(&text, key).unwrap();
+    assert_eq!(times.faster(), first.backend, "{text}");
+    assert!(times.ours > 1e-3 && times.cudnn > 1e-3, "a kernel takes longer than nothing: {text}");
+
+    let second = pick(shape, 0, Some(&file)).unwrap();
+    assert_eq!(second.backend, first.backend);
+    assert_eq!(second.told.unwrap(), told + ", as measured before");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), text, "nothing new is kept");
+    for (ours, cudnn) in [(1.0, 2.0), (2.0, 1.0)] {
+        let times = Times { ours, cudnn };
+        std::fs::write(&file, line(key, times)).unwrap();
+        assert_eq!(pick(shape, 0, Some(&file)).unwrap().backend, times.faster(), "from the file");
+    }
+}
+
+// ---- the fast path against plain fp32 --------------------------------------------------------------------------
+
+/// 4 rows of 1,024 words and marks of this repository's prose with the one that follows each; a number stands for each
+/// distinct one, so that they are as frequent and as predictable as in any text.
+fn prose() -> [Tensor; 2] {
+    let text = concat!(
+        include_str!("../../README.md"),
+        include_str!("../../docs/performance.md"),
+        include_str!("../../csrc/README.md"),
+    );
+    let (mut numbers, mut ids) = (HashMap::new(), vec![]);
+    for word in text.split_inclusive(|c: char| !c.is_alphanumeric()) {
+        let next = numbers.len() as i64;
+        ids.push(*numbers.entry(word).or_insert(next));
+    }
+    let ids = Tensor::from_slice(&ids[..4 * 1024 + 1]);
+    [0, 1].map(|from| ids.narrow(0, from, 4096).view([4, 1024]))
+}
+
+/// Loss and the gradient of each parameter of one micro-batch of prose: on all fast paths with these kernels of
+/// attention, or plainly in fp32.
+fn gradients_of_prose(
+    device: Device,
+    fast: Option<AttentionBackend>,
+) -> (f64, Vec<(String, Tensor)>) {
+    tch::manual_seed(15);
+    let mut model = GPT::new(&ModelConfig::preset("tiny-llama-120m").unwrap(), device);
+    model.fused = fast.is_some();
+    model.attention = fast.unwrap_or(AttentionBackend::Math);
+    let precision = if fast.is_some() { Precision::Bf16Mixed } else { Precision::Fp32True };
+    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
+    let mut micro = MicroStep::new(fast.is_some());
+    let [input, target] = prose().map(|t| t.to_device(device));
+    let scalars = LossScalars { scale: 1.0 / 4096.0, ..LossScalars::SUM };
+    // With a graph: two runs before it, and the one that it is launched for.
+    let mut run = || micro.run(&model, &input, &target, scalars).unwrap();
+    if fast.is_some() {
+        let _ = (run(), run());
+    }
+    optimizer.clear_gradients();
+    let loss = run().double_value(&[]);
+    let gradients = optimizer.params.iter().map(|p| (p.name.clone(), p.grad.copy()));
+    (loss, gradients.collect())
+}
+
+/// `a b / (|a| |b|)`.
+fn cosine(a: &Tensor, b: &Tensor) -> f64 {
+    let [a, b] = [a, b].map(|x| x.to_kind(Kind::Double).view([-1]));
+    (a.dot(&b) / (a.norm() * b.norm())).double_value(&[])
+}
+
+#[test]
+fn the_fast_path_has_the_gradients_of_plain_fp32_in_every_parameter() {
+    let Some((device, _card)) =
+        card("the_fast_path_has_the_gradients_of_plain_fp32_in_every_parameter")
+    else {
+        return;
+    };
+    let (want_loss, want) = gradients_of_prose(device, None);
+    ffi::set_matmul(Matmul::Search(None)).unwrap();
+    for backend in [AttentionBackend::Flash, AttentionBackend::Cudnn] {
+        ffi::set_sdp_backends(ffi::SdpBackends {
+            math: false,
+            flash: false,
+            efficient: false,
+            cudnn: backend == AttentionBackend::Cudnn,
+        })
+        .unwrap();
+        let (loss, got) = gradients_of_prose(device, Some(backend));
+        let mut cosines: Vec<(f64, &str)> = got
+            .iter()
+            .zip(&want)
+            .map(|((name, got), (_, want))| (cosine(got, want), name.as_str()))
+            .collect();
+        cosines.sort_by(|a, b| a.0.total_cmp(&b.0));
+        eprintln!("{backend:?}: loss {loss:.5}, fp32 {want_loss:.5}; worst {:?}", &cosines[..3]);
+        assert!((loss / want_loss - 1.0).abs() < 5e-3, "{backend:?}: {loss}, fp32 {want_loss}");
+        assert!(cosines[0].0 > 0.999, "{backend:?}: {:?}", &cosines[..3]);
     }
 }

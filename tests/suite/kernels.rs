@@ -1,7 +1,7 @@
 //! The kernels of `csrc/` against references in higher precision, on random inputs and poisoned memory; what
 //! they say to bad arguments. Each needs a CUDA GPU and says so where there is none.
 
-use crate::gpu::gpu;
+use crate::common::card;
 use tch::{Cuda, Device, Kind, Tensor};
 use tinyllama::ffi::{self, FlashOptions, LossScalars};
 use tinyllama::ops::{self, Documents, Mask};
@@ -138,7 +138,9 @@ fn long_cases() -> Vec<Case> {
 
 #[test]
 fn flash_attention_agrees_with_the_plain_formula_on_small_shapes() {
-    let Some(device) = gpu("flash_attention_agrees_with_the_plain_formula_on_small_shapes") else {
+    let Some((device, _card)) =
+        card("flash_attention_agrees_with_the_plain_formula_on_small_shapes")
+    else {
         return;
     };
     flash_attention_agrees_on(small_cases(), device);
@@ -146,7 +148,8 @@ fn flash_attention_agrees_with_the_plain_formula_on_small_shapes() {
 
 #[test]
 fn flash_attention_agrees_with_the_plain_formula_on_long_rows() {
-    let Some(device) = gpu("flash_attention_agrees_with_the_plain_formula_on_long_rows") else {
+    let Some((device, _card)) = card("flash_attention_agrees_with_the_plain_formula_on_long_rows")
+    else {
         return;
     };
     flash_attention_agrees_on(long_cases(), device);
@@ -219,13 +222,12 @@ fn flash_attention_agrees_on(cases: Vec<Case>, device: Device) {
             }
         }
     }
-    let all = ffi::SdpBackends { math: true, flash: true, efficient: true, cudnn: true };
-    ffi::set_sdp_backends(all).unwrap();
 }
 
 #[test]
 fn flash_attention_of_a_packed_projection_equals_that_of_its_views() {
-    let Some(device) = gpu("flash_attention_of_a_packed_projection_equals_that_of_its_views")
+    let Some((device, _card)) =
+        card("flash_attention_of_a_packed_projection_equals_that_of_its_views")
     else {
         return;
     };
@@ -254,7 +256,9 @@ fn flash_attention_of_a_packed_projection_equals_that_of_its_views() {
 
 #[test]
 fn a_deterministic_backward_repeats_bit_for_bit_also_with_documents_and_split_groups() {
-    let Some(device) = gpu("a_deterministic_backward_repeats_bit_for_bit") else { return };
+    let Some((device, _card)) = card("a_deterministic_backward_repeats_bit_for_bit") else {
+        return;
+    };
     tch::manual_seed(3);
     for (b, t, h, g, d, mean) in [
         (2, 2048, 8, 2, 64, 0),
@@ -283,7 +287,7 @@ fn a_deterministic_backward_repeats_bit_for_bit_also_with_documents_and_split_gr
 
 #[test]
 fn rms_norm_agrees_with_its_reference() {
-    let Some(device) = gpu("rms_norm_agrees_with_its_reference") else { return };
+    let Some((device, _card)) = card("rms_norm_agrees_with_its_reference") else { return };
     tch::manual_seed(4);
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 5e-3), (Kind::Half, 1e-3)] {
         for (n, c) in [(1, 64), (7, 576), (300, 2048), (1000, 4096), (33, 8192), (513, 3200)] {
@@ -322,7 +326,7 @@ fn rms_norm_agrees_with_its_reference() {
 
 #[test]
 fn rope_agrees_with_its_reference() {
-    let Some(device) = gpu("rope_agrees_with_its_reference") else { return };
+    let Some((device, _card)) = card("rope_agrees_with_its_reference") else { return };
     tch::manual_seed(5);
     for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 5e-3), (Kind::Half, 1e-3)] {
         for (b, t, h, g, d, n) in [
@@ -351,7 +355,9 @@ fn rope_agrees_with_its_reference() {
 
 #[test]
 fn rope_does_not_write_into_a_gradient_that_others_hold() {
-    let Some(device) = gpu("rope_does_not_write_into_a_gradient_that_others_hold") else { return };
+    let Some((device, _card)) = card("rope_does_not_write_into_a_gradient_that_others_hold") else {
+        return;
+    };
     tch::manual_seed(6);
     let angle = Tensor::rand([4, 64], (Kind::Float, device));
     let x = leaf(Tensor::randn([1, 4, 128], (Kind::Float, device)));
@@ -367,7 +373,7 @@ fn rope_does_not_write_into_a_gradient_that_others_hold() {
 
 #[test]
 fn swiglu_agrees_with_its_reference() {
-    let Some(device) = gpu("swiglu_agrees_with_its_reference") else { return };
+    let Some((device, _card)) = card("swiglu_agrees_with_its_reference") else { return };
     tch::manual_seed(7);
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 5e-3), (Kind::Half, 1e-3)] {
         for (n, f) in [(1, 8), (5, 176), (333, 5632)] {
@@ -390,7 +396,7 @@ fn swiglu_agrees_with_its_reference() {
 
 #[test]
 fn the_mlp_agrees_with_its_reference() {
-    let Some(device) = gpu("the_mlp_agrees_with_its_reference") else { return };
+    let Some((device, _card)) = card("the_mlp_agrees_with_its_reference") else { return };
     tch::manual_seed(8);
     for (kind, tolerance) in [(Kind::Float, 2e-3), (Kind::BFloat16, 1e-2)] {
         let (n, c, f) = (300, 256, 704);
@@ -423,7 +429,7 @@ fn the_mlp_agrees_with_its_reference() {
 
 #[test]
 fn cross_entropy_agrees_with_its_reference() {
-    let Some(device) = gpu("cross_entropy_agrees_with_its_reference") else { return };
+    let Some((device, _card)) = card("cross_entropy_agrees_with_its_reference") else { return };
     tch::manual_seed(9);
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::BFloat16, 5e-3), (Kind::Half, 2e-3)] {
         for (n, v) in
@@ -459,7 +465,7 @@ fn cross_entropy_agrees_with_its_reference() {
 
 #[test]
 fn the_fused_head_agrees_with_its_reference() {
-    let Some(device) = gpu("the_fused_head_agrees_with_its_reference") else { return };
+    let Some((device, _card)) = card("the_fused_head_agrees_with_its_reference") else { return };
     tch::manual_seed(10);
     for (kind, tolerance) in [(Kind::Float, 2e-3), (Kind::BFloat16, 1e-2)] {
         let (n, c, v) = (301, 128, 1000);
@@ -501,7 +507,8 @@ fn the_fused_head_agrees_with_its_reference() {
 
 #[test]
 fn the_gradient_norm_and_its_clip_factor_are_those_of_torch() {
-    let Some(device) = gpu("the_gradient_norm_and_its_clip_factor_are_those_of_torch") else {
+    let Some((device, _card)) = card("the_gradient_norm_and_its_clip_factor_are_those_of_torch")
+    else {
         return;
     };
     tch::manual_seed(11);
@@ -524,7 +531,8 @@ fn the_gradient_norm_and_its_clip_factor_are_those_of_torch() {
 
 #[test]
 fn bad_arguments_are_refused_with_op_argument_expected_and_got() {
-    let Some(device) = gpu("bad_arguments_are_refused_with_op_argument_expected_and_got") else {
+    let Some((device, _card)) = card("bad_arguments_are_refused_with_op_argument_expected_and_got")
+    else {
         return;
     };
     let bf16 = (Kind::BFloat16, device);

@@ -1,6 +1,6 @@
 //! AdamW with weights and moments in fewer bytes: exactness, unbiased rounding, resume, and learning.
 
-use crate::common::{one_step, tiny_llama};
+use crate::common::{alone, one_step, tiny_llama};
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
 use tinyllama::data::Batch;
@@ -162,6 +162,7 @@ fn per_element(scale: &Tensor, n: i64) -> Tensor {
 
 #[test]
 fn eight_bits_come_back_within_the_spacing_of_the_codes_and_the_largest_exactly() {
+    let _alone = alone();
     let x = spread();
     let x = x.view([4, 250]); // blocks run over rows
     let noise = Noise::new(noise_key(5, 1, 0), &x.size(), Device::Cpu);
@@ -191,6 +192,7 @@ fn eight_bits_come_back_within_the_spacing_of_the_codes_and_the_largest_exactly(
 
 #[test]
 fn eight_bits_are_right_on_average() {
+    let _alone = alone();
     let x = spread().narrow(0, 256, 256);
     let v = x.square();
     let draws = 1024;
@@ -288,6 +290,7 @@ fn assert_equal(got: &[(String, Tensor)], want: &[(String, Tensor)], what: &str)
 
 #[test]
 fn a_split_master_trains_bit_for_bit_as_an_fp32_master() {
+    let _alone = alone();
     for state in STATES {
         let run = |master| {
             let config = OptimizerConfig { master, state, ..Default::default() };
@@ -306,6 +309,7 @@ fn a_split_master_trains_bit_for_bit_as_an_fp32_master() {
 
 #[test]
 fn every_format_learns_as_fp32_does() {
+    let _alone = alone();
     let run = |config: &OptimizerConfig| {
         let (model, mut optimizer) = fresh(config);
         train(&model, &mut optimizer, (0..200).map(|i| i % 4), 2e-3)
@@ -330,6 +334,7 @@ fn every_format_learns_as_fp32_does() {
 
 #[test]
 fn a_resumed_run_equals_one_that_was_not_interrupted_in_every_format() {
+    let _alone = alone();
     for config in formats() {
         let (model, mut straight) = fresh(&config);
         train(&model, &mut straight, 0..4, 1e-3);
@@ -352,6 +357,7 @@ fn a_resumed_run_equals_one_that_was_not_interrupted_in_every_format() {
 
 #[test]
 fn moments_of_another_format_are_refused_by_name_and_fp32_ones_are_taken_over() {
+    let _alone = alone();
     let with = |state| OptimizerConfig { state, ..Default::default() };
     for from in STATES {
         let (model, mut optimizer) = fresh(&with(from));
@@ -381,6 +387,7 @@ fn moments_of_another_format_are_refused_by_name_and_fp32_ones_are_taken_over() 
 
 #[test]
 fn a_gradient_that_is_not_finite_leaves_every_format_untouched() {
+    let _alone = alone();
     for config in formats() {
         let (model, mut optimizer) = fresh(&config);
         train(&model, &mut optimizer, 0..2, 1e-3);

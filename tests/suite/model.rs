@@ -1,6 +1,6 @@
 //! The network against its own invariants; parity with transformers is in `golden`.
 
-use crate::common::{max_difference, tiny_llama, tiny_neox};
+use crate::common::{alone, max_difference, tiny_llama, tiny_neox};
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::AttentionBackend;
 use tinyllama::model::mlp::Mlp;
@@ -40,6 +40,7 @@ fn every_preset_is_valid() {
 
 #[test]
 fn initial_weights_have_the_published_deviations() {
+    let _alone = alone();
     let config =
         ModelConfig { n_embd: 512, head_size: 128, intermediate_size: 700, ..tiny_llama() };
     tch::manual_seed(1);
@@ -57,6 +58,7 @@ fn initial_weights_have_the_published_deviations() {
 
 #[test]
 fn a_later_token_never_changes_an_earlier_logit() {
+    let _alone = alone();
     for config in [tiny_llama(), tiny_neox()] {
         tch::manual_seed(2);
         let model = GPT::new(&config, Device::Cpu);
@@ -71,6 +73,7 @@ fn a_later_token_never_changes_an_earlier_logit() {
 
 #[test]
 fn libtorchs_cpu_attention_agrees_with_the_plain_formula_forward_and_backward() {
+    let _alone = alone();
     for (heads, groups, t, s) in [(9, 3, 33, 33), (4, 1, 16, 16), (4, 4, 5, 20), (8, 2, 1, 12)] {
         let run = |backend| {
             tch::manual_seed(3);
@@ -91,6 +94,7 @@ fn libtorchs_cpu_attention_agrees_with_the_plain_formula_forward_and_backward() 
 
 #[test]
 fn decoding_with_a_cache_gives_the_logits_of_one_full_forward() {
+    let _alone = alone();
     for config in [tiny_llama(), tiny_neox()] {
         tch::manual_seed(4);
         let _guard = tch::no_grad_guard();
@@ -110,6 +114,7 @@ fn decoding_with_a_cache_gives_the_logits_of_one_full_forward() {
 
 #[test]
 fn the_loss_ignores_masked_targets_and_sums_over_the_rest() {
+    let _alone = alone();
     tch::manual_seed(5);
     let logits = Tensor::randn([2, 3, 11], (Kind::Float, Device::Cpu));
     let target = Tensor::from_slice(&[1i64, -100, 3, -100, 0, 10]).view([2, 3]);
@@ -122,6 +127,7 @@ fn the_loss_ignores_masked_targets_and_sums_over_the_rest() {
 
 #[test]
 fn gate_and_up_lie_behind_each_other_as_one_matrix_whatever_becomes_of_the_model() {
+    let _alone = alone();
     let joined = |model: &GPT| {
         model.h.iter().all(|block| match &block.mlp {
             Mlp::LLaMA(mlp) => {

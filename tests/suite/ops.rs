@@ -1,7 +1,7 @@
 //! The plain references that the kernels are held against, themselves held against finite differences in
 //! fp64; document masks; and what a kernel says to arguments that it cannot take. No GPU is needed.
 
-use crate::common::max_difference;
+use crate::common::{alone, max_difference};
 use tch::{Device, Kind, Tensor};
 use tinyllama::ffi::{self, FlashOptions, LossScalars};
 use tinyllama::ops::{self, Documents, Mask};
@@ -36,6 +36,7 @@ fn gradient_error(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Tensor) -> f64 {
 
 #[test]
 fn the_references_have_the_gradients_of_finite_differences() {
+    let _alone = alone();
     tch::manual_seed(1);
     let random = |shape: &[i64]| Tensor::randn(shape, FP64);
 
@@ -73,6 +74,7 @@ fn the_references_have_the_gradients_of_finite_differences() {
 
 #[test]
 fn the_loss_has_label_smoothing_and_z_loss_by_their_formulas() {
+    let _alone = alone();
     tch::manual_seed(2);
     let logits = Tensor::randn([4, 9], FP64) * 3.0;
     let target = Tensor::from_slice(&[0i64, 8, -100, 3]);
@@ -91,6 +93,7 @@ fn the_loss_has_label_smoothing_and_z_loss_by_their_formulas() {
 
 #[test]
 fn a_document_in_a_packed_row_attends_as_if_it_stood_alone() {
+    let _alone = alone();
     tch::manual_seed(3);
     let lengths = [vec![3, 1, 6], vec![10]];
     let documents = Documents::from_lengths(&lengths, Device::Cpu);
@@ -114,6 +117,7 @@ fn a_document_in_a_packed_row_attends_as_if_it_stood_alone() {
 
 #[test]
 fn rope_of_a_packed_projection_turns_queries_and_keys_and_leaves_values() {
+    let _alone = alone();
     tch::manual_seed(4);
     let qkv = Tensor::randn([2, 5, 4 * 6], (Kind::Float, Device::Cpu)); // H 2, G 1, D 6
     let angle = Tensor::rand([5, 2], (Kind::Float, Device::Cpu));
@@ -128,6 +132,7 @@ fn rope_of_a_packed_projection_turns_queries_and_keys_and_leaves_values() {
 
 #[test]
 fn a_kernel_given_a_cpu_tensor_names_the_op_the_argument_and_the_device() {
+    let _alone = alone();
     let x = Tensor::randn([2, 64], (Kind::Float, Device::Cpu));
     let q = Tensor::randn([1, 2, 4, 64], (Kind::BFloat16, Device::Cpu));
     let ids = Tensor::zeros([2], (Kind::Int64, Device::Cpu));
@@ -155,6 +160,7 @@ fn a_kernel_given_a_cpu_tensor_names_the_op_the_argument_and_the_device() {
 
 #[test]
 fn the_backward_function_of_one_op_runs_alone_and_checks_its_gradients() {
+    let _alone = alone();
     let x = Tensor::randn([3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let y = x.tanh();
     ffi::node_backward(&y, &[y.ones_like()]).unwrap();

@@ -1,6 +1,6 @@
 //! Activation checkpointing: what is computed again is the same, and what goes wrong there is told.
 
-use crate::common::{one_step, tiny_llama, tiny_neox};
+use crate::common::{alone, one_step, tiny_llama, tiny_neox};
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::{OptimizerConfig, Precision};
@@ -46,6 +46,7 @@ fn same(got: &[(String, Tensor)], want: &[(String, Tensor)]) {
 
 #[test]
 fn recomputed_blocks_change_no_bit_of_loss_and_gradients() {
+    let _alone = alone();
     for config in models() {
         // Losses of two micro-batches and the sums of their gradients.
         let run = |recomputed| {
@@ -70,6 +71,7 @@ fn recomputed_blocks_change_no_bit_of_loss_and_gradients() {
 
 #[test]
 fn five_steps_end_at_the_same_weights_in_every_precision() {
+    let _alone = alone();
     for precision in [Precision::Fp32True, Precision::Bf16Mixed, Precision::Bf16True] {
         let config = models()[0].clone();
         let run = |recomputed| {
@@ -95,6 +97,7 @@ fn five_steps_end_at_the_same_weights_in_every_precision() {
 
 #[test]
 fn the_first_run_records_no_graph_and_the_part_goes_with_the_loss() {
+    let _alone = alone();
     let weight = Tensor::randn([4, 4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let x = Tensor::randn([2, 4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let recorded = Arc::new(Mutex::new(vec![]));
@@ -125,6 +128,7 @@ fn the_first_run_records_no_graph_and_the_part_goes_with_the_loss() {
 
 #[test]
 fn an_input_without_a_gradient_or_an_unused_result_takes_nothing_from_the_others() {
+    let _alone = alone();
     let leaf = |x: &Tensor| x.detach().copy().set_requires_grad(true);
     let random = || Tensor::randn([3, 4], (Kind::Float, Device::Cpu));
     let (w, x, fixed) = (random(), random(), random());
@@ -143,6 +147,7 @@ fn an_input_without_a_gradient_or_an_unused_result_takes_nothing_from_the_others
 
 #[test]
 fn blocks_behind_a_frozen_embedding_still_learn() {
+    let _alone = alone();
     for recomputed in [0, 3] {
         let model = fresh(&models()[0], recomputed);
         model.requires_grad(true);
@@ -196,6 +201,7 @@ fn an_error_in_the_second_run_arrives_as_an_error_and_the_next_step_works() {
 
 #[test]
 fn generation_and_validation_do_not_know_of_it() {
+    let _alone = alone();
     for config in models() {
         let batch = &batches(&config)[0];
         let run = |recomputed| {

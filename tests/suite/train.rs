@@ -1,6 +1,6 @@
 //! The training step against its own invariants; parity with PyTorch is in `golden`.
 
-use crate::common::{max_difference, one_step, tiny_llama, tiny_neox};
+use crate::common::{alone, max_difference, one_step, tiny_llama, tiny_neox};
 use tch::{Device, Kind, Tensor};
 use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
@@ -30,6 +30,7 @@ fn fresh(config: &ModelConfig, precision: Precision) -> (GPT, AdamW) {
 
 #[test]
 fn both_families_overfit_one_batch_in_every_precision() {
+    let _alone = alone();
     for config in [tiny_llama(), tiny_neox()] {
         for precision in [Precision::Fp32True, Precision::Bf16Mixed, Precision::Bf16True] {
             let (model, mut optimizer) = fresh(&config, precision);
@@ -49,6 +50,7 @@ fn both_families_overfit_one_batch_in_every_precision() {
 
 #[test]
 fn two_micro_batches_of_two_equal_one_of_four_also_with_masked_targets() {
+    let _alone = alone();
     let config = tiny_llama();
     tch::manual_seed(7);
     let whole = batch(&config, 4, 16);
@@ -79,6 +81,7 @@ fn two_micro_batches_of_two_equal_one_of_four_also_with_masked_targets() {
 
 #[test]
 fn mixed_precision_keeps_exact_masters_and_refreshes_the_bf16_copy() {
+    let _alone = alone();
     let config = tiny_llama();
     let (model, mut optimizer) = fresh(&config, Precision::Bf16Mixed);
     assert_eq!(model.kind(), Kind::BFloat16);
@@ -97,6 +100,7 @@ fn mixed_precision_keeps_exact_masters_and_refreshes_the_bf16_copy() {
 
 #[test]
 fn a_gradient_that_is_not_finite_updates_nothing_and_is_named() {
+    let _alone = alone();
     let config = tiny_llama();
     let (_, mut optimizer) = fresh(&config, Precision::Fp32True);
     for p in &mut optimizer.params {
@@ -112,6 +116,7 @@ fn a_gradient_that_is_not_finite_updates_nothing_and_is_named() {
 
 #[test]
 fn the_optimizers_state_survives_a_round_trip_bit_for_bit_and_refuses_a_strangers() {
+    let _alone = alone();
     let config = tiny_llama();
     let (model, mut optimizer) = fresh(&config, Precision::Fp32True);
     let data = [batch(&config, 2, 16)];
@@ -131,6 +136,7 @@ fn the_optimizers_state_survives_a_round_trip_bit_for_bit_and_refuses_a_stranger
 
 #[test]
 fn label_smoothing_and_z_loss_are_in_the_training_loss_and_not_in_validation() {
+    let _alone = alone();
     tch::manual_seed(7);
     let model = GPT::new(&tiny_llama(), Device::Cpu);
     let idx = Tensor::randint(97, [2, 8], (Kind::Int64, Device::Cpu));
