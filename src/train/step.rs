@@ -173,7 +173,10 @@ fn forward_backward(
     model.update_fp8_scales()?; // from the micro-batch before
     let loss = model.loss(input, target, scalars); // ()
     match optimizer {
-        Some(optimizer) => optimizer.overwriting(|| Ok(loss.backward()))?,
+        Some(optimizer) => optimizer.overwriting(|| {
+            loss.backward();
+            Ok(())
+        })?,
         None => loss.backward(),
     }
     Ok(loss.detach())

@@ -331,7 +331,9 @@ fn steps(optimizer: &mut AdamW, range: std::ops::Range<i64>) {
 
 #[test]
 fn state_on_the_host_trains_as_state_on_the_card_bit_for_bit_in_every_format() {
-    let Some(device) = gpu("state_on_the_host_trains_as_state_on_the_card") else { return };
+    let Some((device, _card)) = card("state_on_the_host_trains_as_state_on_the_card") else {
+        return;
+    };
     for model in [odd_llama(), wide_llama()] {
         for (on_card, on_host) in both_places() {
             let what = format!("{}, {} and {}", model.n_embd, on_card.master, on_card.state);
@@ -361,7 +363,9 @@ fn state_on_the_host_trains_as_state_on_the_card_bit_for_bit_in_every_format() {
 
 #[test]
 fn state_on_the_host_stays_untouched_where_the_gradient_is_not_finite() {
-    let Some(device) = gpu("state_on_the_host_stays_untouched_where_not_finite") else { return };
+    let Some((device, _card)) = card("state_on_the_host_stays_untouched_where_not_finite") else {
+        return;
+    };
     for (_, on_host) in both_places() {
         let mut host = optimizer(&wide_llama(), &on_host, device, true);
         steps(&mut host, 0..2);
@@ -379,7 +383,9 @@ fn state_on_the_host_stays_untouched_where_the_gradient_is_not_finite() {
 
 #[test]
 fn a_host_link_refuses_memory_that_is_not_page_locked_and_places_that_are_not_there() {
-    let Some(device) = gpu("a_host_link_refuses_memory_that_is_not_page_locked") else { return };
+    let Some((device, _card)) = card("a_host_link_refuses_memory_that_is_not_page_locked") else {
+        return;
+    };
     let link = |host: &Tensor, card: &Tensor| ffi::HostLink::new(device, 2, &[host], &[card]);
     let card = Tensor::zeros([2, 4, 16], (Kind::Uint8, device));
     let ordinary = Tensor::zeros([8, 16], (Kind::Uint8, Device::Cpu));

@@ -377,17 +377,19 @@ fn gradients_of_prose(
     model.fused = fast.is_some();
     model.attention = fast.unwrap_or(AttentionBackend::Math);
     let precision = if fast.is_some() { Precision::Bf16Mixed } else { Precision::Fp32True };
-    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default());
+    let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default()).unwrap();
     let mut micro = MicroStep::new(fast.is_some());
     let [input, target] = prose().map(|t| t.to_device(device));
     let scalars = LossScalars { scale: 1.0 / 4096.0, ..LossScalars::SUM };
     // With a graph: two runs before it, and the one that it is launched for.
-    let mut run = || micro.run(&model, &input, &target, scalars).unwrap();
+    let mut run = |optimizer: &mut AdamW| {
+        micro.run(&model, Some(optimizer), &input, &target, scalars).unwrap()
+    };
     if fast.is_some() {
-        let _ = (run(), run());
+        let _ = (run(&mut optimizer), run(&mut optimizer));
     }
     optimizer.clear_gradients();
-    let loss = run().double_value(&[]);
+    let loss = run(&mut optimizer).double_value(&[]);
     let gradients = optimizer.params.iter().map(|p| (p.name.clone(), p.grad.copy()));
     (loss, gradients.collect())
 }
