@@ -82,7 +82,8 @@ int tl_node_backward(TlTensor out, int n, TlTensor* gradients);
 // ---- CUDA graphs and copies beside the work (csrc/torch/graph.cpp) ---------------------------------------
 
 // Starts to capture what this thread and its backward passes launch, on a stream of its own; waits for the card first.
-// `other`, null or a graph that never runs at the same time: its memory is used again. tl_graph_free also ends a capture that was broken off.
+// `other`, null or a graph that never runs at the same time: its memory is used again. tl_graph_free also ends a capture
+// that was broken off.
 int tl_graph_begin(void* other, void** graph);
 int tl_graph_end(void* graph);
 int tl_graph_replay(void* graph);
@@ -126,6 +127,13 @@ typedef int (*TlPart)(void* context, int n_in, TlTensor* inputs, int n_out, TlTe
 int tl_recompute(int n_in, TlTensor* inputs, int n_out, TlTensor* results, TlPart run, void* context,
                  void (*drop)(void*), TlTensor* out);
 
+// A Rust function; 1: failed, tl_set_last_error() was told why.
+typedef int (*TlCall)(void* context);
+
+// Calls it in each backward pass through t once t's gradient is known, before the function that made t runs backward.
+// The callee owns the context from the call on, also where it fails, and frees it by drop.
+int tl_on_gradient(TlTensor t, TlCall call, void* context, void (*drop)(void*));
+
 // ---- attention (csrc/torch/attention.cpp -> csrc/flash_attention) ----------------------------------------
 
 // softmax(scale q k^T + mask) v, differentiable. q (B, H, T, D), k and v (B, G, S, D): bf16 or fp16 on one CUDA
@@ -136,9 +144,11 @@ int tl_recompute(int n_in, TlTensor* inputs, int n_out, TlTensor* results, TlPar
 // (B, T, H, D). *lse, where lse is not null: (B, H, T) fp32, not differentiable.
 int tl_flash_attention(TlTensor q, TlTensor k, TlTensor v, TlTensor doc_start, TlTensor doc_end, double scale,
                        int causal, int deterministic, int arch, TlTensor* out, TlTensor* lse);
-// The same on a packed projection qkv (B, T, H + 2G, D); its gradient is packed as well.
-int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor doc_start, TlTensor doc_end,
-                           double scale, int causal, int deterministic, int arch, TlTensor* out);
+// The same on a packed projection qkv (B, T, H + 2G, D); its gradient is packed as well. With cos, sin (T, n) fp32, not
+// null, queries and keys are turned first, as by tl_rope, in place: qkv, contiguous, is then of no further use.
+int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor cos, TlTensor sin,
+                           TlTensor doc_start, TlTensor doc_end, double scale, int causal, int deterministic, int arch,
+                           TlTensor* out);
 
 // ---- matrix products (csrc/torch/matmul.cpp, linear.cpp) ----------------------------------------------------
 
@@ -202,8 +212,8 @@ typedef struct {
 // One AdamW update in place:
 //   g' = g * clip;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2
 //   p -= lr*wd*p + lr * (m / (1-b1^s)) / (sqrt(v / (1-b2^s)) + eps)
-// where clip is a 0-dim fp32 tensor on the device. weight receives p rounded to bf16. Where
-// clip is not finite, nothing is written. The CPU does not wait.
+// where clip is a 0-dim fp32 tensor on the device. weight receives p rounded to bf16. Where clip is not finite, nothing
+// is written. The CPU does not wait.
 int tl_adamw(int n, const TlAdamWTensors* tensors, TlTensor clip, double lr, double beta1, double beta2, double eps,
              double weight_decay, int64_t step);
 // *norm = L2 norm over all gradients (fp32, bf16 or fp16), *clip = min(1, max_norm / (norm + 1e-6)), not finite

@@ -1,7 +1,7 @@
 // The three small kernels around the main backward kernel; all limited by memory.
 //
 //   prepare:   delta = rowsum(dO * O), lse2 = lse log2(e) (+inf beyond T, so that P = 0 there), dq_sum = 0
-//   store_dq:  dQ = scale dq_sum, to 16 bits
+//   store_dq:  dQ = scale dq_sum, turned back where q was turned (csrc/rope.cu), to 16 bits
 //   store_dkv: dK = scale sum over splits, dV = sum over splits, to 16 bits
 //
 // dq_sum keeps dQ in the order in which the product's accumulators hold it, so that 32 lanes add 512
@@ -52,30 +52,54 @@ __global__ void __launch_bounds__(256) prepare_kernel(const Backward p, int t_pa
   }
 }
 
-// A block handles 64 rows x 64 columns of one head, through shared memory to write whole rows.
-template <class T, int D>
+// (a, b) = two neighbouring values each of dimensions i and i + D/2, turned back by the angles of row t.
+__device__ __forceinline__ void turn_back(const Rotary& r, int t, int i, float& a0, float& a1, float& b0, float& b1) {
+  const float2 c = *reinterpret_cast<const float2*>(r.cos + t * r.stride + i);
+  const float2 s = *reinterpret_cast<const float2*>(r.sin + t * r.stride + i);
+  const float u0 = a0, u1 = a1;
+  a0 = u0 * c.x + b0 * s.x;
+  a1 = u1 * c.y + b1 * s.y;
+  b0 = b0 * c.x - u0 * s.x;
+  b1 = b1 * c.y - u1 * s.y;
+}
+
+// A block handles 64 rows x W columns of one head, through shared memory to write whole rows. TURN: W = D, so that a
+// thread holds both values of a pair; else W = 64.
+template <class T, int D, bool TURN>
 __global__ void __launch_bounds__(128) store_dq_kernel(const Backward p, int t_pad) {
-  __shared__ __align__(16) T tile[64][64 + 8];
-  const int panel = blockIdx.x % (D / 64), block = blockIdx.x / (D / 64);
+  constexpr int W = TURN ? D : 64, CHUNKS = W / 8;
+  __shared__ __align__(16) T tile[64][W + 8];
+  const int panel = blockIdx.x % (D / W), block = blockIdx.x / (D / W);
   const int h = blockIdx.y % p.f.heads, b = blockIdx.y / p.f.heads;
   const auto* sum = reinterpret_cast<const float4*>(p.dq_sum + ((int64_t)blockIdx.y * t_pad + block * 64) * D) +
-                    panel * 8 * 128;
+                    panel * CHUNKS * 128;
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-  float4 x[8];
+  float4 x[CHUNKS];
 #pragma unroll
-  for (int c = 0; c < 8; ++c) x[c] = sum[c * 128 + threadIdx.x];
+  for (int c = 0; c < CHUNKS; ++c) x[c] = sum[c * 128 + threadIdx.x];
+  if constexpr (TURN) {
+    const int t = block * 64 + row, last = p.f.t - 1;  // rows beyond T hold nothing
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
+    for (int c = 0; c < CHUNKS / 2; ++c) {
+      const int i = 8 * c + lane % 4 * 2;
+      float4 &a = x[c], &b = x[c + CHUNKS / 2];
+      turn_back(p.rotary, min(t, last), i, a.x, a.y, b.x, b.y);
+      turn_back(p.rotary, min(t + 8, last), i, a.z, a.w, b.z, b.w);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c) {
     const int column = 8 * c + lane % 4 * 2;
     *reinterpret_cast<uint32_t*>(&tile[row][column]) = pack<T>(x[c].x * p.f.scale, x[c].y * p.f.scale);
     *reinterpret_cast<uint32_t*>(&tile[row + 8][column]) = pack<T>(x[c].z * p.f.scale, x[c].w * p.f.scale);
   }
   __syncthreads();
+  constexpr int ROWS = 128 / CHUNKS;  // a pass
 #pragma unroll
-  for (int pass = 0; pass < 4; ++pass) {
-    const int r = pass * 16 + threadIdx.x / 8, chunk = threadIdx.x % 8;
+  for (int pass = 0; pass < 64 / ROWS; ++pass) {
+    const int r = pass * ROWS + threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
     if (block * 64 + r < p.f.t)
-      *reinterpret_cast<uint4*>(row_of<T>(p.dq, b, block * 64 + r, h) + panel * 64 + chunk * 8) =
+      *reinterpret_cast<uint4*>(row_of<T>(p.dq, b, block * 64 + r, h) + panel * W + chunk * 8) =
           *reinterpret_cast<uint4*>(&tile[r][chunk * 8]);
   }
 }
@@ -111,8 +135,12 @@ cudaError_t prepare(const Backward& p, cudaStream_t stream) {
 }
 template <class T, int D>
 cudaError_t store_dq(const Backward& p, cudaStream_t stream) {
-  const dim3 grid((p.f.t + 63) / 64 * (D / 64), p.f.batch * p.f.heads);
-  store_dq_kernel<T, D><<<grid, 128, 0, stream>>>(p, padded(p.f.t));
+  const int blocks = (p.f.t + 63) / 64, lines = p.f.batch * p.f.heads;
+  if (p.rotary.cos) {
+    store_dq_kernel<T, D, true><<<dim3(blocks, lines), 128, 0, stream>>>(p, padded(p.f.t));
+  } else {
+    store_dq_kernel<T, D, false><<<dim3(blocks * (D / 64), lines), 128, 0, stream>>>(p, padded(p.f.t));
+  }
   return cudaGetLastError();
 }
 template <class T, int D>

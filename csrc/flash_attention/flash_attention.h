@@ -34,6 +34,12 @@ struct Forward {
   float* lse;  // (B, H, T_pad) fp32: log sum exp of scale * scores; T_pad = padded(T)
 };
 
+// Rotary tables by which dQ is turned back, for q turned before attention: dimensions i and i + D/2 of a head.
+struct Rotary {
+  const float *cos, *sin;  // (T, D/2 at least), 8-byte aligned; null: q was not turned
+  int64_t stride;          // from row to row, elements, even
+};
+
 struct Backward {
   Forward f;
   View dout, dq, dk, dv;
@@ -43,6 +49,7 @@ struct Backward {
   int splits;       // the H/G heads of a group are worked on by this many blocks
   float* dkv_sum;   // (2, splits, B, S, G, D) workspace where splits > 1: partial dK, dV
   int32_t* turn;    // (B, H, T_pad/64, D/64) workspace of zeros where the result must repeat bit for bit
+  Rotary rotary;    // of dQ alone
 };
 
 constexpr int kRowPad = 128;

@@ -2,7 +2,8 @@
 //
 // q (B, H, T, D), k and v (B, G, S, D) as strided views, or one packed qkv (B, T, H + 2G, D); the result is
 // (B, H, T, D) with the strides of (B, T, H, D). Saved for the backward pass: the inputs, the result, and one
-// fp32 a row (log sum exp).
+// fp32 a row (log sum exp). A packed qkv may be turned by rotary tables first, in place; dQ is turned back while it is
+// rounded, which spares RoPE's own backward pass most of its bytes.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -120,7 +121,8 @@ int head_splits(const flash::Forward& p, bool sm90) {
 // Writes dq, dk, dv, which are views like q, k, v.
 void backward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
               const at::Tensor& lse, const at::Tensor& doc_start, const at::Tensor& doc_end, at::Tensor dout,
-              const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const Options& o) {
+              const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const Options& o,
+              const flash::Rotary& rotary = {}) {
   c10::cuda::OptionalCUDAGuard device(device_of(q));
   flash::Backward p{};
   p.f = check(q, k, v, doc_start, doc_end, o);
@@ -137,6 +139,7 @@ void backward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, con
   p.delta = rows.data_ptr<float>();
   p.lse2 = p.delta + rows.numel() / 2;
   p.dq_sum = dq_sum.data_ptr<float>();
+  p.rotary = rotary;
   p.splits = head_splits(p.f, use_sm90(o.arch));
   at::Tensor dkv_sum, turn;
   if (p.splits > 1) {
@@ -193,15 +196,39 @@ std::array<at::Tensor, 3> unpack(const at::Tensor& qkv, int64_t heads, int64_t g
           qkv.narrow(2, heads + groups, groups).transpose(1, 2)};
 }
 
+// Turns `heads` heads of a contiguous packed (B, T, H + 2G, D) in place, from head `first` on.
+void turn(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, int64_t first, int64_t heads,
+          bool backward) {
+  c10::cuda::OptionalCUDAGuard device(device_of(qkv));
+  const int64_t b = qkv.size(0), t = qkv.size(1), d = qkv.size(3);
+  const at::Tensor x = qkv.narrow(2, first, heads);
+  const int n = static_cast<int>(heads);
+  C10_CUDA_CHECK(rope({type_of({OP, "qkv", qkv}), b * t, t, n, n, static_cast<int>(d), static_cast<int>(cos.size(1)),
+                       qkv.stride(1), d, cos.stride(0), cos.data_ptr<float>(), sin.data_ptr<float>(), x.data_ptr(),
+                       x.data_ptr(), backward},
+                      stream()));
+}
+
+// Whether store_dq can turn dQ: whole heads, rows of pairs on 8 bytes.
+bool turns_while_stored(const at::Tensor& cos, const at::Tensor& sin, int64_t head_size) {
+  auto paired = [](const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 8 == 0; };
+  return cos.size(1) == head_size && cos.stride(0) % 2 == 0 && paired(cos) && paired(sin);
+}
+
 struct Packed : torch::autograd::Function<Packed> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& qkv, int64_t heads, int64_t groups,
+                            const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin,
                             const std::optional<at::Tensor>& doc_start, const std::optional<at::Tensor>& doc_end,
                             double scale, bool causal, bool deterministic, int64_t arch) {
     const Options o{scale, causal, deterministic, arch};
     const at::Tensor start = doc_start.value_or(at::Tensor()), end = doc_end.value_or(at::Tensor());
     const auto [q, k, v] = unpack(qkv, heads, groups);
+    if (cos) {
+      check(q, k, v, start, end, o);  // before anything is written
+      turn(qkv, *cos, *sin, 0, heads + groups, false);
+    }
     auto [out, lse] = tl::forward(q, k, v, start, end, o);
-    ctx->save_for_backward({qkv, out, lse, start, end});
+    ctx->save_for_backward({qkv, out, lse, start, end, cos.value_or(at::Tensor()), sin.value_or(at::Tensor())});
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["groups"] = groups;
     save(ctx, o);
@@ -213,8 +240,13 @@ struct Packed : torch::autograd::Function<Packed> {
     const at::Tensor dqkv = at::empty(s[0].sizes(), s[0].options());
     const auto [q, k, v] = unpack(s[0], heads, groups);
     const auto [dq, dk, dv] = unpack(dqkv, heads, groups);
-    tl::backward(q, k, v, s[1], s[2], s[3], s[4], grads[0], dq, dk, dv, saved(ctx));
-    return {dqkv, {}, {}, {}, {}, {}, {}, {}, {}};
+    const at::Tensor &cos = s[5], &sin = s[6];
+    const bool turned = cos.defined(), stored = turned && turns_while_stored(cos, sin, q.size(3));
+    flash::Rotary rotary{};
+    if (stored) rotary = {cos.data_ptr<float>(), sin.data_ptr<float>(), cos.stride(0)};
+    tl::backward(q, k, v, s[1], s[2], s[3], s[4], grads[0], dq, dk, dv, saved(ctx), rotary);
+    if (turned) turn(dqkv, cos, sin, stored ? heads : 0, stored ? groups : heads + groups, true);
+    return {dqkv, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
@@ -238,15 +270,21 @@ extern "C" int tl_flash_attention(TlTensor q, TlTensor k, TlTensor v, TlTensor d
   });
 }
 
-extern "C" int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor doc_start,
-                                      TlTensor doc_end, double scale, int causal, int deterministic, int arch,
-                                      TlTensor* out) {
+extern "C" int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor cos, TlTensor sin,
+                                      TlTensor doc_start, TlTensor doc_end, double scale, int causal,
+                                      int deterministic, int arch, TlTensor* out) {
   TL_GUARD({
     auto& packed = tl::tensor(qkv);
     TORCH_CHECK(packed.dim() == 4 && heads > 0 && groups > 0 && packed.size(2) == heads + 2 * groups,
                 "flash_attention: qkv must be (B, T, H + 2G, D) with H = ", heads, ", G = ", groups, ", got ",
                 packed.sizes());
-    *out = tl::give(tl::Packed::apply(packed, heads, groups, tl::optional_tensor(doc_start),
+    const auto c = tl::optional_tensor(cos), s = tl::optional_tensor(sin);
+    if (c) {
+      tl::check_contiguous({tl::OP, "qkv", packed});
+      TORCH_CHECK(s.has_value(), tl::OP, ": cos without sin");
+      tl::check_rotary_tables(tl::OP, packed, *c, *s, packed.size(1), packed.size(3));
+    }
+    *out = tl::give(tl::Packed::apply(packed, heads, groups, c, s, tl::optional_tensor(doc_start),
                                       tl::optional_tensor(doc_end), tl::scale_or_default(scale, packed), causal != 0,
                                       deterministic != 0, static_cast<int64_t>(arch)));
   });

@@ -12,7 +12,7 @@
   }
 using T = TlTensor;
 TL_ABSENT(tl_flash_attention, T, T, T, T, T, double, int, int, int, T*, T*)
-TL_ABSENT(tl_flash_attention_qkv, T, int64_t, int64_t, T, T, double, int, int, int, T*)
+TL_ABSENT(tl_flash_attention_qkv, T, int64_t, int64_t, T, T, T, T, double, int, int, int, T*)
 TL_ABSENT(tl_linear, T, T, T*, T*)
 TL_ABSENT(tl_norm_linear, T, T, T, double, T, T*, T*, T*)
 TL_ABSENT(tl_norm_mlp, T, T, T, double, T, T, T, T*, T*, T*, T*)

@@ -60,16 +60,7 @@ extern "C" int tl_rope(TlTensor x, TlTensor cos, TlTensor sin, int64_t heads, in
     tl::check_contiguous({OP, "x", t});
     TORCH_CHECK(heads > 0 && heads <= t.size(2) / head_size, OP, ": cannot rotate ", heads, " of ",
                 t.size(2) / head_size, " heads");
-    for (auto& a : {tl::Argument{OP, "cos", c}, tl::Argument{OP, "sin", s}}) {
-      tl::check_same_device(a, t);
-      tl::check_dtype(a, at::kFloat);
-      TORCH_CHECK(a.t.dim() == 2 && a.t.size(0) == t.size(1) && a.t.size(1) % 2 == 0 && a.t.size(1) <= head_size, OP,
-                  ": ", a.name, " must be (T, n) with T = ", t.size(1), " and an even n of at most ", head_size,
-                  ", got ", a.t.sizes());
-      TORCH_CHECK(a.t.stride(1) == 1 && a.t.stride(0) == c.stride(0), OP, ": ", a.name,
-                  " must have contiguous rows, got strides ", a.t.strides());
-    }
-    tl::check_shape({OP, "sin", s}, c.sizes());
+    tl::check_rotary_tables(OP, t, c, s, t.size(1), head_size);
     *out = tl::give(tl::RopeFunction::apply(t, c, s, heads, head_size));
   });
 }

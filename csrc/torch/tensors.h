@@ -58,6 +58,20 @@ inline void check_block(const Argument& a, const at::Tensor& like, at::IntArrayR
   check_aligned(a);
 }
 
+// cos, sin (T, n) fp32 of rotary positions on x's device, n even and at most D, rows contiguous and alike.
+inline void check_rotary_tables(const char* op, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                                int64_t t, int64_t head_size) {
+  for (auto& a : {Argument{op, "cos", cos}, Argument{op, "sin", sin}}) {
+    check_same_device(a, x);
+    check_dtype(a, at::kFloat);
+    TORCH_CHECK(a.t.dim() == 2 && a.t.size(0) == t && a.t.size(1) % 2 == 0 && a.t.size(1) <= head_size, op, ": ",
+                a.name, " must be (T, n) with T = ", t, " and an even n of at most ", head_size, ", got ", a.t.sizes());
+    TORCH_CHECK(a.t.stride(1) == 1 && a.t.stride(0) == cos.stride(0), op, ": ", a.name,
+                " must have contiguous rows, got strides ", a.t.strides());
+  }
+  check_shape({op, "sin", sin}, cos.sizes());
+}
+
 inline Type type_of(const Argument& a) {
   switch (a.t.scalar_type()) {
     case at::kFloat: return Type::fp32;

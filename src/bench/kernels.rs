@@ -299,7 +299,7 @@ impl Lab {
         let own = |arch| {
             move |x: &Tensor| {
                 let o = FlashOptions { causal: true, documents: None, deterministic: false, arch };
-                ffi::flash_attention_qkv(x, H, G, o)
+                ffi::flash_attention_qkv(x, H, G, None, o)
             }
         };
         let libtorch = |x: &Tensor| {

@@ -42,6 +42,8 @@ unsafe extern "C" {
         qkv: Handle,
         heads: i64,
         groups: i64,
+        cos: Handle,
+        sin: Handle,
         doc_start: Handle,
         doc_end: Handle,
         scale: f64,
@@ -298,8 +300,16 @@ pub fn flash_attention(
     })
 }
 
-/// FlashAttention on a packed projection: qkv (B, T, H + 2G, D) -> (B, H, T, D).
-pub fn flash_attention_qkv(qkv: &Tensor, h: i64, g: i64, o: FlashOptions) -> Result<Tensor> {
+/// FlashAttention on a packed projection: qkv (B, T, H + 2G, D) -> (B, H, T, D). With rotary tables (cos, sin), each
+/// (T, n) fp32, queries and keys are turned first, in place.
+pub fn flash_attention_qkv(
+    qkv: &Tensor,
+    h: i64,
+    g: i64,
+    rotary: Option<(&Tensor, &Tensor)>,
+    o: FlashOptions,
+) -> Result<Tensor> {
+    let (cos, sin) = (optional(rotary.map(|r| r.0)), optional(rotary.map(|r| r.1)));
     let (start, end) = (optional(o.documents.map(|d| d.0)), optional(o.documents.map(|d| d.1)));
     // SAFETY: the tensors outlive the call.
     one(|out| unsafe {
@@ -308,6 +318,8 @@ pub fn flash_attention_qkv(qkv: &Tensor, h: i64, g: i64, o: FlashOptions) -> Res
             handle(qkv),
             h,
             g,
+            cos,
+            sin,
             start,
             end,
             0.0,

@@ -4,12 +4,14 @@
 
 pub mod driver;
 mod graph;
+mod hooks;
 mod kernels;
 mod offload;
 pub mod profile;
 mod recompute;
 
 pub use graph::*;
+pub use hooks::{Call, on_gradient};
 pub use kernels::*;
 pub use offload::{HostLink, page_locked};
 pub use recompute::{Part, recompute};

@@ -79,12 +79,17 @@ extern "C" fn run(
             0
         }
         Err(error) => {
-            let text = format!("{error:#}");
-            // SAFETY: the text outlives the call, which copies it.
-            unsafe { tl_set_last_error(text.as_ptr().cast(), text.len()) };
+            set_last_error(&error);
             1
         }
     }
+}
+
+/// What a call from C++ that failed tells it.
+pub(super) fn set_last_error(error: &anyhow::Error) {
+    let text = format!("{error:#}");
+    // SAFETY: the text outlives the call, which copies it.
+    unsafe { tl_set_last_error(text.as_ptr().cast(), text.len()) };
 }
 
 extern "C" fn free(context: *mut c_void) {

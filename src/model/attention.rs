@@ -84,15 +84,15 @@ impl CausalSelfAttention {
         let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
 
         let with = &at.kernels;
-        let qkv = ops::rope_qkv(qkv, &at.cos, &at.sin, h + g, d, with.fused); // unchanged
-        let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
-
+        let (mask, backend, angles) = (Mask::CAUSAL, with.attention, (&at.cos, &at.sin));
         let y = match cache {
-            None => ops::attention_qkv(&qkv, h, g, Mask::CAUSAL, with.attention), // (B, H, T, D)
+            None => ops::rope_attention_qkv(qkv, angles, (h, g), mask, backend, with.fused), // (B, H, T, D)
             Some(cache) => {
+                let qkv = ops::rope_qkv(qkv, &at.cos, &at.sin, h + g, d, with.fused); // (B, T, (H+2G)*D)
+                let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
                 let (q, k, v) = ops::split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
                 let (k, v) = cache.append(&k, &v); // (B, G, S, D) x2, S = cached + T
-                ops::attention(&q, &k, &v, Mask::CAUSAL, with.attention) // (B, H, T, D)
+                ops::attention(&q, &k, &v, mask, backend) // (B, H, T, D)
             }
         };
         let y = y.transpose(1, 2).reshape([b, t, h * d]); // (B, T, H*D)

@@ -103,10 +103,42 @@ pub fn attention_qkv(
 ) -> Tensor {
     let (h, g) = (n_head, n_query_groups);
     if kernel(qkv, qkv.size()[1], backend) == Kernel::Own {
-        return or_panic(ffi::flash_attention_qkv(qkv, h, g, options(mask)));
+        return or_panic(ffi::flash_attention_qkv(qkv, h, g, None, options(mask)));
     }
     let (q, k, v) = split_heads(qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
     attention(&q, &k, &v, mask, backend)
+}
+
+/// [`attention_qkv`] of a packed projection whose queries and keys are turned first ([`super::rope_qkv`]).
+///
+/// `fused` with the kernels of `csrc/flash_attention` is one function: qkv is turned in place, so it must not be used
+/// afterwards, and the queries' gradient is turned back while attention's backward pass rounds it, which spares RoPE's
+/// own most of its bytes; elsewhere the two after each other.
+///
+/// # Shapes
+/// qkv (B, T, (H+2G)*D); cos, sin (T, n) fp32, n <= D -> (B, H, T, D).
+///
+/// # Numerics
+/// dQ is rounded once, after it was turned back; test `rope_and_attention_in_one_agree_with_the_two`.
+pub fn rope_attention_qkv(
+    qkv: &Tensor,
+    (cos, sin): (&Tensor, &Tensor),
+    (n_head, n_query_groups): (i64, i64),
+    mask: Mask,
+    backend: AttentionBackend,
+    fused: bool,
+) -> Tensor {
+    let (h, g) = (n_head, n_query_groups);
+    let (b, t, width) = qkv.size3().expect("qkv is (B, T, (H+2G)*D)");
+    let d = width / (h + 2 * g);
+    let heads = |x: &Tensor| x.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
+    let like_heads = heads(qkv);
+    if fused && kernel(&like_heads, t, backend) == Kernel::Own {
+        let qkv = like_heads.contiguous();
+        return or_panic(ffi::flash_attention_qkv(&qkv, h, g, Some((cos, sin)), options(mask)));
+    }
+    let qkv = super::rope_qkv(qkv, cos, sin, h + g, d, fused); // (B, T, (H+2G)*D)
+    attention_qkv(&heads(&qkv), h, g, mask, backend)
 }
 
 /// Views of a packed projection.

@@ -3,6 +3,7 @@
 
 use crate::common::card;
 use tch::{Cuda, Device, Kind, Tensor};
+use tinyllama::config::AttentionBackend;
 use tinyllama::ffi::{self, FlashOptions, LossScalars};
 use tinyllama::ops::{self, Documents, Mask};
 
@@ -236,7 +237,7 @@ fn flash_attention_of_a_packed_projection_equals_that_of_its_views() {
     let dout = Tensor::randn([2, 8, 200, 64], (Kind::BFloat16, device));
     let o = FlashOptions { deterministic: true, ..FLASH };
     poison(device);
-    let y = ffi::flash_attention_qkv(&qkv, 8, 2, o).unwrap();
+    let y = ffi::flash_attention_qkv(&qkv, 8, 2, None, o).unwrap();
     ffi::backward(&y, &dout).unwrap();
     let packed = qkv.grad().copy();
     let views = leaf(qkv.detach());
@@ -252,6 +253,56 @@ fn flash_attention_of_a_packed_projection_equals_that_of_its_views() {
     let seen = Tensor::ones([200, 200], (Kind::Bool, device)).tril(0);
     let scores = scores.masked_fill(&seen.logical_not(), f64::NEG_INFINITY);
     check("log sum exp", &lse, &scores.logsumexp([-1].as_slice(), false), 1e-5);
+}
+
+#[test]
+fn rope_and_attention_in_one_agree_with_the_two() {
+    let Some((device, _card)) = card("rope_and_attention_in_one_agree_with_the_two") else {
+        return;
+    };
+    tch::manual_seed(12);
+    let backend = AttentionBackend::Flash;
+    // Whole heads of both sizes, rows that do not fill a tile, a part of each head, split groups, documents.
+    for (b, t, h, g, d, n, mean) in [
+        (2, 200, 8, 2, 64, 64, 0),
+        (2, 333, 4, 4, 128, 128, 50),
+        (2, 130, 8, 2, 64, 32, 0),
+        (1, 2048, 32, 4, 64, 64, 300),
+    ] {
+        let documents = (mean > 0).then(|| random_documents(b, t, mean, device));
+        let mask = Mask { causal: true, documents: documents.as_ref() };
+        let angle = Tensor::rand([t + 3, n / 2], (Kind::Float, device)) * 6.0;
+        let angle = Tensor::cat(&[&angle, &angle], 1); // (t + 3, n)
+        let [cos, sin] = [angle.cos(), angle.sin()].map(|x| x.narrow(0, 3, t)); // as from a cache
+        let qkv = Tensor::randn([b, t, (h + 2 * g) * d], (Kind::BFloat16, device));
+        let dout = Tensor::randn([b, h, t, d], (Kind::BFloat16, device));
+        poison(device);
+
+        let pass = |x: &Tensor, y: &Tensor| {
+            ffi::backward(y, &dout.to_kind(y.kind())).unwrap();
+            (y.detach(), x.grad())
+        };
+        let x = leaf(qkv.to_kind(Kind::Float));
+        let turned = ops::rope_qkv(&x, &cos, &sin, h + g, d, false).view([b, t, h + 2 * g, d]);
+        let (q, k, v) = ops::split_heads(&turned, h, g);
+        let want = pass(&x, &ops::attention_reference(&q, &k, &v, mask));
+
+        let x = leaf(qkv.shallow_clone());
+        let turned = ops::rope_qkv(&(&x * 1.0), &cos, &sin, h + g, d, true);
+        let turned = turned.view([b, t, h + 2 * g, d]);
+        let two = pass(&x, &ops::attention_qkv(&turned, h, g, mask, backend));
+
+        let x = leaf(qkv.shallow_clone());
+        let in_one =
+            ops::rope_attention_qkv(&(&x * 1.0), (&cos, &sin), (h, g), mask, backend, true);
+        let one = pass(&x, &in_one);
+
+        assert!(one.0.equal(&two.0), "the same kernels forward, T {t}, D {d}");
+        let what = format!("gradient, T {t}, D {d}, n {n}");
+        check(&what, &one.1, &want.1, 1e-2);
+        let errors = [error(&one.1, &want.1), error(&two.1, &want.1)];
+        assert!(errors[0] < 1.01 * errors[1], "{what}: {errors:?}, one rounding less");
+    }
 }
 
 #[test]
@@ -274,7 +325,8 @@ fn a_deterministic_backward_repeats_bit_for_bit_also_with_documents_and_split_gr
                 let documents = documents.as_ref().map(|x| (&x.start, &x.end));
                 let o = FlashOptions { deterministic: true, documents, arch, ..FLASH };
                 let x = leaf(qkv.shallow_clone());
-                ffi::backward(&ffi::flash_attention_qkv(&x, h, g, o).unwrap(), &dout).unwrap();
+                ffi::backward(&ffi::flash_attention_qkv(&x, h, g, None, o).unwrap(), &dout)
+                    .unwrap();
                 x.grad()
             };
             let first = run();
@@ -537,6 +589,7 @@ fn bad_arguments_are_refused_with_op_argument_expected_and_got() {
     };
     let bf16 = (Kind::BFloat16, device);
     let q = |shape: [i64; 4]| Tensor::randn(shape, bf16);
+    let table = |t: i64, n: i64| Tensor::randn([t, n], (Kind::Float, device));
     let attend = |q: &Tensor, k: &Tensor| message(ffi::flash_attention(q, k, k, FLASH));
     let x = Tensor::randn([4, 64], bf16);
     let ids = Tensor::zeros([4], (Kind::Int64, device));
@@ -586,8 +639,28 @@ fn bad_arguments_are_refused_with_op_argument_expected_and_got() {
             &["documents.start must have shape [1, 8]", "[1, 9]"],
         ),
         (
-            message(ffi::flash_attention_qkv(&q([1, 8, 5, 64]), 2, 2, FLASH)),
+            message(ffi::flash_attention_qkv(&q([1, 8, 5, 64]), 2, 2, None, FLASH)),
             &["(B, T, H + 2G, D)", "[1, 8, 5, 64]"],
+        ),
+        (
+            message(ffi::flash_attention_qkv(
+                &q([1, 8, 6, 64]),
+                2,
+                2,
+                Some((&table(8, 64), &table(9, 64))),
+                FLASH,
+            )),
+            &["sin must be (T, n) with T = 8", "[9, 64]"],
+        ),
+        (
+            message(ffi::flash_attention_qkv(
+                &q([1, 8, 6, 64]),
+                2,
+                2,
+                Some((&table(8, 66), &table(8, 66))),
+                FLASH,
+            )),
+            &["cos must be (T, n)", "even n of at most 64", "[8, 66]"],
         ),
         (
             message(ffi::rms_norm(&x, &w.narrow(0, 0, 32), 1e-5)),
