@@ -10,6 +10,7 @@ use super::linear::{Embedding, Linear};
 use super::mlp::Mlp;
 use super::norm::Norm;
 use super::rope::Rope;
+use super::units::AtUnit;
 use crate::config::AttentionBackend;
 use crate::ops::{self, LossScalars};
 use tch::{Device, Kind, Tensor};
@@ -41,6 +42,8 @@ pub struct GPT {
     pub fp8: Option<Fp8>,
     /// So many of the first blocks keep only their inputs; the backward pass runs them again.
     pub recomputed_blocks: usize,
+    /// Called when a pass enters a unit ([`GPT::units`]).
+    pub at_unit: Option<AtUnit>,
     rope: Rope,
 }
 
@@ -65,6 +68,7 @@ impl GPT {
             recompute_norms: false,
             fp8: None,
             recomputed_blocks: 0,
+            at_unit: None,
             rope: Rope::new(config, device),
             config: config.clone(),
         }
@@ -95,9 +99,12 @@ impl GPT {
         };
         let at = Positions { cos, sin, kernels };
 
+        self.enter(0);
         let mut x = self.wte.forward(idx); // (B, T, C)
+        self.leave(0, &x);
         let mut delta = None; // what the last block adds to x
         for (i, block) in self.h.iter().enumerate() {
+            self.enter(i + 1);
             let layer = cache.as_mut().map(|cache| &mut cache.layers[i]);
             let (sum, added) = match layer {
                 None if i < self.recomputed_blocks => {
@@ -105,8 +112,10 @@ impl GPT {
                 }
                 layer => block.forward(&x, delta.as_ref(), &at, layer), // (B, T, C) x2
             };
+            self.leave(i + 1, &added);
             (x, delta) = (sum, Some(added));
         }
+        self.enter(self.h.len() + 1);
         self.ln_f.forward(&x, delta.as_ref(), self.fused).0 // (B, T, C)
     }
 
@@ -117,7 +126,10 @@ impl GPT {
     /// idx, target (B, T) of i64, target -100 where nothing is to be learned -> () fp32.
     pub fn loss(&self, idx: &Tensor, target: &Tensor, scalars: LossScalars) -> Tensor {
         let x = self.hidden(idx, None).view([-1, self.config.n_embd]); // (N, C)
-        ops::head_loss(&x, self.head_weight(), &target.reshape([-1]), scalars, self.fused)
+        let target = target.reshape([-1]); // (N,)
+        let loss = ops::head_loss(&x, self.head_weight(), &target, scalars, self.fused); // ()
+        self.leave(self.h.len() + 1, &loss);
+        loss
     }
 
     /// Logits from the final hidden state.

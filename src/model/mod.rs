@@ -14,8 +14,10 @@ pub mod mlp;
 pub mod norm;
 mod presets;
 pub mod rope;
+mod units;
 
 pub use config::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
 pub use fp8::{Fp8, Fp8Record, obstacle as fp8_obstacle, require_fp8};
 pub use gpt::GPT;
 pub use kv_cache::KvCache;
+pub use units::{AtUnit, Pass};

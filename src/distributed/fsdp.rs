@@ -1,0 +1,353 @@
+//! Sharded data-parallel training: FSDP, ZeRO-2 and DDP as one state machine over the model's units.
+//!
+//! | strategy         | weights           | gradients             | optimizer state | reduced                      |
+//! |------------------|-------------------|-----------------------|-----------------|------------------------------|
+//! | `full_shard`     | 1/W, two slots    | 1/W, two slots (fp32) | 1/W             | each micro-batch             |
+//! | `hybrid_shard`   | 1/S, two slots    | 1/S, two slots        | 1/S             | each in the group, last over |
+//! | `shard_grad_op`  | whole             | whole (fp32)          | 1/W             | last micro-batch             |
+//! | `ddp`            | whole             | whole (fp32)          | whole           | last micro-batch             |
+//!
+//! Two groups of ranks make all four: shards are kept by the S ranks of the *shard group*, and W/S *replicas* of them
+//! exist. With slots, units share two buffers in turn, and only the shards persist; a unit's weights are gathered when a
+//! pass is one unit ahead of it, its gradients are reduced when the backward pass is one unit past it:
+//!
+//! ```text
+//! forward    | unit u        | unit u+1      |        backward | unit u          | unit u-1        |
+//! meanwhile  | gather u+1    | gather u+2    |                 | gather u-1      | gather u-2      |
+//!                                                              | reduce u+1      | reduce u        |
+//! ```
+//!
+//! NCCL runs on a stream of its own, which begins after what the computing stream was given before; the computing stream
+//! waits where a unit is entered. The CPU waits for nothing but Gloo. All buffers are allocated once; parameters and
+//! their `.grad` are views of them for the whole run, so addresses stay.
+//!
+//! # Source
+//! ZeRO (arXiv 1910.02054), PyTorch FSDP (arXiv 2304.11277), `fully_shard` of torchtitan.
+
+use super::layout::Layout;
+use crate::ffi::{ProcessGroup, ReduceOp, Work};
+use crate::model::Pass;
+use anyhow::{Result, anyhow};
+use std::sync::{Arc, Mutex, MutexGuard};
+use tch::{Kind, Tensor};
+
+/// Ranks that exchange weights and gradients.
+#[derive(Clone, Debug)]
+pub struct Groups {
+    /// The ranks that together keep one copy of everything; `None`: each keeps all.
+    pub shard: Option<Arc<ProcessGroup>>,
+    /// The ranks that keep the same shard; `None`: no other does.
+    pub replica: Option<Arc<ProcessGroup>>,
+}
+
+impl Groups {
+    /// This rank's shard and their number S.
+    pub fn shards(&self) -> (i64, i64) {
+        self.shard.as_ref().map_or((0, 1), |group| (group.rank() as i64, group.size() as i64))
+    }
+
+    /// This rank's replica and their number.
+    pub fn replicas(&self) -> (i64, i64) {
+        self.replica.as_ref().map_or((0, 1), |group| (group.rank() as i64, group.size() as i64))
+    }
+}
+
+/// One unit's memory. A buffer is flat, laid out as `layout` says.
+#[derive(Debug)]
+pub(super) struct Unit {
+    pub layout: Layout,
+    /// (len,) in the dtype of computation: own, or in a slot.
+    pub weights: Tensor,
+    /// (len,) sums of gradients, fp32 in the mixed precisions: own, or in a slot.
+    pub grads: Tensor,
+    /// (len/S,) this rank's part of the weights, which the optimizer writes: in `weights` where that is its own.
+    pub weight_shard: Tensor,
+    /// (len/S,) this rank's part of the summed gradients: in `grads` where that is its own.
+    pub grad_shard: Tensor,
+    /// Which of the shared buffers it uses, if it does.
+    pub slot: Option<usize>,
+}
+
+/// What is under way for a unit.
+#[derive(Debug, Default)]
+struct UnderWay {
+    /// Weights have been gathered, or are being so.
+    current: bool,
+    gather: Option<Work>,
+    /// The reduction in the shard group, and what it writes where that is not `grad_shard`.
+    reduce: Option<(Work, Option<Tensor>)>,
+    /// The same over replicas.
+    replicate: Option<(Work, Option<Tensor>)>,
+}
+
+/// The state machine. Shared by the training loop and the hooks of the model's passes.
+#[derive(Clone, Debug)]
+pub struct Fsdp(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    groups: Groups,
+    units: Vec<Unit>,
+    under_way: Vec<UnderWay>,
+    /// Gradients travel in this dtype.
+    reduce_kind: Kind,
+    /// Gradients of each micro-batch are reduced, not only the last one's.
+    each: bool,
+    /// This micro-batch is the last of its step.
+    last: bool,
+    /// The embedding is the head's weight too: its gradient begins in the last unit.
+    tied: bool,
+    failed: Option<anyhow::Error>,
+}
+
+/// Bytes that a rank keeps for the whole run, the optimizer's state aside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Weights in the dtype of computation, shards and slots.
+    pub weights: u64,
+    /// Gradient sums, shards and slots.
+    pub gradients: u64,
+}
+
+impl Fsdp {
+    pub(super) fn new(groups: Groups, units: Vec<Unit>, reduce_kind: Kind, tied: bool) -> Self {
+        let under_way = units.iter().map(|_| UnderWay::default()).collect();
+        let each = units.iter().any(|unit| unit.slot.is_some());
+        let (last, failed) = (true, None);
+        let state =
+            State { groups, units, under_way, reduce_kind, each, last, tied, failed };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// A poisoned lock means a panic in a hook, which has its own message.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Before a pass enters a unit. A failure is kept for [`Fsdp::end_micro_batch`]: a pass has no way to return it.
+    pub(super) fn enter(&self, pass: Pass, unit: usize) {
+        let mut state = self.state();
+        if state.failed.is_some() {
+            return;
+        }
+        let entered = match pass {
+            Pass::Forward => state.forward(unit),
+            Pass::Backward => state.backward(unit),
+        };
+        if let Err(error) = entered {
+            state.failed = Some(error);
+        }
+    }
+
+    /// Zeroes the gradient sums before a step's micro-batches.
+    pub fn begin_step(&self) {
+        for unit in &mut self.state().units {
+            let sum = if unit.slot.is_some() { &mut unit.grad_shard } else { &mut unit.grads };
+            let _ = sum.zero_();
+        }
+    }
+
+    /// `last` of its step: then gradients are reduced over all ranks.
+    pub fn begin_micro_batch(&self, last: bool) {
+        self.state().last = last;
+    }
+
+    /// After the backward pass: reduces what is left of it.
+    ///
+    /// # Errors
+    /// A collective operation failed in this micro-batch, or in a forward pass since the last one.
+    pub fn end_micro_batch(&self) -> Result<()> {
+        let mut state = self.state();
+        state.check()?;
+        state.finish_backward()
+    }
+
+    /// Whether a collective operation has failed since the last question.
+    pub fn check(&self) -> Result<()> {
+        self.state().check()
+    }
+
+    /// The optimizer has written the weight shards: whole weights are gathered anew, the first units' at once.
+    pub fn weights_changed(&self) -> Result<()> {
+        self.state().weights_changed()
+    }
+
+    /// Bytes kept for the whole run.
+    pub fn held(&self) -> Held {
+        let state = self.state();
+        let bytes = |t: &Tensor| t.numel() as u64 * t.kind().elt_size_in_bytes() as u64;
+        let (mut held, mut slots) = (Held::default(), [[0u64; 2]; SLOTS]);
+        for unit in &state.units {
+            let (weights, grads) = (bytes(&unit.weights), bytes(&unit.grads));
+            match unit.slot {
+                None => {
+                    held.weights += weights;
+                    held.gradients += grads;
+                }
+                Some(i) => {
+                    held.weights += bytes(&unit.weight_shard);
+                    held.gradients += bytes(&unit.grad_shard);
+                    slots[i] = [slots[i][0].max(weights), slots[i][1].max(grads)];
+                }
+            }
+        }
+        for [weights, grads] in slots {
+            held.weights += weights;
+            held.gradients += grads;
+        }
+        held
+    }
+}
+
+/// Shared buffers: two in turn, and one of its own for an embedding that is the head too.
+pub(super) const SLOTS: usize = 3;
+
+/// The buffer of unit u where units share them.
+pub(super) fn slot_of(unit: usize, tied: bool) -> usize {
+    if tied && unit == 0 { 2 } else { unit % 2 }
+}
+
+impl State {
+    fn check(&mut self) -> Result<()> {
+        self.failed.take().map_or(Ok(()), Err)
+    }
+
+    fn last_unit(&self) -> usize {
+        self.units.len() - 1
+    }
+
+    /// Starts to gather a unit's weights, unless they are there. Where units share buffers, what lay in this one is gone.
+    fn gather(&mut self, u: usize) -> Result<()> {
+        if self.under_way[u].current {
+            return Ok(());
+        }
+        if let Some(slot) = self.units[u].slot {
+            for (other, way) in self.units.iter().zip(&mut self.under_way) {
+                way.current &= other.slot != Some(slot);
+            }
+        }
+        if let Some(group) = &self.groups.shard {
+            let unit = &self.units[u];
+            self.under_way[u].gather =
+                Some(group.all_gather_into(&unit.weights, &unit.weight_shard)?);
+        }
+        self.under_way[u].current = true;
+        Ok(())
+    }
+
+    /// The computing stream (with Gloo the CPU) waits for a unit's weights.
+    fn await_weights(&mut self, u: usize) -> Result<()> {
+        self.gather(u)?;
+        self.under_way[u].gather.take().map_or(Ok(()), Work::wait)
+    }
+
+    fn forward(&mut self, u: usize) -> Result<()> {
+        self.await_weights(u)?;
+        if u < self.last_unit() { self.gather(u + 1) } else { Ok(()) }
+    }
+
+    fn backward(&mut self, u: usize) -> Result<()> {
+        if u > 0 {
+            self.await_weights(u)?;
+            self.gather(u - 1)?;
+        }
+        if self.each || self.last {
+            if u < self.last_unit() {
+                self.reduce(u + 1)?;
+            }
+            if u + 2 <= self.last_unit() {
+                self.finish_reduce(u + 2)?; // its buffer is this unit's
+            }
+        }
+        let begins_here = |unit: usize| match self.tied {
+            true if u == self.last_unit() => unit == u || unit == 0,
+            true => unit == u && unit != 0,
+            false => unit == u,
+        };
+        for unit in [u, 0] {
+            if begins_here(unit) && self.units[unit].slot.is_some() {
+                let _ = self.units[unit].grads.zero_();
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_backward(&mut self) -> Result<()> {
+        if !(self.each || self.last) {
+            return Ok(());
+        }
+        self.reduce(0)?;
+        for u in 0..self.units.len() {
+            self.finish_reduce(u)?;
+        }
+        for u in 0..self.units.len() {
+            if let Some((work, sum)) = self.under_way[u].replicate.take() {
+                work.wait()?;
+                if let Some(sum) = sum {
+                    self.units[u].grad_shard.copy_(&sum);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts to sum a unit's gradients over the shard group.
+    fn reduce(&mut self, u: usize) -> Result<()> {
+        let unit = &self.units[u];
+        let Some(group) = &self.groups.shard else { return self.replicate(u) };
+        let whole = unit.grads.to_kind(self.reduce_kind); // the same tensor where the dtype is
+        let own_place = unit.slot.is_none() && whole.kind() == unit.grads.kind();
+        let apart = (!own_place)
+            .then(|| Tensor::empty([unit.layout.shard], (self.reduce_kind, whole.device())));
+        let shard = apart.as_ref().unwrap_or(&unit.grad_shard);
+        let work = group.reduce_scatter_into(shard, &whole, ReduceOp::Sum)?;
+        self.under_way[u].reduce = Some((work, apart));
+        Ok(())
+    }
+
+    /// Takes over what the reduction gave, if one is under way.
+    fn finish_reduce(&mut self, u: usize) -> Result<()> {
+        let Some((work, apart)) = self.under_way[u].reduce.take() else { return Ok(()) };
+        work.wait()?;
+        if let Some(sum) = apart {
+            let unit = &mut self.units[u];
+            match unit.slot {
+                Some(_) => {
+                    let _ = unit.grad_shard.g_add_(&sum);
+                }
+                None => unit.grad_shard.copy_(&sum),
+            }
+        }
+        self.replicate(u)
+    }
+
+    /// Starts to sum a shard over its replicas, at the end of a step.
+    fn replicate(&mut self, u: usize) -> Result<()> {
+        let (Some(group), true) = (&self.groups.replica, self.last) else { return Ok(()) };
+        let shard = &self.units[u].grad_shard;
+        let sum = shard.to_kind(self.reduce_kind);
+        let work = group.all_reduce(&sum, ReduceOp::Sum)?;
+        let apart = (sum.kind() != shard.kind()).then_some(sum);
+        self.under_way[u].replicate = Some((work, apart));
+        Ok(())
+    }
+
+    fn weights_changed(&mut self) -> Result<()> {
+        for way in &mut self.under_way {
+            if let Some(work) = way.gather.take() {
+                work.wait()?; // one that no pass needed
+            }
+            way.current = false;
+        }
+        let ahead = if self.each { 2 } else { self.units.len() };
+        for u in 0..ahead.min(self.units.len()) {
+            self.gather(u)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a rank may not do where its weights are not whole.
+pub(super) fn refuse(what: &str) -> anyhow::Error {
+    anyhow!("{what} needs whole weights on each rank")
+}
