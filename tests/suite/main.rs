@@ -11,6 +11,7 @@ mod golden_train;
 mod gpu;
 mod gpu_step;
 mod kernels;
+mod launch;
 mod low_memory;
 mod metrics;
 mod model;
