@@ -6,12 +6,14 @@ pub mod driver;
 mod graph;
 mod kernels;
 mod offload;
+mod process_group;
 pub mod profile;
 mod recompute;
 
 pub use graph::*;
 pub use kernels::*;
 pub use offload::{HostLink, page_locked};
+pub use process_group::*;
 pub use recompute::{Part, recompute};
 
 use anyhow::{Result, bail};

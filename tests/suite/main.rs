@@ -4,6 +4,7 @@ mod checkpoint;
 mod common;
 mod config;
 mod data;
+mod distributed;
 mod doctor;
 mod generate;
 mod golden;
