@@ -50,6 +50,7 @@ fn main() {
     println!("cargo:rustc-env=TL_CUDA_ARCHS={archs}");
     println!("cargo:rustc-env=TL_TORCH_CUDA={}", u8::from(layout.torch_cuda));
     println!("cargo:rustc-env=TL_RUSTC={}", rustc_version());
+    println!("cargo:rustc-env=TL_SOURCES={}", hash_of_sources());
 
     let toolchain = [layout.torch.join("version.py"), layout.nvcc.clone()];
     let objects = compile(jobs, &toolchain);
@@ -248,6 +249,27 @@ fn link(layout: &Layout, with_cuda: bool) {
     for library in libraries {
         println!("cargo:rustc-link-arg={library}");
     }
+}
+
+/// A hash of what the program is made from, by which the ranks of a run know that they run the same one. Not of the
+/// binary: two nodes that build the same sources in different folders get different ones.
+fn hash_of_sources() -> String {
+    println!("cargo:rerun-if-changed=src");
+    println!("cargo:rerun-if-changed=Cargo.lock");
+    let mut files = sources("src", "rs");
+    for extension in ["cpp", "cu", "cuh", "h"] {
+        files.extend(sources("csrc", extension));
+    }
+    files.push(PathBuf::from("Cargo.lock"));
+    // FNV-1a, of names and contents.
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for file in files {
+        let name = file.to_string_lossy().into_owned().into_bytes();
+        for byte in name.into_iter().chain(fs::read(&file).unwrap_or_default()) {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    format!("{hash:016x}")
 }
 
 fn rustc_version() -> String {

@@ -115,6 +115,52 @@ int tl_link_store(void* link, int slot, int64_t start, int64_t blocks);
 int tl_link_wait(void* link);
 void tl_link_free(void* link);
 
+// ---- process groups (csrc/torch/store.cpp, process_group.cpp, nccl.cpp) -------------------------------------
+
+// libtorch's key-value store: served at a port of all interfaces (0: any free one), or that of host and port. Calls
+// may come from any thread. A timeout is for connecting and for tl_store_get.
+int tl_store_new(const char* host, uint16_t port, int serve, int64_t timeout_ms, void** store);
+// The server lives until the last group over this store is gone as well.
+void tl_store_free(void* store);
+uint16_t tl_store_port(void* store);
+int tl_store_set(void* store, const char* key, const uint8_t* data, size_t size);
+// Waits for the key. *data is valid until the next tl_store_get or tl_store_compare_set of this thread.
+int tl_store_get(void* store, const char* key, const uint8_t** data, size_t* size);
+int tl_store_wait(void* store, int n, const char* const* keys, int64_t timeout_ms);
+// *sum = value + what the key held, as decimal text (0 where there was none).
+int tl_store_add(void* store, const char* key, int64_t value, int64_t* sum);
+int tl_store_check(void* store, const char* key, int* present);
+// Sets a key that holds `expected`, or that is not there where expected is empty; *data is what it holds afterwards
+// (of a key that is not there: expected).
+int tl_store_compare_set(void* store, const char* key, const uint8_t* expected, size_t expected_size,
+                         const uint8_t* desired, size_t desired_size, const uint8_t** data, size_t* size);
+
+// Joins a group of `size` ranks, all of which must call this: by NCCL on the CUDA device, or by Gloo between CPUs at
+// `address` (null: that of the machine's host name). No other group over the store may have the prefix.
+int tl_group_new(void* store, const char* prefix, int nccl, int rank, int size, int device, const char* address,
+                 int64_t timeout_ms, void** group);
+// Before the end, a group is finished: NCCL waits for its operations and for the other ranks. Else it is aborted.
+int tl_group_finish(void* group);
+void tl_group_free(void* group);
+// Ends operations in flight, from any thread.
+int tl_group_abort(void* group);
+// Fails where an operation of the group failed or took too long.
+int tl_group_check(void* group);
+// Makes the CPU wait until all ranks are here.
+int tl_group_barrier(void* group);
+enum { TL_SUM = 0, TL_AVG = 1, TL_MAX = 2 };
+// Start an operation on contiguous tensors of the group's device, in the same order on all ranks. whole: the shards of
+// all ranks in order of rank; a shard may lie in it where it belongs.
+int tl_all_reduce(void* group, TlTensor tensor, int op, void** work);
+int tl_all_gather(void* group, TlTensor whole, TlTensor shard, void** work);
+int tl_reduce_scatter(void* group, TlTensor shard, TlTensor whole, int op, void** work);
+int tl_broadcast(void* group, TlTensor tensor, int root, void** work);
+// NCCL: makes the current stream wait. Gloo: makes the CPU wait, and does what is left to do.
+int tl_work_wait(void* work);
+void tl_work_free(void* work);
+// As NCCL counts: 10000 major + 100 minor + patch. Of the header, and of the library in the process.
+int tl_nccl_versions(int* built, int* running);
+
 // ---- activation checkpointing (csrc/torch/checkpoint.cpp) ------------------------------------------------
 
 // A part of the network, in Rust: makes n_out new tensors, which C++ then owns, of n_in borrowed ones. May be called

@@ -17,6 +17,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod device;
+pub mod distributed;
 pub mod doctor;
 pub mod error;
 #[allow(unsafe_code)]

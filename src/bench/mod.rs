@@ -1,5 +1,6 @@
 //! Measurements, each beside a peer in the same minutes.
 
+pub mod comm;
 pub mod kernels;
 pub mod profile;
 pub mod train;

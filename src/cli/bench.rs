@@ -1,5 +1,6 @@
 //! `tinyllama bench`.
 
+use crate::bench::comm;
 use crate::bench::kernels::{self, Report, Unit};
 use crate::bench::profile::Profile;
 use crate::bench::train;
@@ -7,6 +8,7 @@ use crate::error::{WithHint, exit};
 use crate::{device, guard};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
+use tch::Device;
 
 /// Arguments of `bench`.
 #[derive(clap::Args)]
@@ -23,6 +25,44 @@ enum Kind {
     /// Tokens a second, utilisation and memory of a run's configuration, on its own data, and where
     /// the time of a step goes
     Train(TrainArgs),
+    /// Bandwidth of all-gather and reduce-scatter between ranks, as nccl-tests define it: threads of
+    /// this machine, over Gloo on the CPU or NCCL with a card each
+    Comm(CommArgs),
+}
+
+#[derive(clap::Args)]
+struct CommArgs {
+    /// Threads, each a rank
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = at_least_one)]
+    ranks: usize,
+    /// Sizes of the whole tensor, MiB
+    #[arg(long, value_name = "MIB,MIB", value_delimiter = ',', default_values_t = [1, 4, 16, 64, 256])]
+    sizes: Vec<u64>,
+    /// Of its elements
+    #[arg(long, default_value = "bf16")]
+    dtype: CommType,
+    /// Timed calls of each size
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one)]
+    repeats: usize,
+    /// `cpu`, or `cuda`: cards 0 to N - 1
+    #[arg(long, default_value = "cpu")]
+    device: CommDevice,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum CommType {
+    Bf16,
+    Fp16,
+    Fp32,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum CommDevice {
+    Cpu,
+    Cuda,
 }
 
 #[derive(clap::Args)]
@@ -67,7 +107,7 @@ struct KernelArgs {
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(0) => Err("expected at least 1; leave it out for 50".into()),
+        Ok(0) => Err("expected at least 1; leave it out for the default".into()),
         Ok(n) => Ok(n),
         Err(e) => Err(format!("{e}")),
     }
@@ -78,6 +118,7 @@ pub fn run(args: Args) -> Result<u8> {
     match args.kind {
         Kind::Kernels(args) => run_kernels(args)?,
         Kind::Train(args) => run_train(args)?,
+        Kind::Comm(args) => run_comm(args)?,
     }
     Ok(exit::OK)
 }
@@ -132,6 +173,50 @@ fn run_train(args: TrainArgs) -> Result<()> {
     if let Some(reason) = &r.no_profile {
         println!("table     none: {reason}");
     }
+    Ok(())
+}
+
+fn run_comm(args: CommArgs) -> Result<()> {
+    let device = |rank| match args.device {
+        CommDevice::Cpu => Ok(Device::Cpu),
+        CommDevice::Cuda => device::resolve(&format!("cuda:{rank}")),
+    };
+    let devices: Vec<Device> = (0..args.ranks).map(device).collect::<Result<_>>()?;
+    let options = comm::Options {
+        sizes: args.sizes.iter().map(|mib| mib << 20).collect(),
+        kind: match args.dtype {
+            CommType::Bf16 => tch::Kind::BFloat16,
+            CommType::Fp16 => tch::Kind::Half,
+            CommType::Fp32 => tch::Kind::Float,
+        },
+        repeats: args.repeats,
+    };
+    let report = comm::run_threads(&devices, &options)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(());
+    }
+    let nccl = report.nccl.as_ref().map_or_else(String::new, |version| format!(" {version}"));
+    println!(
+        "{} ranks, all threads of this process, over {}{nccl} on {}; {}, {} calls",
+        report.ranks, report.backend, report.device, report.dtype, report.repeats
+    );
+    println!(
+        "  {:<16} {:>11} {:>12} {:>10} {:>10} {:>6}",
+        "", "MiB", "us", "algbw", "busbw", "wrong"
+    );
+    for row in &report.rows {
+        println!(
+            "  {:<16} {:>11.2} {:>12.1} {:>10.3} {:>10.3} {:>6}",
+            row.op,
+            row.bytes as f64 / f64::from(1 << 20),
+            row.us,
+            row.algorithm_gb_s,
+            row.bus_gb_s,
+            row.wrong
+        );
+    }
+    println!("algbw = bytes / time, busbw = algbw (ranks - 1) / ranks, both GB/s");
     Ok(())
 }
 

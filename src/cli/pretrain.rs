@@ -2,11 +2,12 @@
 
 use crate::config::{self, BatchPlan, RunConfig};
 use crate::device;
+use crate::distributed::{self, World, rendezvous};
 use crate::error::exit;
 use crate::ffi;
 use crate::train;
 use crate::train::memory::{self, MemoryPlan};
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 use tch::Device;
 
@@ -15,6 +16,9 @@ use tch::Device;
 pub struct Args {
     /// The run's YAML, e.g. configs/quickstart.yaml
     config: PathBuf,
+    /// Worker processes on this node, one a card; on the CPU as many as asked (the key `devices`)
+    #[arg(long, value_name = "N")]
+    devices: Option<u64>,
     /// Override a key, e.g. --set train.micro_batch_size=4 (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
@@ -26,27 +30,53 @@ pub struct Args {
     dry_run: bool,
 }
 
-/// Runs `pretrain`.
+/// Runs `pretrain`: alone, as one of many workers, or as the launcher of them.
 pub fn run(args: Args) -> Result<u8> {
-    let mut sets = args.sets;
+    let world = if args.dry_run { None } else { World::from_env()? };
+    let config = match (load(&args), &world) {
+        (Err(error), Some(world)) => return Err(rendezvous::refuse(world, error)),
+        (config, _) => config?,
+    };
+    if args.dry_run {
+        return dry_run(&config);
+    }
+    match world {
+        Some(world) if world.size > 1 => work(world, &config),
+        None if config.ranks() > 1 => distributed::launch(&config),
+        _ => train::pretrain(&config),
+    }
+}
+
+fn load(args: &Args) -> Result<RunConfig> {
+    let mut sets = args.sets.clone();
+    if let Some(devices) = args.devices {
+        sets.push(format!("devices={devices}"));
+    }
     match args.resume.as_deref() {
         None => {}
         Some("false") => sets.push("resume=false".into()),
         // Quoted as JSON, which is YAML: a path may look like a number.
         Some(text) => sets.push(format!("resume={}", serde_json::to_string(text)?)),
     }
-    let config = config::load(&args.config, &sets)?;
-    if args.dry_run {
-        return dry_run(&config);
+    config::load(&args.config, &sets)
+}
+
+/// One rank of many.
+fn work(world: World, config: &RunConfig) -> Result<u8> {
+    let (rank, size) = (world.rank, world.size as u64);
+    if rank == 0 && config.ranks() > 1 && config.ranks() != size {
+        let (devices, nodes) = (config.devices, config.num_nodes);
+        eprintln!("world       {size} ranks were started; `devices` {devices} x `num_nodes` {nodes} is not obeyed");
     }
-    train::pretrain(&config)
+    // MERGE: call `train::pretrain_distributed(config, job)` here.
+    distributed::meet(world, config)?.run(|_job| Err(anyhow!("strategy not wired")))
 }
 
 /// Prints what would run. Nothing is read but the configuration, nothing allocated or written.
 fn dry_run(config: &RunConfig) -> Result<u8> {
     let model = config.model()?;
     let sequence = config.sequence_length(&model);
-    let plan = BatchPlan::new(config, sequence, 1)?;
+    let plan = BatchPlan::new(config, sequence, config.ranks())?;
     println!("model     {} with {:.1}M parameters", model.name, model.n_params() as f64 / 1e6);
     println!("batch     {plan}");
     if let Some(steps) = plan.total_steps {

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A pretraining run: one YAML file.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
@@ -25,6 +26,12 @@ pub struct RunConfig {
     pub tokenizer_dir: Option<PathBuf>,
     /// Where to run: `auto` (a GPU if there is one), `cpu`, `cuda`, or `cuda:1`.
     pub device: DeviceChoice,
+    /// Worker processes on this node, one a card; on the CPU as many as asked. 1: no other process. Where `torchrun`,
+    /// Slurm or the variables `RANK`, `WORLD_SIZE`, .. start the workers, these say how many there are.
+    pub devices: u64,
+    /// Nodes with `devices` workers each. For more than one, start the command on each node with `NODE_RANK`,
+    /// `MASTER_ADDR` and `MASTER_PORT` set, or by `torchrun` or Slurm.
+    pub num_nodes: u64,
     /// Seed of the initial weights and of the data order.
     pub seed: u64,
     /// Kernels of attention: `auto` times ours and cuDNN's at the run's shape on its GPU and keeps the faster, `flash`
@@ -52,6 +59,8 @@ pub struct RunConfig {
     pub eval: EvalConfig,
     /// The optimizer.
     pub optimizer: OptimizerConfig,
+    /// Runs of more than one process.
+    pub distributed: DistributedConfig,
 }
 
 /// `bf16-mixed` (fp32 master weights and state, bf16 compute), `fp8-mixed` (the same with the blocks' matrix products
@@ -332,6 +341,20 @@ pub struct OptimizerConfig {
     pub cpu_offload: bool,
 }
 
+/// Runs of more than one process: how long ranks wait for each other.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct DistributedConfig {
+    /// Seconds that a collective operation may take, and a rank may go without progress in its steps, before the job
+    /// ends on all ranks.
+    pub timeout: f64,
+    /// Seconds without a sign of life after which a rank counts as dead and the job ends on all ranks. A process that
+    /// merely computes gives its sign every second.
+    pub heartbeat_timeout: f64,
+    /// Seconds that ranks wait for each other at the start.
+    pub rendezvous_timeout: f64,
+}
+
 /// Formats of AdamW's moments.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
@@ -368,12 +391,25 @@ impl RunConfig {
     pub fn memory_limit_bytes(&self) -> Option<u64> {
         self.memory_limit.map(|gib| (gib * (1u64 << 30) as f64) as u64)
     }
+
+    /// Workers on all nodes that the configuration asks for. The actual number is the run's
+    /// [`crate::distributed::World`]'s.
+    pub fn ranks(&self) -> u64 {
+        self.devices.saturating_mul(self.num_nodes)
+    }
 }
 
 impl Precision {
     /// fp32 masters beside bf16 weights, which the model computes with.
     pub fn is_mixed(self) -> bool {
         matches!(self, Self::Bf16Mixed | Self::Fp8Mixed)
+    }
+}
+
+impl DistributedConfig {
+    /// Time between two signs of life of a rank: a tenth of `heartbeat_timeout`, at most a second.
+    pub fn period(&self) -> Duration {
+        Duration::from_secs_f64((self.heartbeat_timeout / 10.0).clamp(0.05, 1.0))
     }
 }
 
@@ -418,6 +454,8 @@ impl Default for RunConfig {
             resume: Resume::Switch(false),
             tokenizer_dir: None,
             device: DeviceChoice("auto".into()),
+            devices: 1,
+            num_nodes: 1,
             seed: 42,
             attention: AttentionBackend::Auto,
             fused: true,
@@ -429,6 +467,7 @@ impl Default for RunConfig {
             train: TrainConfig::default(),
             eval: EvalConfig::default(),
             optimizer: OptimizerConfig::default(),
+            distributed: DistributedConfig::default(),
         }
     }
 }
@@ -475,6 +514,12 @@ impl Default for EvalConfig {
             initial_validation: false,
             final_validation: true,
         }
+    }
+}
+
+impl Default for DistributedConfig {
+    fn default() -> Self {
+        Self { timeout: 600.0, heartbeat_timeout: 15.0, rendezvous_timeout: 300.0 }
     }
 }
 

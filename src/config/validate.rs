@@ -131,6 +131,7 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
         }
         Err(found) => problems.extend(found),
     }
+    check_ranks(config, &mut problems);
     check_batch(config, &mut problems);
     check_length(config, &mut problems);
     check_optimizer(config, &mut problems);
@@ -208,7 +209,8 @@ fn check_batch(config: &RunConfig, problems: &mut Vec<String>) {
     }
     if t.micro_batch_size > 0
         && t.global_batch_size > 0
-        && let Err(e) = plan_of_one_rank(config)
+        && config.ranks() > 0
+        && let Err(e) = plan(config, config.ranks())
     {
         problems.extend(e.problems);
     }
@@ -224,11 +226,39 @@ fn check_batch(config: &RunConfig, problems: &mut Vec<String>) {
     }
 }
 
-/// The length of a run does not depend on the ranks. With a wrong model, whose problems are told anyway,
-/// a sequence counts as one token.
-fn plan_of_one_rank(config: &RunConfig) -> Result<BatchPlan, ConfigError> {
+/// With a wrong model, whose problems are told anyway, a sequence counts as one token.
+fn plan(config: &RunConfig, world: u64) -> Result<BatchPlan, ConfigError> {
     let sequence = config.model().map_or(1, |model| config.sequence_length(&model).max(1));
-    BatchPlan::new(config, sequence, 1)
+    BatchPlan::new(config, sequence, world)
+}
+
+/// Processes of the run, and how long they wait for each other.
+fn check_ranks(config: &RunConfig, problems: &mut Vec<String>) {
+    for (key, value) in [("devices", config.devices), ("num_nodes", config.num_nodes)] {
+        if !(1..=1 << 20).contains(&value) {
+            problems.push(format!("`{key}`: must be between 1 and 2^20, got {value}"));
+        }
+    }
+    let device = &config.device.0;
+    if config.devices > 1 && device.starts_with("cuda:") {
+        problems.push(format!(
+            "`device`: `{device}` is one card, but `devices` asks for {}; use `cuda`, and CUDA_VISIBLE_DEVICES to \
+             choose among the node's cards",
+            config.devices
+        ));
+    }
+    let d = &config.distributed;
+    for (key, seconds) in [
+        ("timeout", d.timeout),
+        ("heartbeat_timeout", d.heartbeat_timeout),
+        ("rendezvous_timeout", d.rendezvous_timeout),
+    ] {
+        if !(0.5..=1e6).contains(&seconds) {
+            problems.push(format!(
+                "`distributed.{key}`: must be between 0.5 and 1,000,000 seconds, got {seconds}"
+            ));
+        }
+    }
 }
 
 fn check_length(config: &RunConfig, problems: &mut Vec<String>) {
@@ -253,7 +283,7 @@ fn check_length(config: &RunConfig, problems: &mut Vec<String>) {
             problems.push(format!("`train.{key}`: must be at least 1, got 0"));
         }
     }
-    let plan = plan_of_one_rank(config).ok();
+    let plan = plan(config, 1).ok(); // a run's length does not depend on its ranks
     if let Some(steps) = plan.and_then(|p| p.total_steps).or(t.max_steps)
         && steps > 0
         && t.lr_warmup_steps > steps

@@ -43,6 +43,17 @@ pub fn query() -> Option<Driver> {
     Some(Driver { cuda, cards, fault })
 }
 
+/// What tells a card from all others, on any node; `None` where there is no driver or no such card.
+pub fn card_id(index: usize) -> Option<String> {
+    // SAFETY: only looks for the shared library.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    result::init().ok()?;
+    let uuid = device::get_uuid(device::get(i32::try_from(index).ok()?).ok()?).ok()?;
+    Some(uuid.bytes.iter().fold("GPU-".to_owned(), |id, byte| format!("{id}{:02x}", *byte as u8)))
+}
+
 fn cards() -> Result<Vec<Card>, DriverError> {
     result::init()?;
     (0..device::get_count()?).map(card).collect()

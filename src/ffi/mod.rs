@@ -7,6 +7,7 @@ mod graph;
 mod hooks;
 mod kernels;
 mod offload;
+mod process_group;
 pub mod profile;
 mod recompute;
 
@@ -14,6 +15,7 @@ pub use graph::*;
 pub use hooks::{Call, on_gradient};
 pub use kernels::*;
 pub use offload::{HostLink, page_locked};
+pub use process_group::*;
 pub use recompute::{Part, recompute};
 
 use anyhow::{Result, bail};

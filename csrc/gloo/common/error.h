@@ -1,0 +1,2 @@
+// Empty: see csrc/gloo/context.h.
+#pragma once

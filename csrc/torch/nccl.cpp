@@ -1,0 +1,59 @@
+// ProcessGroupNCCL, where this build has CUDA and NCCL's header.
+#include "api.h"
+#include "guard.h"
+#include "process_group.h"
+
+#if defined(TL_WITH_CUDA) && __has_include(<nccl.h>)
+#define USE_C10D_NCCL
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/util/env.h>
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+
+namespace tl {
+namespace {
+
+// How libtorch's watchdog behaves when an operation fails or takes too long. As it comes, it waits a minute and ends
+// the process with SIGABRT. Instead it shall abort the communicators, so that the stream goes on and the process can
+// tell its user what happened (ProcessGroupNCCL::getError). A user's own setting stays.
+void configure_watchdog() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    const char* settings[][2] = {
+        {"TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"},      // abort communicators, not the process
+        {"TORCH_NCCL_RETHROW_CUDA_ERRORS", "0"},       // the thread that launches kernels sees them as well
+        {"TORCH_NCCL_ENABLE_MONITORING", "0"},         // no second watchdog that kills the process
+        {"TORCH_NCCL_DUMP_ON_TIMEOUT", "0"},           // no dump of the flight recorder,
+        {"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "0"},  // and no waiting for it
+    };
+    for (const auto& [name, value] : settings) c10::utils::set_env(name, value, /*overwrite=*/false);
+  });
+}
+
+}  // namespace
+
+BackendPtr make_nccl(const StorePtr& store, int rank, int size, int device, Milliseconds timeout) {
+  configure_watchdog();
+  const at::Device card(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+  c10::cuda::CUDAGuard guard(card);
+  auto options = c10d::ProcessGroupNCCL::Options::create();
+  options->timeout = timeout;
+  auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, size, options);
+  group->eagerConnectSingleDevice(card);  // now rather than in the first step
+  return group;
+}
+
+}  // namespace tl
+
+extern "C" int tl_nccl_versions(int* built, int* running) {
+  TL_GUARD({
+    *built = NCCL_VERSION_CODE;
+    *running = c10d::getNcclVersionNumber();
+  });
+}
+#else
+static const char* kNoNccl = "this binary was built without NCCL; run ./scripts/setup.sh and build again";
+namespace tl {
+BackendPtr make_nccl(const StorePtr&, int, int, int, Milliseconds) { TORCH_CHECK(false, kNoNccl); }
+}  // namespace tl
+extern "C" int tl_nccl_versions(int*, int*) { TL_GUARD(TORCH_CHECK(false, kNoNccl)); }
+#endif

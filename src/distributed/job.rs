@@ -1,0 +1,150 @@
+//! What training gets to know of the other ranks.
+
+use super::rendezvous;
+use super::store::Store;
+use super::watch::Watch;
+use super::world::World;
+use crate::config::RunConfig;
+use crate::ffi::{Backend, ProcessGroup};
+use crate::guard;
+use anyhow::Result;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Device;
+
+/// One rank of a run, connected to all others and watched.
+///
+/// From [`rendezvous::meet`] on, a rank that dies, fails, or neither lives nor makes progress ends the process of every
+/// rank, whatever its main thread is waiting for.
+pub struct Job {
+    world: World,
+    device: Device,
+    group: ProcessGroup,
+    host_group: ProcessGroup,
+    store: Arc<Store>,
+    watch: Watch,
+}
+
+impl Job {
+    /// Connects the groups of a rank that has met the others. A rank that cannot ends the job.
+    pub(super) fn connect(
+        world: World,
+        config: &RunConfig,
+        store: Arc<Store>,
+        device: Device,
+        address: &str,
+    ) -> Result<Self> {
+        let timeouts = &config.distributed;
+        let watch = Watch::start(&world, timeouts, config.out_dir.clone(), Arc::clone(&store))?;
+        // Longer than the watch needs to name the rank that everybody waits for.
+        let timeout = Duration::from_secs_f64(timeouts.timeout + timeouts.heartbeat_timeout);
+        let group = |name: &str, device: Device| {
+            let (backend, key) = (Backend::of(device), store.key(name));
+            let (rank, size) = (world.rank, world.size);
+            let tcp = store.tcp();
+            ProcessGroup::new(tcp, &key, backend, rank, size, device, Some(address), timeout)
+        };
+        let groups = group("host", Device::Cpu)
+            .and_then(|host_group| Ok((host_group, group("device", device)?)));
+        match groups {
+            Ok((host_group, group)) => Ok(Self { world, device, group, host_group, store, watch }),
+            Err(error) => watch.fail(&error),
+        }
+    }
+
+    /// This rank, 0 to [`Job::size`] - 1.
+    pub fn rank(&self) -> usize {
+        self.world.rank
+    }
+
+    /// Ranks on all nodes, W.
+    pub fn size(&self) -> usize {
+        self.world.size
+    }
+
+    /// This rank among those of its node.
+    pub fn local_rank(&self) -> usize {
+        self.world.local_rank
+    }
+
+    /// This rank's own card, or the CPU.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// All ranks, for tensors on [`Job::device`]: NCCL on cards, Gloo on the CPU.
+    pub fn group(&self) -> &ProcessGroup {
+        &self.group
+    }
+
+    /// All ranks, for tensors on the host: Gloo. Another group than [`Job::group`] on the CPU too.
+    pub fn host_group(&self) -> &ProcessGroup {
+        &self.host_group
+    }
+
+    /// Keys and values that all ranks see.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Whether this rank's stdout and stderr are the user's terminal; those of the others are their logs.
+    pub fn prints(&self) -> bool {
+        self.world.rank == 0
+    }
+
+    /// Tells the watch that this rank makes progress: it begins `stage` ("reading data") of `step`.
+    ///
+    /// Call it at the same places on all ranks, some times a step: where the job hangs for `distributed.timeout`
+    /// seconds, the rank with the fewest calls is the one that the others wait for. From the first call on, that time
+    /// also bounds each span between two. Costs a lock that nobody holds for long.
+    pub fn tick(&self, step: u64, stage: &'static str) {
+        self.watch.tick(step, stage);
+    }
+
+    /// Writes a line to this rank's stderr; if the rank fails, the message names the last one.
+    pub fn say(&self, line: &str) {
+        self.note(line);
+        eprintln!("{line}");
+    }
+
+    /// Notes a line that was written by other means as this rank's last.
+    pub fn note(&self, line: &str) {
+        self.watch.note(line);
+    }
+
+    /// Asked at the end of `step` on every rank: the signal for which all ranks stop here, all at the same step.
+    ///
+    /// `local` is the signal that came to this rank, if one did. One rank's is enough; the ranks agree beside the main
+    /// thread, and none goes on while others may stop before. Costs a lock that nobody holds for long.
+    ///
+    /// # Sync
+    /// While a stop is being agreed on, at most once, the CPU waits for the other ranks' votes (some tenths of a second).
+    pub fn agree_to_stop(&self, local: Option<i32>, step: u64) -> Option<i32> {
+        self.watch.agree_to_stop(local, step)
+    }
+
+    /// Runs training. Its error, or panic, ends the job on all ranks and with it this process, after a message that
+    /// names this rank; its exit code is returned when all ranks are through.
+    pub fn run(self, train: impl FnOnce(&Self) -> Result<u8>) -> Result<u8> {
+        let lower = "lower `train.micro_batch_size`";
+        match guard::catch("training", self.device, lower, || train(&self)) {
+            Ok(code) => self.finish().map(|()| code),
+            Err(error) => self.watch.fail(&error),
+        }
+    }
+
+    /// Leaves in order. Rank 0 waits for the others where it serves or watches them.
+    pub fn finish(self) -> Result<()> {
+        let left = self.group.finish().and_then(|()| self.host_group.finish());
+        match left {
+            Ok(()) => self.watch.finish(),
+            Err(error) => self.watch.fail(&error),
+        }
+        Ok(())
+    }
+
+    /// [`rendezvous::meet`].
+    pub fn meet(world: World, config: &RunConfig) -> Result<Self> {
+        rendezvous::meet(world, config)
+    }
+}

@@ -1,0 +1,24 @@
+//! Runs of more than one process: starting them, how they find and watch each other, and how all of them end.
+//!
+//! Read first: [`Job`], what training gets. `pretrain CONFIG --devices N` calls [`launch`], which starts N workers, this
+//! same program with `RANK`, `WORLD_SIZE`, .. set; `torchrun --no-python`, `srun` or a shell loop may do so as well. A
+//! worker reads them ([`World`]), meets the others at a store ([`rendezvous`]) and from then on is watched ([`watch`],
+//! [`observer`]): a rank that dies, fails or hangs ends the job on all ranks within seconds ([`failure`]).
+
+mod address;
+pub mod failure;
+mod job;
+mod judge;
+mod launch;
+pub mod logs;
+pub mod observer;
+pub mod rendezvous;
+pub mod store;
+mod watch;
+mod world;
+
+pub use job::Job;
+pub use launch::launch;
+pub use rendezvous::meet;
+pub use store::Store;
+pub use world::{Address, Starter, World};
