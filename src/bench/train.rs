@@ -83,7 +83,7 @@ pub fn run(path: &Path, sets: &[String], options: Options) -> Result<Report> {
     sets.push(format!("out_dir={}", serde_json::to_string(&folder.0)?));
     sets.push("resume=false".into());
     let config = config::load(path, &sets)?;
-    let mut run = Run::assemble(&config)?;
+    let mut run = Run::assemble(&config, None)?;
     let trace = options.trace.map(|path| open_trace(path, run.device)).transpose()?;
     let mut seconds = vec![];
     let mut losses = vec![];

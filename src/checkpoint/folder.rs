@@ -31,7 +31,7 @@ pub fn save_atomically(
     write: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
     let target = out_dir.join(name);
-    let temporary = out_dir.join(format!("{TEMPORARY}{name}-{}", std::process::id()));
+    let temporary = temporary_folder(out_dir, name, std::process::id());
     fs::create_dir_all(out_dir)
         .with_context(|| format!("cannot create `{}`", out_dir.display()))?;
     sweep(out_dir)?;
@@ -52,6 +52,11 @@ pub fn save_atomically(
         let _ = fs::remove_dir_all(&old); // the next sweep tries again
     }
     Ok(target)
+}
+
+/// Where the process of this id fills the folder `name`.
+pub fn temporary_folder(out_dir: &Path, name: &str, process: u32) -> PathBuf {
+    out_dir.join(format!("{TEMPORARY}{name}-{process}"))
 }
 
 /// Creates and fills a folder. While the returned file is open, other processes see that its writer

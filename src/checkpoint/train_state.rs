@@ -5,6 +5,9 @@
 //! train_state/optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, as the optimizer keeps them: in the
 //!                                      dtype of the weights, bf16, or 8-bit codes with exp_avg_scale.NAME and
 //!                                      exp_avg_sq_scale.NAME
+//! train_state/optimizer-0000I-of-0000N.safetensors
+//!                                      the same of a sharded run: each of N ranks its parts, 1-D, under
+//!                                      exp_avg.NAME@START, of the values of NAME from START on (scales: blocks)
 //! train_state/rng.safetensors          cpu, and cuda where the run was on a GPU (u8)
 //! ```
 //!
@@ -12,6 +15,7 @@
 //! `32-true` and `bf16-mixed`, bf16 in `bf16-true` and with `optimizer.master: bf16`).
 
 use super::hf::write_json;
+use super::moments::Moments;
 use super::tensors::{self, TensorFile};
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
@@ -58,11 +62,36 @@ pub fn save_train_state(
     moments: &[(String, Tensor)],
     generators: &[(String, Tensor)],
 ) -> Result<()> {
+    save_counters(dir, state, generators)?;
+    tensors::write(&dir.join(DIR).join(OPTIMIZER), moments)
+}
+
+/// Writes counters and generator states.
+pub fn save_counters(
+    dir: &Path,
+    state: &TrainState,
+    generators: &[(String, Tensor)],
+) -> Result<()> {
     let dir = dir.join(DIR);
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot create `{}`", dir.display()))?;
     write_json(&dir.join(STATE), &serde_json::to_value(state)?)?;
-    tensors::write(&dir.join(OPTIMIZER), moments)?;
     tensors::write(&dir.join(RNG), generators)
+}
+
+/// Writes the moments of one of `ranks` ranks.
+pub fn save_shard(
+    dir: &Path,
+    rank: usize,
+    ranks: usize,
+    moments: &[(String, Tensor)],
+) -> Result<()> {
+    let dir = dir.join(DIR);
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot create `{}`", dir.display()))?;
+    tensors::write(&dir.join(shard_file(rank, ranks)), moments)
+}
+
+fn shard_file(rank: usize, ranks: usize) -> String {
+    format!("optimizer-{:05}-of-{ranks:05}.safetensors", rank + 1)
 }
 
 /// Reads `train_state/state.json` alone.
@@ -82,15 +111,34 @@ pub fn load_counters(dir: &Path) -> Result<TrainState> {
         .hint("resume from an earlier checkpoint, `--resume PATH`")
 }
 
-/// Reads counters, optimizer moments and generator states; the tensors are on the CPU.
+/// Reads counters and generator states, and opens the optimizer moments; the tensors are on the CPU.
 ///
 /// # Errors
 /// A file is missing or damaged.
-pub fn load_train_state(dir: &Path) -> Result<(TrainState, Tensors, Tensors)> {
-    let file = |name: &str| -> Result<Tensors> {
+pub fn load_train_state(dir: &Path) -> Result<(TrainState, Moments, Tensors)> {
+    let state = load_counters(dir)?;
+    let open = |name: &str| {
         TensorFile::open(&dir.join(DIR).join(name))
-            .hint("resume from an earlier checkpoint, `--resume PATH`")?
-            .all()
+            .hint("resume from an earlier checkpoint, `--resume PATH`")
     };
-    Ok((load_counters(dir)?, file(OPTIMIZER)?, file(RNG)?))
+    let files = match shards_of(&dir.join(DIR)) {
+        Some(ranks) => {
+            (0..ranks).map(|rank| open(&shard_file(rank, ranks))).collect::<Result<_>>()?
+        }
+        None => vec![open(OPTIMIZER)?],
+    };
+    Ok((state, Moments::of_files(files)?, open(RNG)?.all()?))
+}
+
+/// How many ranks wrote moments there; `None`: not ranks, but one process.
+fn shards_of(dir: &Path) -> Option<usize> {
+    if dir.join(OPTIMIZER).is_file() {
+        return None;
+    }
+    let ranks = |name: &str| {
+        let (_, ranks) = name.strip_prefix("optimizer-")?.split_once("-of-")?;
+        ranks.strip_suffix(".safetensors")?.parse().ok()
+    };
+    let names = std::fs::read_dir(dir).ok()?.flatten();
+    names.filter_map(|entry| ranks(&entry.file_name().to_string_lossy())).max()
 }

@@ -7,7 +7,7 @@ use crate::error::exit;
 use crate::ffi;
 use crate::train;
 use crate::train::memory::{self, MemoryPlan};
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use std::path::PathBuf;
 use tch::Device;
 
@@ -43,7 +43,7 @@ pub fn run(args: Args) -> Result<u8> {
     match world {
         Some(world) if world.size > 1 => work(world, &config),
         None if config.ranks() > 1 => distributed::launch(&config),
-        _ => train::pretrain(&config),
+        _ => train::pretrain(&config, None),
     }
 }
 
@@ -66,10 +66,11 @@ fn work(world: World, config: &RunConfig) -> Result<u8> {
     let (rank, size) = (world.rank, world.size as u64);
     if rank == 0 && config.ranks() > 1 && config.ranks() != size {
         let (devices, nodes) = (config.devices, config.num_nodes);
-        eprintln!("world       {size} ranks were started; `devices` {devices} x `num_nodes` {nodes} is not obeyed");
+        eprintln!(
+            "world       {size} ranks were started; `devices` {devices} x `num_nodes` {nodes} is not obeyed"
+        );
     }
-    // MERGE: call `train::pretrain_distributed(config, job)` here.
-    distributed::meet(world, config)?.run(|_job| Err(anyhow!("strategy not wired")))
+    distributed::meet(world, config)?.run(|job| train::pretrain(config, Some(job)))
 }
 
 /// Prints what would run. Nothing is read but the configuration, nothing allocated or written.

@@ -341,10 +341,16 @@ pub struct OptimizerConfig {
     pub cpu_offload: bool,
 }
 
-/// Runs of more than one process: how long ranks wait for each other.
+/// Runs of more than one process: who keeps what, and how long ranks wait for each other.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct DistributedConfig {
+    /// What each rank keeps. `full_shard`: 1/W of weights, gradients and optimizer state, weights are gathered a block
+    /// ahead; `hybrid_shard`: the same within a node, copies of it on the others; `shard_grad_op`: whole weights and
+    /// gradients, 1/W of the optimizer state; `ddp`: all of everything.
+    pub strategy: Strategy,
+    /// Dtype in which gradients travel: `fp32`, or `bf16`, half the bytes and rounded before they are summed.
+    pub reduce_dtype: ReduceDtype,
     /// Seconds that a collective operation may take, and a rank may go without progress in its steps, before the job
     /// ends on all ranks.
     pub timeout: f64,
@@ -353,6 +359,30 @@ pub struct DistributedConfig {
     pub heartbeat_timeout: f64,
     /// Seconds that ranks wait for each other at the start.
     pub rendezvous_timeout: f64,
+}
+
+/// Who keeps what of a run of several ranks.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// FSDP, ZeRO-3.
+    FullShard,
+    /// ZeRO-2.
+    ShardGradOp,
+    /// FSDP within a node, data-parallel between nodes.
+    HybridShard,
+    /// Data-parallel.
+    Ddp,
+}
+
+/// Dtype in which gradients travel.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum ReduceDtype {
+    /// 4 bytes a value.
+    Fp32,
+    /// 2 bytes a value.
+    Bf16,
 }
 
 /// Formats of AdamW's moments.
@@ -519,7 +549,13 @@ impl Default for EvalConfig {
 
 impl Default for DistributedConfig {
     fn default() -> Self {
-        Self { timeout: 600.0, heartbeat_timeout: 15.0, rendezvous_timeout: 300.0 }
+        Self {
+            strategy: Strategy::FullShard,
+            reduce_dtype: ReduceDtype::Fp32,
+            timeout: 600.0,
+            heartbeat_timeout: 15.0,
+            rendezvous_timeout: 300.0,
+        }
     }
 }
 

@@ -41,10 +41,22 @@ impl ValidationSet {
 
     /// All batches in order. The last may have fewer rows; its last row is padded with targets of -100.
     pub fn batches(&self) -> impl Iterator<Item = Result<Batch>> + '_ {
-        let rows = self.n_targets().div_ceil(self.block_size);
-        (0..rows)
-            .step_by(self.micro_batch_size as usize)
-            .map(move |first| self.read(first, rows.min(first + self.micro_batch_size)))
+        (0..self.n_batches()).map(|i| self.batch(i))
+    }
+
+    /// How many those are.
+    pub fn n_batches(&self) -> u64 {
+        self.rows().div_ceil(self.micro_batch_size)
+    }
+
+    /// The i-th of [`ValidationSet::batches`].
+    pub fn batch(&self, i: u64) -> Result<Batch> {
+        let first = i * self.micro_batch_size;
+        self.read(first, self.rows().min(first + self.micro_batch_size))
+    }
+
+    fn rows(&self) -> u64 {
+        self.n_targets().div_ceil(self.block_size)
     }
 
     fn read(&self, first: u64, end: u64) -> Result<Batch> {

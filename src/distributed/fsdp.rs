@@ -24,10 +24,13 @@
 //! # Source
 //! ZeRO (arXiv 1910.02054), PyTorch FSDP (arXiv 2304.11277), `fully_shard` of torchtitan.
 
+use super::job::Job;
 use super::layout::Layout;
+use crate::bail_hint;
+use crate::config::Strategy;
 use crate::ffi::{ProcessGroup, ReduceOp, Work};
 use crate::model::Pass;
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tch::{Kind, Tensor};
 
@@ -41,6 +44,39 @@ pub struct Groups {
 }
 
 impl Groups {
+    /// The groups of a strategy in a job.
+    ///
+    /// # Errors
+    /// `hybrid_shard` with nodes of unlike numbers of ranks, or a group that does not come together.
+    pub fn of(job: &Job, strategy: Strategy) -> Result<Self> {
+        let all = || Some(Arc::clone(job.group()));
+        Ok(match strategy {
+            Strategy::FullShard | Strategy::ShardGradOp => Self { shard: all(), replica: None },
+            Strategy::Ddp => Self { shard: None, replica: all() },
+            Strategy::HybridShard => {
+                let nodes = job.nodes()?;
+                if nodes.iter().any(|node| node.len() != nodes[0].len()) {
+                    let counts: Vec<usize> = nodes.iter().map(Vec::len).collect();
+                    bail_hint!(
+                        "start as many ranks on each node, or use `distributed.strategy: full_shard`";
+                        "`hybrid_shard` keeps a copy of everything on each node, but the nodes have {counts:?} ranks"
+                    );
+                }
+                let place = (0..nodes.len()).find(|&i| nodes[i].contains(&job.rank()));
+                let node = &nodes[place.context("this rank is on no node")?];
+                let twins: Vec<usize> = nodes.iter().map(|node| node[job.local_rank()]).collect();
+                let group = |name: String, members: &[usize]| -> Result<_> {
+                    let alone = members.len() == 1;
+                    let new = || job.new_group(&name, members, job.device()).map(Arc::new);
+                    (!alone).then(new).transpose()
+                };
+                let shard = group(format!("shard-{}", node[0]), node)?;
+                let replica = group(format!("replica-{}", job.local_rank()), &twins)?;
+                Self { shard, replica }
+            }
+        })
+    }
+
     /// This rank's shard and their number S.
     pub fn shards(&self) -> (i64, i64) {
         self.shard.as_ref().map_or((0, 1), |group| (group.rank() as i64, group.size() as i64))
@@ -114,8 +150,7 @@ impl Fsdp {
         let under_way = units.iter().map(|_| UnderWay::default()).collect();
         let each = units.iter().any(|unit| unit.slot.is_some());
         let (last, failed) = (true, None);
-        let state =
-            State { groups, units, under_way, reduce_kind, each, last, tied, failed };
+        let state = State { groups, units, under_way, reduce_kind, each, last, tied, failed };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -259,13 +294,14 @@ impl State {
                 self.finish_reduce(u + 2)?; // its buffer is this unit's
             }
         }
-        let begins_here = |unit: usize| match self.tied {
-            true if u == self.last_unit() => unit == u || unit == 0,
-            true => unit == u && unit != 0,
-            false => unit == u,
+        // A tied head's gradient begins in the last unit and ends in the embedding.
+        let begin: &[usize] = match self.tied {
+            true if u == self.last_unit() => &[u, 0],
+            true if u == 0 => &[],
+            _ => &[u],
         };
-        for unit in [u, 0] {
-            if begins_here(unit) && self.units[unit].slot.is_some() {
+        for &unit in begin {
+            if self.units[unit].slot.is_some() {
                 let _ = self.units[unit].grads.zero_();
             }
         }
@@ -345,9 +381,4 @@ impl State {
         }
         Ok(())
     }
-}
-
-/// What a rank may not do where its weights are not whole.
-pub(super) fn refuse(what: &str) -> anyhow::Error {
-    anyhow!("{what} needs whole weights on each rank")
 }

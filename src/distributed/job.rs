@@ -7,10 +7,10 @@ use super::world::World;
 use crate::config::RunConfig;
 use crate::ffi::{Backend, ProcessGroup};
 use crate::guard;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::sync::Arc;
 use std::time::Duration;
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 /// One rank of a run, connected to all others and watched.
 ///
@@ -19,8 +19,10 @@ use tch::Device;
 pub struct Job {
     world: World,
     device: Device,
-    group: ProcessGroup,
+    group: Arc<ProcessGroup>,
     host_group: ProcessGroup,
+    address: String,
+    timeout: Duration,
     store: Arc<Store>,
     watch: Watch,
 }
@@ -47,7 +49,10 @@ impl Job {
         let groups = group("host", Device::Cpu)
             .and_then(|host_group| Ok((host_group, group("device", device)?)));
         match groups {
-            Ok((host_group, group)) => Ok(Self { world, device, group, host_group, store, watch }),
+            Ok((host_group, group)) => {
+                let (group, address) = (Arc::new(group), address.to_owned());
+                Ok(Self { world, device, group, host_group, address, timeout, store, watch })
+            }
             Err(error) => watch.fail(&error),
         }
     }
@@ -73,13 +78,48 @@ impl Job {
     }
 
     /// All ranks, for tensors on [`Job::device`]: NCCL on cards, Gloo on the CPU.
-    pub fn group(&self) -> &ProcessGroup {
+    pub fn group(&self) -> &Arc<ProcessGroup> {
         &self.group
+    }
+
+    /// A further group, of these ranks, this one among them, for tensors on `device`. All of them call this, with a
+    /// name that is used once.
+    pub fn new_group(&self, name: &str, members: &[usize], device: Device) -> Result<ProcessGroup> {
+        let place = members.iter().position(|&rank| rank == self.world.rank);
+        let place = place.with_context(|| format!("rank {} is not in {name}", self.world.rank))?;
+        ProcessGroup::new(
+            self.store.tcp(),
+            &self.store.key(name),
+            Backend::of(device),
+            place,
+            members.len(),
+            device,
+            Some(&self.address),
+            self.timeout,
+        )
     }
 
     /// All ranks, for tensors on the host: Gloo. Another group than [`Job::group`] on the CPU too.
     pub fn host_group(&self) -> &ProcessGroup {
         &self.host_group
+    }
+
+    /// Ranks of each node; a node's are numbered in a row. All ranks call this.
+    ///
+    /// # Sync
+    /// The CPU waits for the other ranks.
+    pub fn nodes(&self) -> Result<Vec<Vec<usize>>> {
+        let local = Tensor::from_slice(&[self.local_rank() as i64]);
+        let all = Tensor::zeros([self.size() as i64], (Kind::Int64, Device::Cpu)); // (W,)
+        self.host_group.all_gather_into(&all, &local)?.wait()?;
+        let mut nodes: Vec<Vec<usize>> = Vec::new();
+        for (rank, local) in Vec::<i64>::try_from(&all)?.into_iter().enumerate() {
+            match nodes.last_mut() {
+                Some(node) if local > 0 => node.push(rank),
+                _ => nodes.push(vec![rank]),
+            }
+        }
+        Ok(nodes)
     }
 
     /// Keys and values that all ranks see.

@@ -7,18 +7,24 @@
 
 mod address;
 pub mod failure;
+mod fsdp;
 mod job;
 mod judge;
 mod launch;
+pub mod layout;
 pub mod logs;
 pub mod observer;
+mod parallelize;
 pub mod rendezvous;
+pub mod saver;
 pub mod store;
 mod watch;
 mod world;
 
+pub use fsdp::{Fsdp, Groups, Held};
 pub use job::Job;
 pub use launch::launch;
+pub use parallelize::{Plan, Ranks, parallelize};
 pub use rendezvous::meet;
 pub use store::Store;
 pub use world::{Address, Starter, World};

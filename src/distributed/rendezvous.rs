@@ -277,8 +277,7 @@ fn not_there(world: &World, missing: &[usize], waited: Duration) -> Failure {
         Starter::Slurm => "start the program by `srun`, on all nodes",
         _ => "start all ranks, each with its RANK and the same MASTER_ADDR and MASTER_PORT",
     };
-    failure.hint =
-        Some(format!("{start}; `distributed.rendezvous_timeout` is how long they wait"));
+    failure.hint = Some(format!("{start}; `distributed.rendezvous_timeout` is how long they wait"));
     failure.told_by = 0;
     failure
 }
@@ -339,8 +338,7 @@ fn compare(hellos: &[Hello]) -> Option<Failure> {
             format!("{} runs version {}, {} {}", name(rank), hello.code, name(0), first.code);
         return Some(refuse(rank, vec![what], "install the same build on all nodes"));
     }
-    if let Some((rank, hello)) = hellos.iter().enumerate().find(|(_, h)| h.config != first.config)
-    {
+    if let Some((rank, hello)) = hellos.iter().enumerate().find(|(_, h)| h.config != first.config) {
         let what = format!("{} has another configuration than {}", name(rank), name(0));
         let mut causes = vec![what];
         causes.extend(differences(&first.config, &hello.config));
@@ -409,7 +407,10 @@ mod tests {
         let mut other = hello("b", "cpu");
         other.code = "0.1.0 (b)".into();
         let said = text(&[hello("a", "cpu"), other]);
-        assert!(said.contains("rank 1 on b runs version 0.1.0 (b), rank 0 on a 0.1.0 (a)"), "{said}");
+        assert!(
+            said.contains("rank 1 on b runs version 0.1.0 (b), rank 0 on a 0.1.0 (a)"),
+            "{said}"
+        );
 
         let mut other = hello("b", "cpu");
         let config = RunConfig { seed: 7, devices: 3, ..RunConfig::default() };

@@ -471,7 +471,7 @@ impl ProcessGroup {
     ///
     /// # Errors
     /// An operation failed before.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(&self) -> Result<()> {
         // SAFETY: the group is live; `Drop` frees it.
         check(unsafe { tl_group_finish(self.group) }).context("leaving the group of ranks")
     }

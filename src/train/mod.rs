@@ -10,6 +10,7 @@ pub mod pick_attention;
 pub mod plot;
 pub mod pretrain;
 pub mod progress;
+mod ranks;
 pub mod run;
 mod saver;
 pub mod schedule;

@@ -20,20 +20,42 @@ pub mod low_memory;
 pub mod offload;
 
 use crate::bail_hint;
+use crate::checkpoint::Moments;
 use crate::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
 use crate::ffi;
 use crate::model::GPT;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use low_memory::{Noise, noise_key};
 use offload::{Kept, Offload};
 use tch::{Device, Kind, Tensor};
 
-/// One parameter with its optimizer state; all tensors have the parameter's shape. With `cpu_offload` master, moments
+/// A parameter that an optimizer is to update, or the part of one that this rank keeps.
+#[derive(Debug)]
+pub struct Part {
+    /// lit-gpt name.
+    pub name: String,
+    /// Its parameter's number in the model's order.
+    pub index: usize,
+    /// First value of a part, counted in the parameter, a multiple of 256; `None`: the whole parameter.
+    pub start: Option<i64>,
+    /// What the model computes with.
+    pub weight: Tensor,
+    /// Sum of the gradients.
+    pub grad: Tensor,
+    /// In the mixed precisions its fp32 values.
+    pub exact: Option<Tensor>,
+}
+
+/// One parameter, or a rank's part of it, with its optimizer state; all tensors have its shape. With `cpu_offload` master, moments
 /// and scales are on the host: call [`AdamW::settle`] before they are read or written.
 #[derive(Debug)]
 pub struct ParamState {
     /// lit-gpt name.
     pub name: String,
+    /// Its parameter's number in the model's order.
+    pub index: usize,
+    /// First value of a part, counted in the parameter; `None`: the whole parameter.
+    pub start: Option<i64>,
     /// What the model computes with; shares storage with the model.
     pub weight: Tensor,
     /// `master: fp32`: exact weights, fp32. `split`: the 16 bits that `weight` lacks, int16. The same storage as
@@ -50,6 +72,20 @@ pub struct ParamState {
 }
 
 impl ParamState {
+    /// The bits of stochastic rounding in a step; parts of a parameter have their own.
+    fn noise_key(&self, seed: u64, step: i64) -> u64 {
+        noise_key(seed.wrapping_add(self.start.unwrap_or(0) as u64), step, self.index)
+    }
+
+    /// Name in a checkpoint: `exp_avg.NAME`, of a part `exp_avg.NAME@START`. Scales count blocks.
+    fn saved_name(&self, kind: &str) -> String {
+        let unit = if kind.contains("scale") { low_memory::BLOCK } else { 1 };
+        match self.start {
+            None => format!("{kind}.{}", self.name),
+            Some(start) => format!("{kind}.{}@{}", self.name, start / unit),
+        }
+    }
+
     /// The exact weight: fp32, or bf16 where there is no more of it. A new tensor with `master: split`, else
     /// sharing storage.
     pub fn exact(&self) -> Tensor {
@@ -127,11 +163,14 @@ pub struct AdamW {
     eps: f64,
     mixed: bool,
     fused: bool,
-    grads: Tensor,
+    /// All gradients in one buffer; `None`: somebody else's, who clears them.
+    grads: Option<Tensor>,
     /// Which gradients the first micro-batch of a step overwrites; none before it is known.
     overwritten: Option<Vec<bool>>,
     /// What the first gradient norm that is not finite was due to (`ffi::grad_norm`).
     watch: Tensor,
+    /// 0, or nan once a norm over all ranks was not finite: `() fp32`.
+    stopped: Tensor,
     state: StateFormat,
     master: MasterFormat,
     offload: Option<Offload>,
@@ -145,10 +184,8 @@ impl AdamW {
     /// `config.cpu_offload` without what it needs ([`offload::require`]), or without enough memory on the host.
     pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Result<Self> {
         let fp32 = model.named_parameters();
-        let offload = match config.cpu_offload {
-            true => Some(new_offload(model, precision, config)?),
-            false => None,
-        };
+        let sizes: Vec<i64> = fp32.iter().map(|(_, p)| p.numel() as i64).collect();
+        let offload = Self::offload(&sizes, model.device(), model.fused, precision, config)?;
         let masters: Vec<Tensor> = match (precision, &offload) {
             (_, Some(offload)) => offload.take_over(&fp32),
             (Precision::Bf16Mixed | Precision::Fp8Mixed, None) => {
@@ -162,27 +199,49 @@ impl AdamW {
         model.requires_grad(true);
 
         let weights = model.named_parameters();
+        let (grads, sums) =
+            gradient_buffer(&weights, gradient_kind(precision, weights[0].1.kind()));
+        let mut masters = masters.into_iter();
+        let part = |(index, ((name, weight), grad)): (usize, ((String, Tensor), Tensor))| {
+            ffi::set_grad(&weight, &grad).expect("a part of the buffer has its weight's shape");
+            Part { name, index, start: None, weight, grad, exact: masters.next() }
+        };
+        let parts = weights.into_iter().zip(sums).enumerate().map(part).collect();
+        let mut optimizer =
+            Self::of_parts(parts, model.device(), offload, model.fused, precision, config);
+        optimizer.grads = Some(grads);
+        Ok(optimizer)
+    }
+
+    /// An optimizer of parameters, or of the parts of them that this rank keeps, whose gradients somebody else clears.
+    ///
+    /// # Shapes
+    /// A whole parameter's own, a part (n,).
+    pub fn of_parts(
+        parts: Vec<Part>,
+        device: Device,
+        offload: Option<Offload>,
+        fused: bool,
+        precision: Precision,
+        config: &OptimizerConfig,
+    ) -> Self {
         let mixed = precision.is_mixed();
-        let grad_kind = if mixed { Kind::Float } else { weights[0].1.kind() };
-        let (grads, parts) = gradient_buffer(&weights, grad_kind);
         let (state, master) = match mixed {
             true => (config.state, config.master),
             false => (StateFormat::Fp32, MasterFormat::Fp32),
         };
-        let mut masters = masters.into_iter();
-        let new = |(i, ((name, weight), grad)): (usize, ((String, Tensor), Tensor))| {
-            ffi::set_grad(&weight, &grad).expect("a part of the buffer has its weight's shape");
-            let device = weight.device();
+        let new = |(i, part): (usize, Part)| {
             let zeros = |kept: Kept, shape: &[i64], kind: Kind| {
                 let host = offload.as_ref().and_then(|offload| offload.part(kept, i, shape));
                 host.unwrap_or_else(|| Tensor::zeros(shape, (kind, device)))
             };
-            new_param(name, weight, grad, masters.next(), state, master, zeros)
+            new_param(part, state, master, zeros)
         };
         let params: Vec<ParamState> =
-            tch::no_grad(|| weights.into_iter().zip(parts).enumerate().map(new).collect());
-        let watch = Tensor::zeros([params.len() as i64 + 1], (Kind::Int, model.device()));
-        Ok(Self {
+            tch::no_grad(|| parts.into_iter().enumerate().map(new).collect());
+        Self {
+            watch: Tensor::zeros([params.len() as i64 + 1], (Kind::Int, device)),
+            stopped: Tensor::zeros([], (Kind::Float, device)),
             params,
             step_count: 0,
             seed: 0,
@@ -190,14 +249,31 @@ impl AdamW {
             weight_decay: config.weight_decay,
             eps: config.eps,
             mixed,
-            fused: model.fused && model.device().is_cuda() && precision != Precision::Bf16True,
-            grads,
+            fused: fused && device.is_cuda() && precision != Precision::Bf16True,
+            grads: None,
             overwritten: None,
-            watch,
             state,
             master,
             offload,
-        })
+        }
+    }
+
+    /// Memory on the host for the state of parts of these sizes, where `config.cpu_offload` asks for it.
+    ///
+    /// # Errors
+    /// As [`AdamW::new`].
+    pub fn offload(
+        sizes: &[i64],
+        device: Device,
+        fused: bool,
+        precision: Precision,
+        config: &OptimizerConfig,
+    ) -> Result<Option<Offload>> {
+        if !config.cpu_offload {
+            return Ok(None);
+        }
+        offload::require(device, precision.is_mixed(), fused)?;
+        Offload::new(sizes, config, device).map(Some)
     }
 
     /// Makes the CPU wait until masters and moments that lie on the host are those of the last step. What this type
@@ -215,7 +291,7 @@ impl AdamW {
     ///
     /// Only the fused update leaves such gradients as they are. Which they are is seen in the first call.
     pub fn overwriting<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        if !self.fused {
+        if !self.fused || self.grads.is_none() {
             return work();
         }
         let grads = self.params.iter().map(|p| &p.grad);
@@ -239,11 +315,18 @@ impl AdamW {
         self.fused
     }
 
-    /// L2 norm over all gradient sums, `() fp32` on their device. The CPU does not wait.
-    pub fn grad_norm(&self) -> Tensor {
+    /// L2 norm over all gradient sums here, `() fp32` on their device. The CPU does not wait.
+    pub fn grad_norm(&self) -> Result<Tensor> {
+        if self.params.is_empty() {
+            return Ok(self.stopped.copy()); // a rank with nothing but padding
+        }
+        if self.fused {
+            let grads: Vec<&Tensor> = self.params.iter().map(|p| &p.grad).collect();
+            return ffi::grad_norm(&grads, None, Some(&self.watch)).map(|(norm, _)| norm);
+        }
         let norm = |p: &ParamState| p.grad.norm_scalaropt_dtype(2, Kind::Float);
         let norms: Vec<Tensor> = self.params.iter().map(norm).collect();
-        Tensor::stack(&norms, 0).norm()
+        Ok(Tensor::stack(&norms, 0).norm())
     }
 
     /// Clips the global norm to `max_norm`, updates masters and moments, refreshes the working copies.
@@ -259,23 +342,39 @@ impl AdamW {
         if self.fused {
             return self.step_fused(lr, max_norm);
         }
-        let norm = self.grad_norm();
-        // As clip_grad_norm_: max_norm / (norm + 1e-6), at most 1. `norm * 0` carries inf and nan over.
-        let clip = match max_norm {
-            Some(max) => ((&norm + 1e-6).reciprocal() * max).clamp_max(1.0) + &norm * 0.0,
-            None => &norm * 0.0 + 1.0,
-        };
-        if norm.double_value(&[]).is_finite() {
-            self.step_reference(lr, &clip);
-            self.step_count += 1;
-        }
+        let norm = self.grad_norm()?;
+        self.step_reference(lr, &clip_factor(&norm, max_norm));
         Ok(norm)
     }
 
+    /// [`AdamW::step`] with gradients that are still to be multiplied by `factor`, and their norm over all ranks, which
+    /// all ranks know: both `() fp32`.
+    pub fn step_by_norm(
+        &mut self,
+        lr: f64,
+        max_norm: Option<f64>,
+        norm: &Tensor,
+        factor: &Tensor,
+    ) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let _ = self.stopped.g_add_(&(norm * 0.0)); // as the fused norm's `watch`, which knows this rank's part
+        let clip = clip_factor(norm, max_norm) * factor + &self.stopped; // ()
+        match self.fused {
+            true => self.update_fused(lr, &clip)?,
+            false => self.step_reference(lr, &clip),
+        }
+        Ok(())
+    }
+
     fn step_fused(&mut self, lr: f64, max_norm: Option<f64>) -> Result<Tensor> {
-        let [beta1, beta2] = self.betas;
         let grads: Vec<&Tensor> = self.params.iter().map(|p| &p.grad).collect();
         let (norm, clip) = ffi::grad_norm(&grads, max_norm, Some(&self.watch))?;
+        self.update_fused(lr, &clip)?;
+        Ok(norm)
+    }
+
+    fn update_fused(&mut self, lr: f64, clip: &Tensor) -> Result<()> {
+        let [beta1, beta2] = self.betas;
         let step = self.step_count + 1;
         let tensors = self.params.iter().enumerate().map(|(i, p)| ffi::AdamWTensors {
             param: (self.master != MasterFormat::Bf16).then_some(&p.master),
@@ -284,27 +383,32 @@ impl AdamW {
             exp_avg_sq: &p.exp_avg_sq,
             scales: p.scales.as_ref().map(|[m, v]| (m, v)),
             weight: self.mixed.then_some(&p.weight),
-            key: noise_key(self.seed, step, i),
-            clear_grad: !self.overwritten.as_ref().is_some_and(|old| old[i]),
+            key: p.noise_key(self.seed, step),
+            clear_grad: self.grads.is_some()
+                && !self.overwritten.as_ref().is_some_and(|old| old[i]),
         });
         let tensors: Vec<ffi::AdamWTensors> = tensors.collect();
         let (eps, weight_decay) = (self.eps, self.weight_decay);
         let scalars = ffi::AdamWScalars { lr, beta1, beta2, eps, weight_decay, step };
         match &self.offload {
-            Some(offload) => offload.adamw(&tensors, &clip, scalars)?,
-            None => ffi::adamw(&tensors, &clip, scalars)?,
+            _ if tensors.is_empty() => {}
+            Some(offload) => offload.adamw(&tensors, clip, scalars)?,
+            None => ffi::adamw(&tensors, clip, scalars)?,
         }
         self.step_count += 1;
-        Ok(norm)
+        Ok(())
     }
 
-    /// The plain formula, a few ATen operations a parameter.
+    /// The plain formula, a few ATen operations a parameter; nothing where `clip` is not finite.
     fn step_reference(&mut self, lr: f64, clip: &Tensor) {
+        if !clip.double_value(&[]).is_finite() {
+            return;
+        }
         let [beta1, beta2] = self.betas;
         let s = (self.step_count + 1) as i32;
         let (bias1, bias2) = (1.0 - beta1.powi(s), 1.0 - beta2.powi(s));
         let random = self.state != StateFormat::Fp32 || self.master == MasterFormat::Bf16;
-        for (i, p) in self.params.iter_mut().enumerate() {
+        for p in &mut self.params {
             let grad = &p.grad * clip.to_kind(p.grad.kind());
             let mut master = match self.mixed {
                 true => p.exact().to_kind(Kind::Float),
@@ -318,7 +422,7 @@ impl AdamW {
             let _ = master.g_sub_(&(&m / denominator * (lr / bias1)));
             let (shape, device) = (p.weight.size(), p.weight.device());
             let noise = match random {
-                true => Noise::new(noise_key(self.seed, i64::from(s), i), &shape, device),
+                true => Noise::new(p.noise_key(self.seed, i64::from(s)), &shape, device),
                 false => Noise::half(&[0], device),
             };
             p.keep_moments(self.state, &[m, v], &noise);
@@ -326,6 +430,7 @@ impl AdamW {
                 p.keep_weight(self.master, &master, &noise);
             }
         }
+        self.step_count += 1;
     }
 
     /// Zeroes the gradient sums in place, before a step's micro-batches. The fused update has done so, but for those
@@ -338,22 +443,25 @@ impl AdamW {
 
     /// Zeroes the gradient sums in place.
     pub fn clear_gradients(&mut self) {
-        let _ = self.grads.zero_();
+        if let Some(grads) = &mut self.grads {
+            let _ = grads.zero_();
+        }
     }
 
-    /// Names of the parameters whose gradient sum held a value that is not finite when a norm was not finite for the
-    /// first time.
+    /// Names of the parameters, of those here, whose gradient sum held a value that is not finite when a norm was not
+    /// finite for the first time.
     ///
     /// # Sync
     /// The CPU waits; for the message of a run that stops.
     pub fn non_finite(&self) -> Vec<&str> {
-        let watched = Vec::<i64>::try_from(&self.watch.to_kind(Kind::Int64)).unwrap_or_default();
-        let bad = |(i, p): (usize, &ParamState)| match self.fused {
-            true => watched.get(i) == Some(&1),
-            false => !p.grad.norm().double_value(&[]).is_finite(),
-        };
-        let params = self.params.iter().enumerate();
-        params.filter(|&(i, p)| bad((i, p))).map(|(_, p)| p.name.as_str()).collect()
+        let names = self.params.iter().map(|p| p.name.as_str());
+        if self.fused {
+            let watched = Vec::<i64>::try_from(&self.watch.to_kind(Kind::Int64)); // (n + 1,)
+            let bad = names.zip(watched.unwrap_or_default()).filter(|(_, seen)| *seen == 1);
+            return bad.map(|(name, _)| name).collect();
+        }
+        let finite = |p: &ParamState| p.grad.norm().double_value(&[]).is_finite();
+        names.zip(&self.params).filter(|(_, p)| !finite(p)).map(|(name, _)| name).collect()
     }
 
     /// The exact weights under their lit-gpt names. They share storage but for `master: split`, whose weights are
@@ -371,7 +479,7 @@ impl AdamW {
     }
 
     /// Moments under the names `exp_avg.NAME` and `exp_avg_sq.NAME`, and with `state: int8` their scales
-    /// `exp_avg_scale.NAME` and `exp_avg_sq_scale.NAME`; sharing storage.
+    /// `exp_avg_scale.NAME` and `exp_avg_sq_scale.NAME`, of parts with `@START` behind; sharing storage.
     ///
     /// # Sync
     /// As [`AdamW::masters`].
@@ -382,22 +490,21 @@ impl AdamW {
             if let Some([scale, scale_sq]) = &p.scales {
                 kept.extend([("exp_avg_scale", scale), ("exp_avg_sq_scale", scale_sq)]);
             }
-            let named =
-                |(kind, t): (&str, &Tensor)| (format!("{kind}.{}", p.name), t.shallow_clone());
+            let named = |(kind, t): (&str, &Tensor)| (p.saved_name(kind), t.shallow_clone());
             kept.into_iter().map(named).collect::<Vec<_>>()
         };
         self.params.iter().flat_map(all).collect()
     }
 
-    /// Restores what [`AdamW::state`] gave, bit for bit. fp32 moments are taken into `state: bf16` and `int8` too,
-    /// rounded to the nearest.
+    /// Restores what [`AdamW::state`] gave, bit for bit, also what optimizers of other parts gave. fp32 moments are taken
+    /// into `state: bf16` and `int8` too, rounded to the nearest.
     ///
     /// # Errors
     /// The moments are of another format; a tensor is missing, or has another shape or dtype.
-    pub fn load_state(&mut self, step_count: i64, saved: &[(String, Tensor)]) -> Result<()> {
+    pub fn load_state(&mut self, step_count: i64, saved: &Moments) -> Result<()> {
         let _guard = tch::no_grad_guard();
         self.settle();
-        let theirs = saved.iter().find(|(n, _)| n.starts_with("exp_avg.")).map(|(_, t)| t.kind());
+        let theirs = saved.kind_of("exp_avg.");
         let ours = self.params.first().map(|p| p.exp_avg.kind());
         match (theirs.and_then(format_of), ours.and_then(format_of)) {
             (Some(StateFormat::Fp32), _) if self.state != StateFormat::Fp32 => {
@@ -412,7 +519,7 @@ impl AdamW {
             ),
             _ => {
                 for (name, mut ours) in self.state() {
-                    ours.copy_(find(saved, &name, ours.kind(), &ours.size())?);
+                    ours.copy_(&saved.get(&name, ours.kind(), &ours.size())?);
                 }
             }
         }
@@ -421,12 +528,11 @@ impl AdamW {
     }
 
     /// Takes fp32 moments over into a smaller format.
-    fn narrow_state(&mut self, saved: &[(String, Tensor)]) -> Result<()> {
+    fn narrow_state(&mut self, saved: &Moments) -> Result<()> {
         for p in &mut self.params {
             let (shape, device) = (p.weight.size(), p.weight.device());
             let moment = |kind: &str| -> Result<Tensor> {
-                let name = format!("{kind}.{}", p.name);
-                Ok(find(saved, &name, Kind::Float, &shape)?.to_device(device))
+                Ok(saved.get(&p.saved_name(kind), Kind::Float, &shape)?.to_device(device))
             };
             let moments = [moment("exp_avg")?, moment("exp_avg_sq")?];
             p.keep_moments(self.state, &moments, &Noise::half(&shape, device));
@@ -435,24 +541,27 @@ impl AdamW {
     }
 }
 
-/// Memory on the host for a model in fp32, which a step can stream.
-fn new_offload(model: &GPT, precision: Precision, config: &OptimizerConfig) -> Result<Offload> {
-    offload::require(model.device(), precision.is_mixed(), model.fused)?;
-    let sizes: Vec<i64> = model.named_parameters().iter().map(|(_, p)| p.numel() as i64).collect();
-    Offload::new(&sizes, config, model.device())
+/// As clip_grad_norm_: `max_norm / (norm + 1e-6)`, at most 1, `() fp32`; not finite where the norm is not.
+fn clip_factor(norm: &Tensor, max_norm: Option<f64>) -> Tensor {
+    match max_norm {
+        Some(max) => ((norm + 1e-6).reciprocal() * max).clamp_max(1.0) + norm * 0.0,
+        None => norm * 0.0 + 1.0,
+    }
 }
 
-/// A parameter with moments of zero. `exact`: its fp32 values in `bf16-mixed`; elsewhere the weight has them. `zeros`
-/// gives the memory of a kind of state.
+/// Dtype of the gradient sums of weights of this dtype.
+pub fn gradient_kind(precision: Precision, weight: Kind) -> Kind {
+    if precision.is_mixed() { Kind::Float } else { weight }
+}
+
+/// A parameter with moments of zero. `zeros` gives the memory of a kind of state.
 fn new_param(
-    name: String,
-    weight: Tensor,
-    grad: Tensor,
-    exact: Option<Tensor>,
+    part: Part,
     state: StateFormat,
     master: MasterFormat,
     zeros: impl Fn(Kept, &[i64], Kind) -> Tensor,
 ) -> ParamState {
+    let Part { name, index, start, weight, grad, exact } = part;
     let (shape, device) = (weight.size(), weight.device());
     let [first, second] = match state {
         StateFormat::Fp32 => [exact.as_ref().map_or(weight.kind(), Tensor::kind); 2],
@@ -463,6 +572,8 @@ fn new_param(
     let scale = |kept| zeros(kept, &blocks, Kind::Float);
     let mut p = ParamState {
         name,
+        index,
+        start,
         master: match (&exact, master) {
             (Some(exact), MasterFormat::Fp32) => exact.shallow_clone(),
             (Some(_), MasterFormat::Split) => zeros(Kept::Master, &shape, Kind::Int16),
@@ -478,26 +589,6 @@ fn new_param(
         p.keep_weight(master, &exact.to_device(device), &Noise::half(&shape, device));
     }
     p
-}
-
-/// The tensor `name` of a saved state.
-fn find<'a>(
-    saved: &'a [(String, Tensor)],
-    name: &str,
-    kind: Kind,
-    shape: &[i64],
-) -> Result<&'a Tensor> {
-    let Some((_, found)) = saved.iter().find(|(n, _)| n == name) else {
-        bail!("optimizer state lacks `{name}`")
-    };
-    if (found.kind(), &found.size()[..]) != (kind, shape) {
-        bail!(
-            "optimizer state `{name}`: expected {kind:?} {shape:?}, got {:?} {:?}",
-            found.kind(),
-            found.size()
-        );
-    }
-    Ok(found)
 }
 
 /// The format whose first moments are of this dtype.

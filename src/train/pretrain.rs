@@ -1,26 +1,30 @@
 //! Pretraining: the loop, from top to bottom.
 
+use super::ranks::{self, TIME_IS_UP};
 use super::run::{LaunchedStep, Run, TakenStep};
 use super::signals::StopSignal;
 use super::{LOWER, plot, saver};
 use crate::config::{OnSaveError, RunConfig};
+use crate::distributed::Job;
+use crate::distributed::saver::Saver;
 use crate::error::{WithHint, exit};
 use crate::generate::{GenerateOptions, generate_text};
 use crate::guard;
 use anyhow::{Result, anyhow};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Trains until `max_steps`, `max_tokens` or `max_time`, or a signal. Returns the exit code: 0, or
-/// 130/143 where SIGINT/SIGTERM stopped it; both after a checkpoint was written.
+/// 130/143 where SIGINT/SIGTERM stopped it; both after a checkpoint was written. `job`: as one of several ranks, which all
+/// call this.
 ///
 /// # Errors
 /// Bad data, a full disk, CUDA out of memory, a loss or gradient that is not finite.
 ///
 /// # Sync
 /// The CPU waits for the GPU once a step, for the loss and gradient norm of the step before, while the card has work.
-pub fn pretrain(config: &RunConfig) -> Result<u8> {
-    let mut run = Run::assemble(config)?;
+pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
+    let mut run = Run::assemble(config, job)?;
     let stop = StopSignal::install()?;
     let (train, eval) = (&config.train, &config.eval);
 
@@ -41,7 +45,7 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
         }
         let validates = due(eval.interval, step) && !run.finished();
         let saves = due(train.save_interval, step) && !run.finished();
-        let stops = stop.requested();
+        let stops = ranks::stop_for(&run, &stop);
         let pause = validates || saves || stops.is_some() || run.finished();
         if (pause || !run.runs_ahead())
             && let Some(last) = in_flight.take()
@@ -56,12 +60,18 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
         if saves {
             save_periodic(&mut run, step)?;
         }
+        if run.saver.as_ref().is_some_and(Saver::is_done) {
+            conclude_save(&mut run)?;
+        }
         if pause {
             clock = Instant::now();
         }
+        if stops == Some(TIME_IS_UP) {
+            break;
+        }
         if let Some(signal) = stops {
             let path = saver::save(&mut run, &format!("step-{step:08}"))?;
-            run.log.finish()?;
+            close_log(&mut run)?;
             eprintln!("stopped by signal {signal}; saved {}", path.display());
             eprintln!("continue with the same command and `--resume auto`");
             return Ok(if signal == 2 { exit::INTERRUPTED } else { exit::TERMINATED });
@@ -73,6 +83,9 @@ pub fn pretrain(config: &RunConfig) -> Result<u8> {
 /// Waits for a step's numbers, looks at them and logs them. `clock` started when the step before was concluded.
 fn conclude(run: &mut Run, step: LaunchedStep, clock: &mut Instant) -> Result<()> {
     let taken = step.wait()?; // the CPU waits for the GPU here, once a step
+    if let Some(job) = run.job {
+        job.group().check()?; // numbers of a collective that failed are garbage
+    }
     let seconds = std::mem::replace(clock, Instant::now()).elapsed().as_secs_f64();
     check_finite(run, &taken)?;
     let is_last = taken.progress.step == run.progress.step && run.finished();
@@ -106,16 +119,44 @@ fn check_finite(run: &Run, taken: &TakenStep) -> Result<()> {
 
 /// A periodic checkpoint; a failure ends the run or not, as `train.on_save_error` says. Earlier
 /// checkpoints are untouched either way.
+///
+/// Several ranks write it beside training, which waits for copies in host memory alone.
 fn save_periodic(run: &mut Run, step: u64) -> Result<()> {
-    let saved = saver::save(run, &format!("step-{step:08}"));
+    let name = format!("step-{step:08}");
+    if run.ranks.is_none() {
+        let saved = saver::save(run, &name);
+        return told_save(run, saved.map(Some));
+    }
+    conclude_save(run)?;
+    match ranks::begin_save(run, &name) {
+        Ok(stall) => {
+            run.note(&format!("saving {name} beside training, which waited {stall:.2} s"));
+            Ok(())
+        }
+        Err(e) => told_save(run, Err(e)),
+    }
+}
+
+/// Waits for the checkpoint that is being written beside training, if one is.
+fn conclude_save(run: &mut Run) -> Result<()> {
+    let saved = ranks::finish_save(run);
+    told_save(run, saved)
+}
+
+fn told_save(run: &mut Run, saved: Result<Option<PathBuf>>) -> Result<()> {
     match (saved, run.config.train.on_save_error) {
-        (Ok(path), _) => run.log.note(&format!("saved {}", path.display())),
+        (Ok(None), _) => {}
+        (Ok(Some(path)), _) => run.note(&format!("saved {}", path.display())),
         (Err(e), OnSaveError::Stop) => return Err(e),
         (Err(e), OnSaveError::Continue) => {
-            run.log.note(&format!("warning: checkpoint of step {step} not written: {e:#}"));
+            run.note(&format!("warning: a checkpoint was not written: {e:#}"));
         }
     }
     Ok(())
+}
+
+fn close_log(run: &mut Run) -> Result<()> {
+    run.log.as_mut().map_or(Ok(()), |log| log.finish().map(|_| ()))
 }
 
 /// Final validation and checkpoint, loss curve, sample, and what to do next.
@@ -124,11 +165,16 @@ fn finish(run: &mut Run) -> Result<u8> {
         run.validate(None)?;
     }
     let path = saver::save(run, "final")?;
-    run.log.finish()?;
+    close_log(run)?;
     let curve = run.config.out_dir.join("loss.png");
-    plot::loss_curve(&run.config.out_dir.join("metrics.jsonl"), &curve)?;
-    print_sample(run)?;
-    next_steps(&path, &curve);
+    let prints = run.log.is_some();
+    if prints {
+        plot::loss_curve(&run.config.out_dir.join("metrics.jsonl"), &curve)?;
+    }
+    print_sample(run)?; // by all ranks together: the weights are shared
+    if prints {
+        next_steps(&path, &curve);
+    }
     Ok(exit::OK)
 }
 

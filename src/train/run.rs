@@ -5,7 +5,8 @@ use super::flops::{self, FlopsPerToken};
 use super::memory;
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::{AdamW, offload};
-use super::pick_attention::pick_attention;
+use super::pick_attention::{Picked, pick_attention};
+use super::ranks;
 use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
 use super::{saver, validate};
@@ -13,6 +14,8 @@ use crate::config::{
     ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Resume, RunConfig,
 };
 use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
+use crate::distributed::saver::Saver;
+use crate::distributed::{Job, Ranks};
 use crate::error::WithHint;
 use crate::ffi::ReadBack;
 use crate::model::{Fp8, GPT, ModelConfig};
@@ -20,6 +23,7 @@ use crate::tokenizer::Tokenizer;
 use crate::{bail_hint, checkpoint, config, device, ffi, guard, model};
 use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 use tch::{Device, Tensor};
 
@@ -82,8 +86,8 @@ impl LaunchedStep {
     }
 }
 
-/// A run in progress.
-pub struct Run {
+/// A run in progress, on this rank.
+pub struct Run<'j> {
     /// Its configuration.
     pub config: RunConfig,
     /// Batch arithmetic.
@@ -99,9 +103,15 @@ pub struct Run {
     /// Validation set, if any.
     pub val: Option<ValidationSet>,
     /// Tokenizer, if any.
-    pub tokenizer: Option<Tokenizer>,
-    /// metrics.jsonl, TensorBoard, log lines, progress bar.
-    pub log: RunLog,
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// metrics.jsonl, TensorBoard, log lines, progress bar; on rank 0.
+    pub log: Option<RunLog>,
+    /// The other ranks, if there are any.
+    pub job: Option<&'j Job>,
+    /// What they share.
+    pub ranks: Option<Ranks>,
+    /// Writes the checkpoints of several ranks.
+    pub saver: Option<Saver>,
     /// Counters.
     pub progress: Progress,
     /// Forward and backward of a micro-batch.
@@ -115,14 +125,16 @@ pub struct Run {
     elapsed_before: f64,
 }
 
-impl Run {
-    /// Prepares data where the configuration says so, builds model, optimizer and readers, and resumes.
-    pub fn assemble(config: &RunConfig) -> Result<Self> {
+impl<'j> Run<'j> {
+    /// Prepares data where the configuration says so, builds model, optimizer and readers, and resumes. `job`: as one of
+    /// several ranks.
+    pub fn assemble(config: &RunConfig, job: Option<&'j Job>) -> Result<Self> {
         ffi::configure_allocator()?;
         let model_config = config.model()?;
-        let device = device::resolve(&config.device.0)?;
+        let device =
+            job.map_or_else(|| device::resolve(&config.device.0), |job| Ok(job.device()))?;
         let sequence = config.sequence_length(&model_config);
-        let plan = BatchPlan::new(config, sequence, 1)?;
+        let plan = BatchPlan::new(config, sequence, job.map_or(1, |job| job.size() as u64))?;
         set_backends(config, device)?;
         if config.precision == Precision::Fp8Mixed {
             model::require_fp8(&model_config, device)?; // before data is prepared
@@ -130,23 +142,35 @@ impl Run {
         if config.optimizer.cpu_offload {
             offload::require(device, config.precision.is_mixed(), config.fused)?;
         }
-        if let Device::Cuda(index) = device {
+        if let (Device::Cuda(index), None) = (device, job) {
             let card = ffi::cuda_device(index)?.total_memory as u64;
             let memory = config.memory_limit_bytes().map_or(card, |limit| limit.min(card));
             memory::check_fits(config, &model_config, sequence as u64, memory)?;
         }
 
         // 1. Which checkpoint, before anything is prepared; tokenizer and data.
-        let resume_from = find_resume(config)?;
+        let resume_from = match job {
+            Some(job) => ranks::find_resume(job, || find_resume(config))?,
+            None => find_resume(config)?,
+        };
         let tokenizer = config.tokenizer_dir.as_deref().map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {
             crate::generate::check_vocabulary(tokenizer, &model_config)?;
         }
-        prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref())?;
-        let (mut loader, val) = open_data(config, &model_config, sequence)?;
+        let prepare = || prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref());
+        match job {
+            Some(job) => ranks::one_after_another(job, prepare)?,
+            None => prepare()?,
+        }
+        let place = job.map_or((0, 1), |job| (job.rank(), job.size()));
+        let (mut loader, val) = open_data(config, &model_config, sequence, place)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
-        let attention = pick_attention(config, &model_config, sequence, device)?;
+        let attention = match job {
+            // Ranks that measured might choose differently.
+            Some(_) => Picked { backend: config.attention, told: None },
+            None => pick_attention(config, &model_config, sequence, device)?,
+        };
         tch::manual_seed(config.seed as i64);
         let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
             (Some(dir), _) => {
@@ -168,7 +192,17 @@ impl Run {
         model.recomputed_blocks = config.train.recomputed_blocks(model_config.n_layer) as usize;
 
         // 3. Optimizer: takes the fp32 weights over as masters.
-        let mut optimizer = AdamW::new(&mut model, config.precision, &config.optimizer)?;
+        let (ranks, mut optimizer) = match job {
+            Some(job) => {
+                let (ranks, optimizer) = ranks::parallelize(job, &mut model, config)?;
+                (Some(ranks), optimizer)
+            }
+            None => (None, AdamW::new(&mut model, config.precision, &config.optimizer)?),
+        };
+        let saver = match (job, &ranks) {
+            (Some(job), Some(ranks)) => Some(ranks::new_saver(job, ranks)?),
+            _ => None,
+        };
         optimizer.seed = config.seed;
         if config.precision == Precision::Fp8Mixed {
             model.enable_fp8()?;
@@ -181,15 +215,14 @@ impl Run {
         };
 
         // 5. The run's folder and its log.
-        std::fs::create_dir_all(&config.out_dir)
-            .with_context(|| format!("cannot create `{}`", config.out_dir.display()))?;
-        config::save_resolved(config, &config.out_dir.join("config.yaml"))?;
-        let totals = Totals { steps: plan.total_steps, tokens: plan.total_tokens() };
-        let resumed = resume_from.is_some().then_some(progress.step);
-        let log = RunLog::open(&config.out_dir, resumed, totals, false)?;
+        let log = match job {
+            Some(job) if job.rank() > 0 => None,
+            _ => Some(open_log(config, &plan, resume_from.is_some().then_some(progress.step))?),
+        };
 
+        let alone = job.is_none(); // hooks that bring weights are no part of a graph
         let mut micro = MicroStep::new(
-            device.is_cuda() && config.fused && config.cuda_graph == CudaGraph::Auto,
+            alone && device.is_cuda() && config.fused && config.cuda_graph == CudaGraph::Auto,
         );
         micro.find_scales = model.fp8.is_some() && !has_scales;
         let width = model_config.n_head * model_config.head_size;
@@ -211,8 +244,11 @@ impl Run {
             optimizer,
             loader,
             val,
-            tokenizer,
+            tokenizer: tokenizer.map(Arc::new),
             log,
+            job,
+            ranks,
+            saver,
             progress,
             micro,
             flops,
@@ -232,6 +268,9 @@ impl Run {
         eprintln!("model       {} with {millions:.1}M parameters", self.model.config.name);
         eprintln!("device      {name}, {}", self.config.precision);
         eprintln!("batch       {}", self.plan);
+        if let (Some(job), Some(ranks)) = (self.job, &self.ranks) {
+            eprintln!("ranks       {}", ranks::told(job, ranks, &self.config.distributed)?);
+        }
         if self.model.recomputed_blocks > 0 {
             let (again, all) = (self.model.recomputed_blocks, self.model.h.len());
             eprintln!("recompute   {again} of {all} blocks, in the backward pass");
@@ -264,9 +303,27 @@ impl Run {
 
     /// Whether one of the stopping criteria is met.
     pub fn finished(&self) -> bool {
-        let t = &self.config.train;
         self.plan.total_steps.is_some_and(|n| self.progress.step >= n)
-            || t.max_time.is_some_and(|limit| self.elapsed() >= limit)
+            || self.job.is_none() && self.time_is_up() // clocks differ: ranks agree on it as on a signal
+    }
+
+    /// Whether `train.max_time` has passed on this rank.
+    pub fn time_is_up(&self) -> bool {
+        self.config.train.max_time.is_some_and(|limit| self.elapsed() >= limit)
+    }
+
+    /// A line for the user.
+    pub fn note(&mut self, text: &str) {
+        if let Some(log) = &mut self.log {
+            log.note(text);
+        }
+    }
+
+    /// Tells the watch of a job what this rank is at.
+    fn tick(&self, stage: &'static str) {
+        if let Some(job) = self.job {
+            job.tick(self.progress.step + 1, stage);
+        }
     }
 
     /// Whether a step may be launched before the numbers of the one before are known.
@@ -301,12 +358,15 @@ impl Run {
         let train = &self.config.train;
         let step = self.progress.step + 1;
         let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
+        self.tick("reading data");
         let batches =
             (0..self.plan.accumulation).map(|_| self.loader.next()).collect::<Result<Vec<_>>>()?;
+        self.tick("the step");
         let (model, optimizer, micro) = (&self.model, &mut self.optimizer, &mut self.micro);
+        let ranks = self.ranks.as_ref();
         let numbers = guard::catch("the training step", self.device, super::LOWER, || {
             optimizer.zero_grad();
-            let out = train_step(model, optimizer, micro, &batches, lr, train)?;
+            let out = train_step(model, optimizer, micro, &batches, lr, train, ranks)?;
             let mut numbers = vec![out.loss.view([1]), out.grad_norm.view([1])];
             numbers.extend(model.fp8.as_ref().map(Fp8::numbers));
             let numbers = Tensor::cat(&numbers, 0); // (2 + scales,)
@@ -334,7 +394,8 @@ impl Run {
             }
             _ => None,
         };
-        self.log.step(&StepRecord {
+        let Some(log) = &mut self.log else { return Ok(()) };
+        log.step(&StepRecord {
             step: progress.step,
             iter: progress.iter,
             tokens: progress.tokens,
@@ -354,20 +415,33 @@ impl Run {
 
     /// Validates and logs the result, where there is a validation set.
     pub fn validate(&mut self, max_iters: Option<u64>) -> Result<Option<f64>> {
+        self.tick("validation");
         let Some(set) = &self.val else { return Ok(None) };
-        let model = &self.model;
+        let (model, ranks) = (&self.model, self.ranks.as_ref());
         let loss = guard::catch("validation", self.device, super::LOWER, || {
-            validate::validate(model, set, max_iters)
+            validate::validate(model, set, max_iters, ranks)
         })?;
-        self.log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;
+        if let Some(log) = &mut self.log {
+            log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;
+        }
         Ok(Some(loss))
     }
+}
+
+/// The run's folder, and what is logged there.
+fn open_log(config: &RunConfig, plan: &BatchPlan, resumed: Option<u64>) -> Result<RunLog> {
+    std::fs::create_dir_all(&config.out_dir)
+        .with_context(|| format!("cannot create `{}`", config.out_dir.display()))?;
+    config::save_resolved(config, &config.out_dir.join("config.yaml"))?;
+    let totals = Totals { steps: plan.total_steps, tokens: plan.total_tokens() };
+    RunLog::open(&config.out_dir, resumed, totals, false)
 }
 
 fn open_data(
     config: &RunConfig,
     model: &ModelConfig,
     sequence: i64,
+    (rank, world): (usize, usize),
 ) -> Result<(DataLoader, Option<ValidationSet>)> {
     let micro_batch_size = config.train.micro_batch_size as usize;
     let vocab_size = model.padded_vocab_size as usize;
@@ -375,8 +449,8 @@ fn open_data(
         sources: config.data.train.clone(),
         micro_batch_size,
         block_size: sequence as usize,
-        rank: 0,
-        world: 1,
+        rank,
+        world,
         seed: config.seed,
         vocab_size,
         prefetch: config.data.prefetch,

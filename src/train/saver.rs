@@ -1,6 +1,7 @@
 //! What a checkpoint of a run holds, and how a run takes it up again.
 
 use super::optimizer::AdamW;
+use super::ranks;
 use super::run::{Progress, Run};
 use crate::checkpoint::{self, TrainState};
 use crate::config::{Precision, RunConfig};
@@ -10,36 +11,34 @@ use crate::model::{Fp8, GPT};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
-use tch::Device;
+use tch::{Device, Tensor};
 
 /// Writes `out_dir/name` as a whole or not at all: a Hugging Face folder with the exact weights, and
 /// `train_state/` with moments, random generators, data cursor and counters.
 ///
 /// # Sync
 /// The CPU waits for the GPU and copies one tensor at a time.
+///
+/// Several ranks write theirs together, and wait until all is written.
 pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
+    if run.ranks.is_some() {
+        ranks::finish_save(run)?;
+        ranks::begin_save(run, name)?;
+        return ranks::finish_save(run)?.context("a checkpoint that was begun is nowhere");
+    }
     let config = &run.model.config;
     let masters = run.optimizer.masters();
     let mut moments = run.optimizer.state();
     moments.extend(run.model.fp8.iter().flat_map(Fp8::state));
 
-    let state = TrainState {
-        step: run.progress.step,
-        iter: run.progress.iter,
-        tokens: run.progress.tokens,
-        elapsed_seconds: run.progress.elapsed,
-        world_size: run.plan.world,
-        seed: run.config.seed,
-        precision: run.config.precision.to_string(),
-        data: serde_json::to_value(run.loader.state())?,
-    };
+    let state = train_state(run)?;
     let tokenizer_files = run.config.tokenizer_dir.as_deref().map(Tokenizer::files);
 
     let all = masters.iter().chain(&moments).map(|(_, t)| t);
     let needed = checkpoint::required_bytes(all);
     checkpoint::check_space(&run.config.out_dir, needed)?;
     let path = checkpoint::save_atomically(&run.config.out_dir, name, |dir| {
-        checkpoint::save_model(dir, config, &masters, run.tokenizer.as_ref())?;
+        checkpoint::save_model(dir, config, &masters, run.tokenizer.as_deref())?;
         checkpoint::copy_files(tokenizer_files.as_deref().unwrap_or_default(), dir)?;
         checkpoint::save_train_state(dir, &state, &moments, &rng_states(run.device)?)
     })?;
@@ -48,6 +47,20 @@ pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
         checkpoint::prune(&run.config.out_dir, keep as usize)?;
     }
     Ok(path)
+}
+
+/// Counters and data cursor.
+pub(super) fn train_state(run: &Run) -> Result<TrainState> {
+    Ok(TrainState {
+        step: run.progress.step,
+        iter: run.progress.iter,
+        tokens: run.progress.tokens,
+        elapsed_seconds: run.progress.elapsed,
+        world_size: run.plan.world,
+        seed: run.config.seed,
+        precision: run.config.precision.to_string(),
+        data: serde_json::to_value(run.loader.state())?,
+    })
 }
 
 /// Loads `train_state/` of a checkpoint whose weights already sit in the model. Whether it held the
@@ -63,7 +76,13 @@ pub fn restore(
     let (state, moments, generators) = checkpoint::load_train_state(dir)?;
     check_precision(&state, config.precision)?;
     optimizer.load_state(state.step as i64, &moments)?;
-    let has_scales = model.restore_fp8(&moments)?;
+    let scales = model.fp8.iter().flat_map(Fp8::state).filter(|(name, _)| moments.has(name));
+    let saved = |(name, ours): (String, Tensor)| {
+        let saved = moments.get(&name, ours.kind(), &ours.size())?;
+        Ok((name, saved))
+    };
+    let scales: Vec<(String, Tensor)> = scales.map(saved).collect::<Result<_>>()?;
+    let has_scales = model.restore_fp8(&scales)?;
     let cursor = serde_json::from_value(state.data.clone())
         .with_context(|| format!("data cursor of `{}`", dir.display()))?;
     loader.restore(&cursor)?;
@@ -107,7 +126,7 @@ fn report_changes(dir: &Path, config: &RunConfig) {
     }
 }
 
-fn rng_states(device: Device) -> Result<Vec<(String, tch::Tensor)>> {
+pub(super) fn rng_states(device: Device) -> Result<Vec<(String, tch::Tensor)>> {
     let mut states = vec![("cpu".to_owned(), ffi::rng_state(Device::Cpu)?)];
     if device.is_cuda() {
         states.push(("cuda".to_owned(), ffi::rng_state(device)?));

@@ -3,6 +3,7 @@
 use super::optimizer::AdamW;
 use crate::config::TrainConfig;
 use crate::data::Batch;
+use crate::distributed::Ranks;
 use crate::ffi::{Graph, Staged};
 use crate::model::GPT;
 use crate::ops::LossScalars;
@@ -20,7 +21,8 @@ pub struct StepOutput {
 /// Accumulates the gradients of all micro-batches of a step and updates the weights once.
 ///
 /// The loss is the mean over the targets (!= -100) of all micro-batches, so it does not depend on how the
-/// step is cut into micro-batches; it includes `label_smoothing` and `z_loss`. `train` says those and how to clip.
+/// step is cut into micro-batches, nor on how many `ranks` share it; it includes `label_smoothing` and `z_loss`. `train`
+/// says those and how to clip. Several ranks: `batches` are this one's.
 ///
 /// # Errors
 /// A failure of libtorch, such as CUDA out of memory, comes as a panic of tch;
@@ -35,27 +37,52 @@ pub fn train_step(
     batches: &[Batch],
     lr: f64,
     train: &TrainConfig,
+    ranks: Option<&Ranks>,
 ) -> Result<StepOutput> {
     let n_targets: i64 = batches.iter().map(|batch| batch.n_targets).sum();
+    // Other ranks' targets are not known yet: as if every token were one, and put right at the end.
+    let n_tokens: i64 = batches.iter().map(|batch| batch.target.numel() as i64).sum();
+    let expected = ranks.map_or(n_targets, |ranks| n_tokens * ranks.size() as i64).max(1) as f64;
     let scalars = LossScalars {
-        scale: 1.0 / n_targets.max(1) as f64,
+        scale: 1.0 / expected,
         label_smoothing: train.label_smoothing,
         z_loss: train.z_loss,
     };
     let device = model.device();
     let mut loss = Tensor::zeros([], (Kind::Float, device));
+    if let Some(ranks) = ranks {
+        ranks.fsdp.begin_micro_batch(false);
+    }
     if let (true, Some(first)) = (std::mem::take(&mut micro.find_scales), batches.first()) {
         find_scales(model, first, scalars)?;
         optimizer.clear_gradients();
     }
     let coming: Vec<[Coming; 2]> =
         batches.iter().map(|batch| stage(batch, device)).collect::<Result<_>>()?;
+    if let Some(ranks) = ranks {
+        ranks.fsdp.begin_step();
+    }
     for (i, [input, target]) in coming.into_iter().enumerate() {
         let (input, target) = (input.take()?, target.take()?); // (B, T) x2
         let first = (i == 0).then_some(&mut *optimizer);
+        if let Some(ranks) = ranks {
+            ranks.fsdp.begin_micro_batch(i + 1 == batches.len());
+        }
         let _ = loss.g_add_(&micro.run(model, first, &input, &target, scalars)?);
+        if let Some(ranks) = ranks {
+            ranks.fsdp.end_micro_batch()?;
+        }
     }
-    let grad_norm = optimizer.step(lr, train.max_norm)?;
+    let (loss, grad_norm) = match ranks {
+        None => (loss, optimizer.step(lr, train.max_norm)?),
+        Some(ranks) => {
+            let norm = optimizer.grad_norm()?;
+            let [norm, loss, factor] = ranks.totals(&norm, &loss, n_targets, expected)?;
+            optimizer.step_by_norm(lr, train.max_norm, &norm, &factor)?;
+            ranks.fsdp.weights_changed()?;
+            (loss, norm)
+        }
+    };
     model.refresh_fp8_weights()?;
     Ok(StepOutput { loss, grad_norm })
 }

@@ -2,27 +2,40 @@
 
 use super::step::stage;
 use crate::data::ValidationSet;
+use crate::distributed::Ranks;
 use crate::model::GPT;
 use crate::ops::LossScalars;
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
 /// Mean loss over the targets of the first `max_iters` batches of the set (`None`: all of it). The set is
-/// read in order, so two calls see the same tokens.
+/// read in order, so two calls see the same tokens. Several ranks share the batches; where they do not come out even,
+/// some run one that does not count, since all must go through the model together.
 ///
 /// # Sync
 /// The CPU waits once, at the end.
-pub fn validate(model: &GPT, set: &ValidationSet, max_iters: Option<u64>) -> Result<f64> {
+pub fn validate(
+    model: &GPT,
+    set: &ValidationSet,
+    max_iters: Option<u64>,
+    ranks: Option<&Ranks>,
+) -> Result<f64> {
     let _guard = tch::no_grad_guard();
-    let mut sum = Tensor::zeros([], (Kind::Double, model.device()));
-    let mut n_targets = 0;
-    let limit = max_iters.map_or(usize::MAX, |n| n as usize);
-    for batch in set.batches().take(limit) {
-        let batch = batch?;
+    let (rank, size) = ranks.map_or((0, 1), |ranks| (ranks.rank() as u64, ranks.size() as u64));
+    let n_batches = max_iters.map_or(set.n_batches(), |n| n.min(set.n_batches()));
+    let sums = Tensor::zeros([2], (Kind::Double, model.device())); // loss, targets
+    for i in (0..n_batches).step_by(size as usize).map(|first| first + rank) {
+        let counts = f64::from(u8::from(i < n_batches));
+        let batch = set.batch(i.min(n_batches - 1))?;
         let [input, target] = stage(&batch, model.device())?;
         let (input, target) = (input.take()?, target.take()?); // (B, T) x2
-        let _ = sum.g_add_(&model.loss(&input, &target, LossScalars::SUM).to_kind(Kind::Double));
-        n_targets += batch.n_targets;
+        let loss = model.loss(&input, &target, LossScalars::SUM).to_kind(Kind::Double);
+        let _ = sums.get(0).g_add_(&(loss * counts));
+        let _ = sums.get(1).g_add_scalar_(batch.n_targets as f64 * counts);
     }
-    Ok(sum.double_value(&[]) / n_targets.max(1) as f64)
+    if let Some(ranks) = ranks {
+        ranks.fsdp.check()?;
+        ranks.sum(&sums)?;
+    }
+    Ok(sums.double_value(&[0]) / sums.double_value(&[1]).max(1.0))
 }

@@ -76,5 +76,5 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 /// One optimizer step with the default training settings, launched kernel by kernel.
 pub fn one_step(model: &GPT, optimizer: &mut AdamW, batches: &[Batch], lr: f64) -> StepOutput {
     let train = TrainConfig::default();
-    train_step(model, optimizer, &mut MicroStep::default(), batches, lr, &train).unwrap()
+    train_step(model, optimizer, &mut MicroStep::default(), batches, lr, &train, None).unwrap()
 }

@@ -3,6 +3,7 @@
 use crate::common::card;
 use tch::{Device, Kind, Tensor};
 use tinyllama::bench::profile::{Family, Profile, StepSpan};
+use tinyllama::checkpoint::Moments;
 use tinyllama::config::{AttentionBackend, MasterFormat, OptimizerConfig, Precision, StateFormat};
 use tinyllama::ffi;
 use tinyllama::ffi::profile::Recording;
@@ -317,7 +318,7 @@ fn resume(model: &ModelConfig, from: &AdamW, config: &OptimizerConfig, device: D
     let mut optimizer = AdamW::new(&mut model, Precision::Bf16Mixed, config).unwrap();
     optimizer.seed = from.seed;
     let saved: Vec<_> = from.state().into_iter().map(|(name, t)| (name, t.copy())).collect();
-    optimizer.load_state(from.step_count, &saved).unwrap();
+    optimizer.load_state(from.step_count, &Moments::of(&saved)).unwrap();
     optimizer
 }
 

@@ -53,7 +53,8 @@ fn six_steps_in(
         optimizer.zero_grad();
         let batches = [batch(), batch()];
         let train = TrainConfig::default();
-        let out = train_step(&model, &mut optimizer, &mut micro, &batches, 1e-3, &train).unwrap();
+        let out =
+            train_step(&model, &mut optimizer, &mut micro, &batches, 1e-3, &train, None).unwrap();
         numbers.extend([out.loss.double_value(&[]), out.grad_norm.double_value(&[])]);
     }
     (numbers, optimizer.params.iter().map(|p| p.master.copy()).collect())

@@ -373,7 +373,9 @@ fn an_error_or_a_panic_of_one_rank_ends_all_with_its_causes_and_hint() {
 
 #[test]
 fn a_signal_stops_all_ranks_at_one_step_once_whoever_gets_it() {
-    for (to_worker, name, expected) in [(false, "-TERM", 143), (false, "-INT", 130), (true, "-TERM", 143)] {
+    for (to_worker, name, expected) in
+        [(false, "-TERM", 143), (false, "-INT", 130), (true, "-TERM", 143)]
+    {
         let scene = Scene::new();
         let launcher = scene.launch(&json!({ "devices": 3, "steps": 100_000 }));
         let worker = scene.wait_for_step(2, 3);

@@ -2,6 +2,7 @@
 
 use crate::common::{alone, one_step, tiny_llama};
 use tch::{Device, Kind, Tensor};
+use tinyllama::checkpoint::Moments;
 use tinyllama::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
 use tinyllama::data::Batch;
 use tinyllama::model::GPT;
@@ -348,7 +349,7 @@ fn a_resumed_run_equals_one_that_was_not_interrupted_in_every_format() {
         }
         let mut resumed = AdamW::new(&mut model, Precision::Bf16Mixed, &config).unwrap();
         resumed.seed = 17;
-        resumed.load_state(4, &moments).unwrap();
+        resumed.load_state(4, &Moments::of(&moments)).unwrap();
         assert_eq!(train(&model, &mut resumed, 4..8, 1e-3), losses, "{}", name(&config));
         assert_equal(&resumed.masters(), &straight.masters(), &name(&config));
         assert_equal(&resumed.state(), &straight.state(), &name(&config));
@@ -365,7 +366,7 @@ fn moments_of_another_format_are_refused_by_name_and_fp32_ones_are_taken_over() 
         let saved = copies(optimizer.state());
         for to in STATES.into_iter().filter(|to| *to != from) {
             let (_, mut other) = fresh(&with(to));
-            let loaded = other.load_state(2, &saved);
+            let loaded = other.load_state(2, &Moments::of(&saved));
             if from == StateFormat::Fp32 {
                 loaded.unwrap();
                 let near = |p: &tinyllama::train::optimizer::ParamState| match &p.scales {

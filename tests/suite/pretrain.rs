@@ -8,12 +8,12 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// A small run on 4,000 tokens of a known pattern, without a tokenizer.
-struct Setup {
-    dir: tempfile::TempDir,
+pub struct Setup {
+    pub dir: tempfile::TempDir,
 }
 
 impl Setup {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         for (name, salt) in [("train", 7), ("val", 13)] {
             let path = dir.path().join(name);
@@ -40,11 +40,11 @@ optimizer: {lr: 3e-3}
         Self { dir }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn args(&self, out: &str, more: &[&str]) -> Vec<String> {
+    pub fn args(&self, out: &str, more: &[&str]) -> Vec<String> {
         let config = self.path("run.yaml").display().to_string();
         let out = format!("out_dir={}", self.path(out).display());
         let mut args = vec!["pretrain".into(), config, "--set".into(), out];
@@ -52,18 +52,18 @@ optimizer: {lr: 3e-3}
         args
     }
 
-    fn run(&self, out: &str, more: &[&str]) -> Output {
+    pub fn run(&self, out: &str, more: &[&str]) -> Output {
         cargo_bin_cmd!("tinyllama").args(self.args(out, more)).output().unwrap()
     }
 
-    fn start(&self, out: &str, more: &[&str]) -> std::process::Child {
+    pub fn start(&self, out: &str, more: &[&str]) -> std::process::Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tinyllama"));
         let command = command.args(self.args(out, more)).stderr(Stdio::piped());
         command.spawn().unwrap()
     }
 
     /// (step, loss, grad_norm, lr) of every logged step, exact.
-    fn losses(&self, out: &str) -> Vec<(u64, f64, f64, f64)> {
+    pub fn losses(&self, out: &str) -> Vec<(u64, f64, f64, f64)> {
         let text = fs::read_to_string(self.path(out).join("metrics.jsonl")).unwrap_or_default();
         let rows = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let float = |v: &Value, key: &str| v[key].as_f64();
@@ -75,11 +75,11 @@ optimizer: {lr: 3e-3}
     }
 }
 
-fn text(output: &Output) -> String {
+pub fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < Duration::from_secs(60), "waited a minute for {what}");
@@ -87,7 +87,7 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn weights(dir: &Path) -> Vec<u8> {
+pub fn weights(dir: &Path) -> Vec<u8> {
     fs::read(dir.join("model.safetensors")).unwrap()
 }
 

@@ -2,6 +2,7 @@
 
 use crate::common::{alone, max_difference, one_step, tiny_llama, tiny_neox};
 use tch::{Device, Kind, Tensor};
+use tinyllama::checkpoint::Moments;
 use tinyllama::config::{OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::model::{GPT, ModelConfig};
@@ -125,12 +126,12 @@ fn the_optimizers_state_survives_a_round_trip_bit_for_bit_and_refuses_a_stranger
         optimizer.state().into_iter().map(|(n, t)| (n, t.copy())).collect();
 
     let (_, mut other) = fresh(&config, Precision::Fp32True);
-    other.load_state(1, &saved).unwrap();
+    other.load_state(1, &Moments::of(&saved)).unwrap();
     assert_eq!(other.step_count, 1);
     assert!(other.state().iter().zip(&saved).all(|((_, a), (_, b))| a.equal(b)));
 
     let (_, mut stranger) = fresh(&tiny_neox(), Precision::Fp32True);
-    let error = stranger.load_state(1, &saved).unwrap_err().to_string();
+    let error = stranger.load_state(1, &Moments::of(&saved)).unwrap_err().to_string();
     assert!(error.contains("optimizer state"), "{error}");
 }
 
@@ -148,7 +149,7 @@ fn label_smoothing_and_z_loss_are_in_the_training_loss_and_not_in_validation() {
         let mut optimizer =
             AdamW::new(&mut model, Precision::Fp32True, &OptimizerConfig::default()).unwrap();
         let batches = std::slice::from_ref(&batch);
-        train_step(&model, &mut optimizer, &mut MicroStep::default(), batches, 1e-4, &train)
+        train_step(&model, &mut optimizer, &mut MicroStep::default(), batches, 1e-4, &train, None)
             .unwrap()
             .loss
             .double_value(&[])

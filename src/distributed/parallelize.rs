@@ -1,0 +1,228 @@
+//! What is done to a model to make it one of many, in one function and in this order.
+
+use super::fsdp::{Fsdp, Groups, SLOTS, Unit, slot_of};
+use super::layout::Layout;
+use crate::bail_hint;
+use crate::config::{OptimizerConfig, Precision, ReduceDtype, Strategy};
+use crate::ffi::{self, ProcessGroup, ReduceOp};
+use crate::model::{AtUnit, GPT};
+use crate::train::optimizer::{AdamW, Part, gradient_kind};
+use anyhow::Result;
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor};
+
+/// A model whose ranks share the work, and what they do about it.
+#[derive(Clone, Debug)]
+pub struct Ranks {
+    /// Who keeps what, and when it travels.
+    pub fsdp: Fsdp,
+    /// How each unit is laid out, in the model's order.
+    pub layouts: Vec<Layout>,
+    groups: Groups,
+    world: Arc<ProcessGroup>,
+}
+
+/// What is asked of [`parallelize`].
+#[derive(Clone, Copy, Debug)]
+pub struct Plan<'a> {
+    /// Who keeps what.
+    pub strategy: Strategy,
+    /// Dtype in which gradients travel.
+    pub reduce_dtype: ReduceDtype,
+    /// Precision of the run.
+    pub precision: Precision,
+    /// The optimizer.
+    pub optimizer: &'a OptimizerConfig,
+}
+
+/// Makes an fp32 model, equal on all ranks, one of many, and gives it its optimizer:
+///
+/// 1. the parameters of each unit get places in one flat buffer, cut into equal shards ([`Layout`]);
+/// 2. this rank's part of the fp32 weights is kept: the optimizer's masters;
+/// 3. parameters and their gradients become views of buffers in the dtypes of `precision`, two that the units share in
+///    turn (`full_shard`, `hybrid_shard`) or one for each;
+/// 4. AdamW gets this rank's parts of weights and gradients;
+/// 5. hooks on the passes bring weights and send off gradients ([`Fsdp`]).
+///
+/// Activation checkpointing, attention and fused kernels are the model's own and know nothing of this.
+///
+/// # Errors
+/// `fp8-mixed` with a strategy other than `ddp`; the optimizer's own.
+pub fn parallelize(
+    model: &mut GPT,
+    groups: Groups,
+    world: Arc<ProcessGroup>,
+    plan: Plan,
+) -> Result<(Ranks, AdamW)> {
+    if plan.precision == Precision::Fp8Mixed && plan.strategy != Strategy::Ddp {
+        bail_hint!(
+            "set `distributed.strategy: ddp`, or `precision: bf16-mixed`";
+            "`fp8-mixed` needs whole weights on each rank for its casts; `distributed.strategy` is `{}`",
+            serde_json::to_value(plan.strategy)?.as_str().unwrap_or_default()
+        );
+    }
+    let _guard = tch::no_grad_guard();
+    let (rank, ranks) = groups.shards();
+    let device = model.device();
+
+    // 1. Places.
+    let parameters = model.units();
+    let layout = |unit: &Vec<(String, Tensor)>| {
+        Layout::new(unit.iter().map(|(name, p)| (name.clone(), p.size())), ranks)
+    };
+    let layouts: Vec<Layout> = parameters.iter().map(layout).collect();
+
+    // 2. This rank's part of the fp32 weights, as views of them.
+    let mut fp32 = Vec::new();
+    for (unit, layout) in parameters.iter().zip(&layouts) {
+        for slice in layout.slices(rank) {
+            let (name, parameter) = &unit[slice.place];
+            let part = parameter.detach().view([-1]).narrow(0, slice.in_parameter, slice.len);
+            fp32.push((name.clone(), part));
+        }
+    }
+    let sizes: Vec<i64> = fp32.iter().map(|(_, part)| part.numel() as i64).collect();
+    let (precision, fused) = (plan.precision, model.fused);
+    let offload = AdamW::offload(&sizes, device, fused, precision, plan.optimizer)?;
+    let mut masters: Vec<Option<Tensor>> = match (&offload, precision.is_mixed()) {
+        (Some(offload), _) => offload.take_over(&fp32).into_iter().map(Some).collect(),
+        (None, true) => fp32.iter().map(|(_, part)| Some(part.copy())).collect(),
+        (None, false) => fp32.iter().map(|_| None).collect(),
+    };
+
+    // 3. Buffers, and the parameters as views of them.
+    let kind = if precision == Precision::Fp32True { Kind::Float } else { Kind::BFloat16 };
+    let kinds = [kind, gradient_kind(precision, kind)];
+    let tied = model.lm_head.is_none();
+    let shares = matches!(plan.strategy, Strategy::FullShard | Strategy::HybridShard);
+    let units = buffers(&layouts, kinds, device, rank, shares.then_some(tied));
+    for ((unit, layout), parameters) in units.iter().zip(&layouts).zip(&parameters) {
+        for (place, (_, parameter)) in layout.places.iter().zip(parameters) {
+            let at =
+                |flat: &Tensor| flat.narrow(0, place.start, place.numel()).view(&place.shape[..]);
+            let mut parameter = parameter.shallow_clone();
+            parameter.set_data(&at(&unit.weights));
+            let parameter = parameter.set_requires_grad(true);
+            ffi::set_grad(&parameter, &at(&unit.grads))?;
+        }
+    }
+
+    // 4. The optimizer of this rank's parts.
+    let all: Vec<String> = model.named_parameters().into_iter().map(|(name, _)| name).collect();
+    let mut parts = Vec::new();
+    for (unit, layout) in units.iter().zip(&layouts) {
+        for slice in layout.slices(rank) {
+            let i = parts.len();
+            let name = layout.places[slice.place].name.clone();
+            let cut = |shard: &Tensor| shard.narrow(0, slice.in_shard, slice.len);
+            let mut weight = cut(&unit.weight_shard);
+            let exact = masters[i].take();
+            if exact.is_none() {
+                weight.copy_(&fp32[i].1);
+            }
+            parts.push(Part {
+                index: all.iter().position(|n| *n == name).unwrap_or(i),
+                name,
+                start: Some(slice.in_parameter),
+                weight,
+                grad: cut(&unit.grad_shard),
+                exact,
+            });
+        }
+    }
+    drop(fp32);
+    let optimizer = AdamW::of_parts(parts, device, offload, fused, precision, plan.optimizer);
+
+    // 5. Hooks.
+    let reduce_kind = match plan.reduce_dtype {
+        ReduceDtype::Bf16 => Kind::BFloat16,
+        ReduceDtype::Fp32 => kinds[1],
+    };
+    let fsdp = Fsdp::new(groups.clone(), units, reduce_kind, tied);
+    let hooks = fsdp.clone();
+    model.at_unit = Some(AtUnit(Arc::new(move |pass, unit| hooks.enter(pass, unit))));
+    fsdp.weights_changed()?;
+    Ok((Ranks { fsdp, layouts, groups, world }, optimizer))
+}
+
+/// Zeroed buffers of all units, weights and gradients in `kinds`; units share slots where `shared` says whether the head
+/// is tied.
+fn buffers(
+    layouts: &[Layout],
+    kinds: [Kind; 2],
+    device: Device,
+    rank: i64,
+    shared: Option<bool>,
+) -> Vec<Unit> {
+    let zeros = |n: i64, kind: Kind| Tensor::zeros([n], (kind, device));
+    let slot = |u: usize| shared.map(|tied| slot_of(u, tied));
+    let mut lengths = [0; SLOTS];
+    for (u, layout) in layouts.iter().enumerate() {
+        if let Some(i) = slot(u) {
+            lengths[i] = layout.len.max(lengths[i]);
+        }
+    }
+    let slots = lengths.map(|n| kinds.map(|kind| zeros(n, kind)));
+    let unit = |(u, layout): (usize, &Layout)| {
+        let whole = match slot(u) {
+            Some(i) => slots[i].each_ref().map(|t| t.narrow(0, 0, layout.len)),
+            None => kinds.map(|kind| zeros(layout.len, kind)),
+        };
+        let shards = match slot(u) {
+            Some(_) => kinds.map(|kind| zeros(layout.shard, kind)),
+            None => whole.each_ref().map(|t| t.narrow(0, rank * layout.shard, layout.shard)),
+        };
+        let ([weights, grads], [weight_shard, grad_shard]) = (whole, shards);
+        let (layout, slot) = (layout.clone(), slot(u));
+        Unit { layout, weights, grads, weight_shard, grad_shard, slot }
+    };
+    layouts.iter().enumerate().map(unit).collect()
+}
+
+impl Ranks {
+    /// W.
+    pub fn size(&self) -> usize {
+        self.world.size()
+    }
+
+    /// This rank, 0 to W - 1.
+    pub fn rank(&self) -> usize {
+        self.world.rank()
+    }
+
+    /// Who exchanges what.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// Of a step: the gradient norm over all of the model, the loss, and the factor by which gradients that were scaled
+    /// for `expected` targets are still to be multiplied, each `() fp32`; from this rank's norm, loss and targets.
+    ///
+    /// # Sync
+    /// With Gloo the CPU waits for the other ranks.
+    pub fn totals(
+        &self,
+        norm: &Tensor,
+        loss: &Tensor,
+        n_targets: i64,
+        expected: f64,
+    ) -> Result<[Tensor; 3]> {
+        let fp64 = |x: &Tensor| x.to_kind(Kind::Double).view([1]);
+        let targets = Tensor::full([1], n_targets as f64, (Kind::Double, norm.device()));
+        let squared = fp64(norm).square() / self.groups.replicas().1 as f64; // each replica has all shards
+        let sums = Tensor::cat(&[squared, fp64(loss), targets], 0); // (3,)
+        self.sum(&sums)?;
+        let fp32 = |x: Tensor| x.to_kind(Kind::Float);
+        let factor = sums.get(2).clamp_min(1.0).reciprocal() * expected; // ()
+        let (norm, loss) = (sums.get(0).sqrt() * &factor, sums.get(1) * &factor);
+        Ok([fp32(norm), fp32(loss), fp32(factor)])
+    }
+
+    /// Replaces a tensor by its sum over all ranks.
+    ///
+    /// # Sync
+    /// With Gloo the CPU waits for the other ranks.
+    pub fn sum(&self, x: &Tensor) -> Result<()> {
+        self.world.all_reduce(x, ReduceOp::Sum)?.wait()
+    }
+}

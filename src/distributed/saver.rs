@@ -1,0 +1,202 @@
+//! Sharded checkpoints, written beside training.
+//!
+//! A save begins with copies of this rank's exact weights and moments in host memory; that is all that training waits
+//! for. A thread then writes the moments to this rank's own file, and passes the weights, unit by unit, to rank 0, which
+//! writes the model as Hugging Face has it and gives the folder its name when every rank is through. So no rank ever
+//! has another's moments, and rank 0 needs host memory for the model, no card memory.
+//!
+//! Only the first of the replicas writes. `out_dir` must be one folder to all its ranks.
+
+use super::layout::Layout;
+use crate::checkpoint::{self, TrainState};
+use crate::ffi::{ProcessGroup, ReduceOp};
+use crate::model::ModelConfig;
+use crate::tokenizer::Tokenizer;
+use anyhow::{Context, Result, anyhow, bail};
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use tch::{Device, Kind, Tensor};
+
+type Named = Vec<(String, Tensor)>;
+
+/// What a checkpoint is made of, on the host; of sharded tensors this rank's parts.
+pub struct Snapshot {
+    /// The run's folder, and the checkpoint's name in it.
+    pub out_dir: PathBuf,
+    /// `step-00001000`, `final`.
+    pub name: String,
+    /// Sizes, for `config.json`.
+    pub model: ModelConfig,
+    /// For the special ids in `config.json`.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Copied into the folder.
+    pub files: Vec<PathBuf>,
+    /// How the units are cut.
+    pub layouts: Vec<Layout>,
+    /// Dtype of the exact weights.
+    pub kind: Kind,
+    /// Exact weights, in the order of the layouts' slices.
+    pub masters: Named,
+    /// Moments, as the optimizer names them.
+    pub moments: Named,
+    /// Counters.
+    pub state: TrainState,
+    /// States of random generators.
+    pub generators: Named,
+    /// How many checkpoints stay.
+    pub keep_last: Option<usize>,
+}
+
+/// Copies of tensors in host memory.
+///
+/// # Sync
+/// The CPU waits for the card.
+pub fn to_host(tensors: Named) -> Named {
+    let copy = |t: Tensor| match t.device() {
+        Device::Cpu => t.detach().copy(),
+        _ => t.detach().to_device(Device::Cpu),
+    };
+    tensors.into_iter().map(|(name, t)| (name, copy(t))).collect()
+}
+
+/// Writes one checkpoint at a time in a thread of its own.
+pub struct Saver {
+    /// The ranks that together have one copy of everything, on the host; `None`: this rank does not write.
+    group: Option<Arc<ProcessGroup>>,
+    /// Process id of rank 0, part of the temporary folder's name.
+    leader: u32,
+    writing: Option<JoinHandle<Result<PathBuf>>>,
+}
+
+impl Saver {
+    /// `group`: see [`Saver`]; all its ranks call this.
+    pub fn new(group: Option<ProcessGroup>) -> Result<Self> {
+        let leader = Tensor::from_slice(&[i64::from(std::process::id())]);
+        if let Some(group) = &group {
+            group.broadcast(&leader, 0)?.wait()?;
+        }
+        let leader = leader.int64_value(&[0]) as u32;
+        Ok(Self { group: group.map(Arc::new), leader, writing: None })
+    }
+
+    /// Whether a checkpoint is being written, or was and [`Saver::wait`] has not told so.
+    pub fn is_busy(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// Whether [`Saver::wait`] would not wait.
+    pub fn is_done(&self) -> bool {
+        self.writing.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
+    /// Starts to write. The one before must have been waited for.
+    pub fn start(&mut self, snapshot: Snapshot) -> Result<()> {
+        if self.is_busy() {
+            bail!("a checkpoint was begun while another was being written");
+        }
+        let (group, leader) = (self.group.clone(), self.leader);
+        let write = move || match group {
+            Some(group) => write(&snapshot, &group, leader),
+            None => Ok(snapshot.out_dir.join(&snapshot.name)),
+        };
+        let thread = thread::Builder::new().name("checkpoint".into()).spawn(write);
+        self.writing = Some(thread.context("cannot start a thread")?);
+        Ok(())
+    }
+
+    /// Waits for the checkpoint that is being written: its folder; `None` where there is none.
+    ///
+    /// # Errors
+    /// Why it was not written, on every rank that writes.
+    pub fn wait(&mut self) -> Result<Option<PathBuf>> {
+        let Some(thread) = self.writing.take() else { return Ok(None) };
+        let outcome = thread.join().map_err(|_| anyhow!("the thread that wrote it panicked"))?;
+        outcome.map(Some)
+    }
+}
+
+/// Whether all ranks of the group are well.
+fn all_well(group: &ProcessGroup, well: bool) -> Result<bool> {
+    let failed = Tensor::from_slice(&[i64::from(!well)]);
+    group.all_reduce(&failed, ReduceOp::Max)?.wait()?;
+    Ok(failed.int64_value(&[0]) == 0)
+}
+
+fn write(s: &Snapshot, group: &ProcessGroup, leader: u32) -> Result<PathBuf> {
+    if group.rank() > 0 {
+        let dir = checkpoint::temporary_folder(&s.out_dir, &s.name, leader);
+        if !all_well(group, true)? {
+            bail!("rank 0 could not begin the checkpoint; its message says why");
+        }
+        write_part(s, group, &dir)?;
+        return Ok(s.out_dir.join(&s.name));
+    }
+    let begun = Cell::new(false);
+    let saved =
+        checkpoint::check_space(&s.out_dir, required_bytes(s, group.size())).and_then(|()| {
+            checkpoint::save_atomically(&s.out_dir, &s.name, |dir| {
+                begun.set(true);
+                all_well(group, true)?;
+                write_part(s, group, dir)
+            })
+        });
+    if !begun.get() {
+        all_well(group, false)?;
+    }
+    let path = saved?;
+    if let Some(keep) = s.keep_last {
+        checkpoint::prune(&s.out_dir, keep)?;
+    }
+    Ok(path)
+}
+
+/// As if all ranks had as much as this one.
+fn required_bytes(s: &Snapshot, ranks: usize) -> u64 {
+    let all = s.masters.iter().chain(&s.moments).map(|(_, t)| t);
+    checkpoint::required_bytes(all).saturating_mul(ranks as u64)
+}
+
+/// This rank's moments, and on rank 0 all that there is one of. Where one rank fails, all do.
+fn write_part(s: &Snapshot, group: &ProcessGroup, dir: &Path) -> Result<()> {
+    let shard = checkpoint::save_shard(dir, group.rank(), group.size(), &s.moments);
+    let weights = gather_weights(s, group)?; // every rank takes part, whatever became of its file
+    let written = shard.and_then(|()| match group.rank() {
+        0 => write_model(s, dir, &weights),
+        _ => Ok(()),
+    });
+    let all = all_well(group, written.is_ok())?;
+    written?;
+    if !all {
+        bail!("another rank could not write its part of `{}`; its log says why", s.name);
+    }
+    Ok(())
+}
+
+fn write_model(s: &Snapshot, dir: &Path, weights: &Named) -> Result<()> {
+    checkpoint::save_model(dir, &s.model, weights, s.tokenizer.as_deref())?;
+    checkpoint::copy_files(&s.files, dir)?;
+    checkpoint::save_counters(dir, &s.state, &s.generators)
+}
+
+/// The exact weights under their names, on rank 0; one unit at a time travels.
+fn gather_weights(s: &Snapshot, group: &ProcessGroup) -> Result<Named> {
+    let (mut parts, mut weights) = (s.masters.iter(), Vec::new());
+    for layout in &s.layouts {
+        let shard = Tensor::zeros([layout.shard], (s.kind, Device::Cpu)); // (len/S,)
+        for slice in layout.slices(group.rank() as i64) {
+            let (_, part) = parts.next().context("fewer parts than the layout has")?;
+            shard.narrow(0, slice.in_shard, slice.len).copy_(part);
+        }
+        let whole = Tensor::empty([layout.len], (s.kind, Device::Cpu)); // (len,)
+        group.all_gather_into(&whole, &shard)?.wait()?;
+        if group.rank() == 0 {
+            for place in &layout.places {
+                let weight = whole.narrow(0, place.start, place.numel()).view(&place.shape[..]);
+                weights.push((place.name.clone(), weight));
+            }
+        }
+    }
+    Ok(weights)
+}

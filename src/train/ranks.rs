@@ -1,0 +1,168 @@
+//! What a run does differently where it is one rank of several.
+
+use super::optimizer::AdamW;
+use super::run::Run;
+use super::{saver, signals};
+use crate::bail_hint;
+use crate::config::{DistributedConfig, RunConfig};
+use crate::distributed::saver::{Saver, Snapshot, to_host};
+use crate::distributed::{self, Groups, Job, Plan, Ranks};
+use crate::model::GPT;
+use crate::tokenizer::Tokenizer;
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+use tch::{Device, Kind};
+
+/// What ranks agree to stop for when `train.max_time` is over; no signal has this number.
+pub const TIME_IS_UP: i32 = 1000;
+
+/// Does `work` on rank 0, then on the first rank of each other node, for what is made once a folder; a node that shares
+/// rank 0's folder finds it done. The others wait as long as it takes.
+pub fn one_after_another(job: &Job, work: impl Fn() -> Result<()>) -> Result<()> {
+    let first_here = job.local_rank() == 0;
+    let nodes = job.nodes()?.len() as i64;
+    if job.rank() == 0 {
+        work()?;
+        job.store().set("prepared", b"1")?;
+    }
+    while !job.store().check("prepared")? {
+        thread::sleep(Duration::from_millis(200)); // the watch ends this where rank 0 fails
+    }
+    if first_here && job.rank() > 0 {
+        work()?;
+    }
+    if first_here {
+        job.store().add("nodes-prepared", 1)?;
+    }
+    // A rank opens its data only when its node is through, and nobody knows which: so when all are.
+    while job.store().add("nodes-prepared", 0)? < nodes {
+        thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+/// The checkpoint that rank 0 found, on all ranks.
+///
+/// # Errors
+/// Its own; a rank that does not see that folder.
+pub fn find_resume(
+    job: &Job,
+    find: impl FnOnce() -> Result<Option<PathBuf>>,
+) -> Result<Option<PathBuf>> {
+    if job.rank() == 0 {
+        let found = find()?;
+        let text = found.as_ref().map_or(String::new(), |path| path.display().to_string());
+        job.store().set("resume", text.as_bytes())?;
+        return Ok(found);
+    }
+    let text = String::from_utf8(job.store().get("resume")?).context("the path of a checkpoint")?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let path = PathBuf::from(text);
+    if !path.is_dir() {
+        bail_hint!(
+            "put `out_dir` on a file system that all nodes share";
+            "rank 0 resumes from `{}`, which rank {} does not see", path.display(), job.rank()
+        );
+    }
+    Ok(Some(path))
+}
+
+/// Shares the model among the ranks as the configuration says.
+pub fn parallelize(job: &Job, model: &mut GPT, config: &RunConfig) -> Result<(Ranks, AdamW)> {
+    let plan = Plan {
+        strategy: config.distributed.strategy,
+        reduce_dtype: config.distributed.reduce_dtype,
+        precision: config.precision,
+        optimizer: &config.optimizer,
+    };
+    let groups = Groups::of(job, plan.strategy)?;
+    distributed::parallelize(model, groups, Arc::clone(job.group()), plan)
+}
+
+/// The writer of checkpoints, with a group of its own: it works beside training.
+pub fn new_saver(job: &Job, ranks: &Ranks) -> Result<Saver> {
+    let (replica, _) = ranks.groups().replicas();
+    let (_, shards) = ranks.groups().shards();
+    // The first replica's ranks are those of the first node, all, or, where nothing is cut, rank 0.
+    let members: Vec<usize> = (0..shards as usize).collect();
+    let writes = replica == 0 && members.contains(&job.rank());
+    let group = || job.new_group("checkpoint", &members, Device::Cpu);
+    Saver::new(writes.then(group).transpose()?)
+}
+
+/// A line that says who keeps what.
+pub fn told(job: &Job, ranks: &Ranks, config: &DistributedConfig) -> Result<String> {
+    let held = ranks.fsdp.held();
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let name = |value: serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let strategy = name(serde_json::to_value(config.strategy)?);
+    let dtype = name(serde_json::to_value(config.reduce_dtype)?);
+    Ok(format!(
+        "{} over {}, {strategy}, gradients travel in {dtype}; each keeps {:.2} GiB of weights, {:.2} GiB of gradients",
+        job.size(),
+        job.group().backend(),
+        gib(held.weights),
+        gib(held.gradients)
+    ))
+}
+
+/// Starts to write a checkpoint: how long training waited for it, in seconds.
+///
+/// # Errors
+/// The checkpoint before could not be written; no memory on the host.
+pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
+    let started = Instant::now();
+    let state = saver::train_state(run)?;
+    let ranks = run.ranks.as_ref().context("a sharded save of one rank")?;
+    let writer = run.saver.as_mut().context("a rank without writer")?;
+    let kind = if run.config.precision == crate::config::Precision::Bf16True
+        || run.config.optimizer.master == crate::config::MasterFormat::Bf16
+            && run.config.precision.is_mixed()
+    {
+        Kind::BFloat16
+    } else {
+        Kind::Float
+    };
+    let mut moments = run.optimizer.state();
+    if ranks.rank() == 0 {
+        moments.extend(run.model.fp8.iter().flat_map(crate::model::Fp8::state));
+    }
+    let files = run.config.tokenizer_dir.as_deref().map(Tokenizer::files);
+    writer.start(Snapshot {
+        out_dir: run.config.out_dir.clone(),
+        name: name.to_owned(),
+        model: run.model.config.clone(),
+        tokenizer: run.tokenizer.clone(),
+        files: files.unwrap_or_default(),
+        layouts: ranks.layouts.clone(),
+        kind,
+        masters: to_host(run.optimizer.masters()),
+        moments: to_host(moments),
+        state,
+        generators: saver::rng_states(run.device)?,
+        keep_last: run.config.train.keep_last.map(|n| n as usize),
+    })?;
+    Ok(started.elapsed().as_secs_f64())
+}
+
+/// Waits for the checkpoint that is being written, if one is.
+pub fn finish_save(run: &mut Run) -> Result<Option<PathBuf>> {
+    let Some(writer) = &mut run.saver else { return Ok(None) };
+    let path = writer.wait()?;
+    if path.is_some() {
+        run.last_checkpoint = path.clone();
+    }
+    Ok(path)
+}
+
+/// For what all ranks stop after this step, if they do: a signal, or [`TIME_IS_UP`].
+pub fn stop_for(run: &Run, stop: &signals::StopSignal) -> Option<i32> {
+    let Some(job) = run.job else { return stop.requested() };
+    let local = stop.requested().or_else(|| run.time_is_up().then_some(TIME_IS_UP));
+    job.agree_to_stop(local, run.progress.step)
+}

@@ -1,0 +1,169 @@
+//! Whole runs of several processes through the program, on the CPU over Gloo.
+
+use crate::pretrain::{Setup, text, wait_for, weights};
+use std::fs;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+/// A small learning rate: sums in another order grow with it.
+const ALIKE: &[&str] = &[
+    "--set",
+    "optimizer.lr=1e-4",
+    "--set",
+    "train.global_batch_size=12",
+    "--set",
+    "train.micro_batch_size=1",
+    "--set",
+    "train.min_lr=1e-5",
+    "--set",
+    "distributed.heartbeat_timeout=4",
+];
+
+fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    ALIKE.iter().copied().chain(more.iter().copied()).collect()
+}
+
+type Steps = Vec<(u64, f64, f64, f64)>;
+
+fn assert_alike(got: &Steps, want: &Steps, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}: {got:?}");
+    for (got, want) in got.iter().zip(want) {
+        let error = |a: f64, b: f64| (a / b - 1.0).abs();
+        let (loss, norm) = (error(got.1, want.1), error(got.2, want.2));
+        assert!(got.0 == want.0 && loss < 1e-6 && norm < 1e-5, "{what}: {got:?}, {want:?}");
+    }
+}
+
+#[test]
+fn processes_train_as_one_and_what_four_saved_goes_on_in_one_two_or_three() {
+    let setup = Setup::new();
+    let alone = setup.run("alone", &with(&[]));
+    assert!(alone.status.success(), "{}", text(&alone));
+    let want = setup.losses("alone");
+
+    let four = setup.run("four", &with(&["--devices", "4"]));
+    assert!(four.status.success(), "{}", text(&four));
+    assert_alike(&setup.losses("four"), &want, "4 ranks");
+    let told = text(&four);
+    for line in ["4 ranks x 1 micro x 3", "full_shard", "beside training", "saved", "try next:"] {
+        assert!(told.contains(line), "no `{line}` in {told}");
+    }
+    assert!(setup.path("four/logs/rank-00003.log").is_file());
+    let state = setup.path("four/step-00000010/train_state");
+    assert!(state.join("optimizer-00004-of-00004.safetensors").is_file());
+    assert_eq!(
+        fs::read_dir(setup.path("four"))
+            .unwrap()
+            .flatten()
+            .filter(|e| e.file_name().to_string_lossy().starts_with('.'))
+            .count(),
+        0
+    );
+
+    let from = setup.path("four/step-00000010").display().to_string();
+    let want: Steps = want.into_iter().filter(|step| step.0 > 10).collect();
+    for (out, ranks, strategy) in [
+        ("one", "1", "full_shard"),
+        ("two", "2", "shard_grad_op"),
+        ("three", "3", "full_shard"),
+        ("ddp", "2", "ddp"),
+    ] {
+        let strategy = format!("distributed.strategy={strategy}");
+        let more = ["--devices", ranks, "--resume", &from, "--set", &strategy];
+        let resumed = setup.run(out, &with(&more));
+        assert!(resumed.status.success(), "{}", text(&resumed));
+        assert_alike(&setup.losses(out), &want, out);
+    }
+}
+
+/// Process ids of a launcher's workers, by rank.
+fn workers(launcher: &Child) -> Vec<(usize, i32)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let read = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1));
+        if parent != Some(launcher.id().to_string().as_str()) {
+            continue;
+        }
+        let environment = read("environ");
+        let rank = environment.split('\0').find_map(|v| v.strip_prefix("RANK="));
+        if let Some(rank) = rank.and_then(|rank| rank.parse().ok()) {
+            found.push((rank, pid));
+        }
+    }
+    found.sort();
+    found
+}
+
+fn kill(pid: i32, signal: &str) {
+    let done = std::process::Command::new("kill").args([signal, &pid.to_string()]).status();
+    assert!(done.unwrap().success());
+}
+
+#[test]
+fn a_rank_that_is_killed_ends_the_job_and_the_next_start_goes_on_bit_for_bit() {
+    let setup = Setup::new();
+    let more = with(&["--devices", "2", "--resume", "auto", "--set", "train.max_steps=400"]);
+    let straight = setup.run("straight", &more);
+    assert!(straight.status.success(), "{}", text(&straight));
+
+    let mut launcher = setup.start("killed", &more);
+    wait_for("a checkpoint", || setup.path("killed/step-00000005/config.json").is_file());
+    let ranks = workers(&launcher);
+    assert_eq!(ranks.len(), 2, "{ranks:?}");
+    kill(ranks[1].1, "-9");
+    let killed = Instant::now();
+    let status = launcher.wait().unwrap();
+    assert!(killed.elapsed() < Duration::from_secs(30));
+    let mut told = String::new();
+    std::io::Read::read_to_string(launcher.stderr.as_mut().unwrap(), &mut told).unwrap();
+    assert_eq!(status.code(), Some(1), "{told}");
+    assert!(told.contains("rank 1") && told.contains("signal 9"), "{told}");
+
+    let resumed = setup.run("killed", &more);
+    assert!(resumed.status.success(), "{}", text(&resumed));
+    assert!(text(&resumed).contains("resume"), "{}", text(&resumed));
+    assert_eq!(setup.losses("killed"), setup.losses("straight"));
+    let last = |out: &str| weights(&setup.path(out).join("final"));
+    assert!(last("killed") == last("straight"));
+}
+
+#[test]
+fn a_signal_to_the_launcher_saves_once_on_all_ranks() {
+    let setup = Setup::new();
+    let more = with(&[
+        "--devices",
+        "2",
+        "--resume",
+        "auto",
+        "--set",
+        "train.max_steps=100000",
+        "--set",
+        "train.save_interval=null",
+    ]);
+    let mut launcher = setup.start("out", &more);
+    wait_for("steps", || setup.losses("out").len() > 3);
+    kill(launcher.id() as i32, "-TERM");
+    let status = launcher.wait().unwrap();
+    let mut told = String::new();
+    std::io::Read::read_to_string(launcher.stderr.as_mut().unwrap(), &mut told).unwrap();
+    assert_eq!(status.code(), Some(143), "{told}");
+    assert_eq!(told.matches("stopped by signal 15; saved").count(), 1, "{told}");
+    let saved = fs::read_dir(setup.path("out")).unwrap().flatten();
+    let steps = saved.filter(|e| e.file_name().to_string_lossy().starts_with("step-")).count();
+    assert_eq!(steps, 1);
+}
+
+#[test]
+fn what_ranks_cannot_do_is_told_before_training() {
+    let setup = Setup::new();
+    let refused = setup.run("a", &with(&["--devices", "5"]));
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused).contains("12 is not divisible by 5 rank(s)"), "{}", text(&refused));
+    let refused = setup.run("b", &["--set", "distributed.strategy=zero"]);
+    assert_eq!(refused.status.code(), Some(2));
+    let told = text(&refused);
+    assert!(told.contains("distributed.strategy") && told.contains("hybrid_shard"), "{told}");
+}
