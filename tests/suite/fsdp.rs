@@ -49,6 +49,17 @@ impl Way {
 
 type Named = BTreeMap<String, Tensor>;
 
+/// What one rank ends with.
+struct Rank {
+    /// Loss and gradient norm of each step.
+    numbers: Vec<[f64; 2]>,
+    /// Exact weights of its parts, under `NAME@START`.
+    parts: Vec<(String, Tensor)>,
+    /// What its optimizer holds.
+    state: Vec<(String, Tensor)>,
+    held: Held,
+}
+
 /// What a run ends with.
 struct Outcome {
     /// Loss and gradient norm of each step.
@@ -94,7 +105,7 @@ fn steps(
     tokens: &Tensor,
     range: std::ops::Range<usize>,
     from: Option<(&Named, &Moments)>,
-) -> (Vec<[f64; 2]>, Vec<(String, Tensor)>, AdamW, Held) {
+) -> Rank {
     let mut model = model(way);
     if let Some((weights, _)) = from {
         for (name, mut weight) in model.named_parameters() {
@@ -137,7 +148,9 @@ fn steps(
         let start = p.start.unwrap_or(0);
         (format!("{}@{start}", p.name), p.exact().copy())
     });
-    (numbers, parts.collect(), adamw, held)
+    let parts = parts.collect();
+    let state = adamw.state().into_iter().map(|(name, t)| (name, t.copy())).collect();
+    Rank { numbers, parts, state, held }
 }
 
 /// Groups of a rank: `hybrid_shard` has nodes of two ranks.
@@ -172,16 +185,12 @@ fn run_from(
             |named: &Named| named.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
         (tokens(&way.model), from.map(|(named, moments)| (weights(named), copies(moments))))
     };
-    let one = |world: Option<&Arc<ProcessGroup>>,
-               groups: Groups,
-               (tokens, saved): (Tensor, Saved)| {
-        let saved = saved.map(|(weights, moments)| (weights, Moments::of(&moments)));
-        let from = saved.as_ref().map(|(weights, moments)| (weights, moments));
-        let (numbers, parts, adamw, held) = steps(way, world, groups, &tokens, range.clone(), from);
-        let state: Vec<(String, Tensor)> =
-            adamw.state().into_iter().map(|(name, t)| (name, t.copy())).collect();
-        (numbers, parts, state, held)
-    };
+    let one =
+        |world: Option<&Arc<ProcessGroup>>, groups: Groups, (tokens, saved): (Tensor, Saved)| {
+            let saved = saved.map(|(weights, moments)| (weights, Moments::of(&moments)));
+            let from = saved.as_ref().map(|(weights, moments)| (weights, moments));
+            steps(way, world, groups, &tokens, range.clone(), from)
+        };
     let results = if way.ranks == 1 {
         vec![one(None, Groups { shard: None, replica: None }, input())]
     } else {
@@ -201,9 +210,12 @@ fn run_from(
         })
     };
     for other in &results[1..] {
-        assert_eq!(other.0, results[0].0, "all ranks know the same loss and norm: {way:?}");
+        assert_eq!(
+            other.numbers, results[0].numbers,
+            "all ranks know the same loss and norm: {way:?}"
+        );
     }
-    let parts: Vec<(String, Tensor)> = results.iter().flat_map(|r| copies(&r.1)).collect();
+    let parts: Vec<(String, Tensor)> = results.iter().flat_map(|r| copies(&r.parts)).collect();
     let mut seen = std::collections::HashSet::new();
     let parts: Vec<_> = parts.into_iter().filter(|(name, _)| seen.insert(name.clone())).collect();
     let all = Moments::of(&parts);
@@ -214,8 +226,8 @@ fn run_from(
         (name, weight.view(&p.size()[..]))
     });
     let weights = weights.collect();
-    let (states, held) = results.iter().map(|r| (copies(&r.2), r.3)).unzip();
-    Outcome { numbers: results[0].0.clone(), weights, states, held }
+    let (states, held) = results.iter().map(|r| (copies(&r.state), r.held)).unzip();
+    Outcome { numbers: results[0].numbers.clone(), weights, states, held }
 }
 
 fn copies(tensors: &[(String, Tensor)]) -> Vec<(String, Tensor)> {

@@ -2,7 +2,7 @@
 
 use crate::pretrain::{Setup, text, wait_for, weights};
 use std::fs;
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// A small learning rate: sums in another order grow with it.
@@ -98,7 +98,7 @@ fn workers(launcher: &Child) -> Vec<(usize, i32)> {
 }
 
 fn kill(pid: i32, signal: &str) {
-    let done = std::process::Command::new("kill").args([signal, &pid.to_string()]).status();
+    let done = Command::new("kill").args([signal, &pid.to_string()]).status();
     assert!(done.unwrap().success());
 }
 
@@ -166,4 +166,92 @@ fn what_ranks_cannot_do_is_told_before_training() {
     assert_eq!(refused.status.code(), Some(2));
     let told = text(&refused);
     assert!(told.contains("distributed.strategy") && told.contains("hybrid_shard"), "{told}");
+}
+
+/// Two network namespaces with a cable between them: two nodes on one machine.
+struct Nodes {
+    names: [String; 2],
+}
+
+impl Nodes {
+    const ADDRESSES: [&str; 2] = ["10.213.7.1", "10.213.7.2"];
+
+    /// `None` after saying why, where this process may not make them.
+    fn new(test: &str) -> Option<Self> {
+        let names = [0, 1].map(|i| format!("tinyllama-{}-{i}", std::process::id()));
+        let nodes = Self { names };
+        let [a, b] = &nodes.names;
+        let ip = |args: &str| {
+            let run =
+                Command::new("ip").args(args.split(' ')).output().map_err(|e| e.to_string())?;
+            let told = String::from_utf8_lossy(&run.stderr).into_owned();
+            if run.status.success() { Ok(()) } else { Err(format!("`ip {args}`: {told}")) }
+        };
+        let cable = format!("link add v0 netns {a} type veth peer name v1 netns {b}");
+        let made = ip(&format!("netns add {a}"))
+            .and_then(|()| ip(&format!("netns add {b}")))
+            .and_then(|()| ip(&cable));
+        let plugged = made.and_then(|()| {
+            for (i, name) in nodes.names.iter().enumerate() {
+                ip(&format!("-n {name} addr add {}/24 dev v{i}", Self::ADDRESSES[i]))?;
+                ip(&format!("-n {name} link set v{i} up"))?;
+                ip(&format!("-n {name} link set lo up"))?;
+            }
+            Ok(())
+        });
+        match plugged {
+            Ok(()) => Some(nodes),
+            Err(reason) => {
+                eprintln!("skipped {test}: no network namespaces: {reason}");
+                None
+            }
+        }
+    }
+
+    /// The same command on both nodes, two ranks each; what they said, if both ended well.
+    fn run(&self, setup: &Setup, port: u16, out: &str, more: &[&str]) -> [String; 2] {
+        let args = setup.args(out, &with(more));
+        let start = |i: usize| {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &self.names[i], env!("CARGO_BIN_EXE_tinyllama")]);
+            command.args(&args).args(["--devices", "2", "--set", "num_nodes=2"]);
+            command.env("NODE_RANK", i.to_string()).env("MASTER_ADDR", Self::ADDRESSES[0]);
+            command.env("MASTER_PORT", port.to_string());
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let both = [start(0), start(1)].map(|child| child.wait_with_output().unwrap());
+        for output in &both {
+            assert!(output.status.success(), "{}", both.each_ref().map(text).join("\n---\n"));
+        }
+        both.each_ref().map(text)
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        for name in &self.names {
+            let _ = Command::new("ip").args(["netns", "del", name]).output();
+        }
+    }
+}
+
+#[test]
+fn two_nodes_of_two_ranks_train_as_one_process_and_resume() {
+    let Some(nodes) = Nodes::new("two_nodes_of_two_ranks_train_as_one_process_and_resume") else {
+        return;
+    };
+    let setup = Setup::new();
+    let alone = setup.run("alone", &with(&[]));
+    assert!(alone.status.success(), "{}", text(&alone));
+    let want = setup.losses("alone");
+
+    let hybrid = "distributed.strategy=hybrid_shard";
+    let told = nodes.run(&setup, 29_610, "nodes", &["--set", hybrid]);
+    assert!(told[0].contains("4 ranks x 1 micro x 3"), "{}", told[0]);
+    assert_alike(&setup.losses("nodes"), &want, "two nodes");
+
+    let from = setup.path("nodes/step-00000010").display().to_string();
+    nodes.run(&setup, 29_611, "resumed", &["--resume", &from]);
+    let rest: Steps = want.into_iter().filter(|step| step.0 > 10).collect();
+    assert_alike(&setup.losses("resumed"), &rest, "two nodes, resumed with full_shard");
 }
