@@ -6,7 +6,7 @@ use crate::distributed::{self, World, rendezvous};
 use crate::error::exit;
 use crate::ffi;
 use crate::train;
-use crate::train::memory::{self, MemoryPlan};
+use crate::train::memory::{self, MemoryPlan, Share};
 use anyhow::Result;
 use std::path::PathBuf;
 use tch::Device;
@@ -41,7 +41,7 @@ pub fn run(args: Args) -> Result<u8> {
         return dry_run(&config);
     }
     match world {
-        Some(world) if world.size > 1 => work(world, &config),
+        Some(world) => work(world, &config),
         None if config.ranks() > 1 => distributed::launch(&config),
         _ => train::pretrain(&config, None),
     }
@@ -87,7 +87,10 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let again = memory::Recompute::of(config, model.n_layer);
     let (precision, optimizer) = (config.precision, &config.optimizer);
-    let memory_plan = MemoryPlan::new(&model, precision, optimizer, again, micro, sequence as u64);
+    let (strategy, devices) = (config.distributed.strategy, config.devices);
+    let share = Share::of(strategy, config.ranks(), devices, &model);
+    let memory_plan =
+        MemoryPlan::new(&model, precision, optimizer, again, share, micro, sequence as u64);
     let Some(memory_plan) = memory_plan.filter(|_| config.fused) else {
         println!(
             "memory    no plan: it knows bf16-mixed and bf16-true with fused kernels and head sizes 64 and 128"
@@ -112,6 +115,7 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
             precision,
             optimizer,
             again,
+            share,
             sequence as u64,
             bytes,
         );

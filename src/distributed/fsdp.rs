@@ -49,7 +49,8 @@ impl Groups {
     /// # Errors
     /// `hybrid_shard` with nodes of unlike numbers of ranks, or a group that does not come together.
     pub fn of(job: &Job, strategy: Strategy) -> Result<Self> {
-        let all = || Some(Arc::clone(job.group()));
+        // A group of one has nothing to exchange.
+        let all = || (job.size() > 1).then(|| Arc::clone(job.group()));
         Ok(match strategy {
             Strategy::FullShard | Strategy::ShardGradOp => Self { shard: all(), replica: None },
             Strategy::Ddp => Self { shard: None, replica: all() },

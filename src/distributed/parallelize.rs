@@ -94,7 +94,8 @@ pub fn parallelize(
     let kind = if precision == Precision::Fp32True { Kind::Float } else { Kind::BFloat16 };
     let kinds = [kind, gradient_kind(precision, kind)];
     let tied = model.lm_head.is_none();
-    let shares = matches!(plan.strategy, Strategy::FullShard | Strategy::HybridShard);
+    let cuts = matches!(plan.strategy, Strategy::FullShard | Strategy::HybridShard);
+    let shares = cuts && groups.shard.is_some();
     let units = buffers(&layouts, kinds, device, rank, shares.then_some(tied));
     for ((unit, layout), parameters) in units.iter().zip(&layouts).zip(&parameters) {
         for (place, (_, parameter)) in layout.places.iter().zip(parameters) {

@@ -19,6 +19,7 @@
 use super::optimizer::{low_memory, offload};
 use crate::config::{
     ActivationCheckpointing, MasterFormat, OptimizerConfig, Precision, RunConfig, StateFormat,
+    Strategy,
 };
 use crate::error::WithHint;
 use crate::model::{MlpClass, ModelConfig};
@@ -48,6 +49,43 @@ impl Recompute {
     }
 }
 
+/// What a rank keeps of all that ranks share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Into so many parts the optimizer's state is cut.
+    pub state: u64,
+    /// Into so many parts weights and gradients are cut, beside which a rank has `slots` parameters.
+    pub weights: u64,
+    /// Parameters of the two units in use.
+    pub slots: u64,
+}
+
+impl Share {
+    /// All of it.
+    pub const ALONE: Self = Self { state: 1, weights: 1, slots: 0 };
+
+    /// That of one of `ranks`, `local` of them on each node.
+    pub fn of(strategy: Strategy, ranks: u64, local: u64, model: &ModelConfig) -> Self {
+        let slots = {
+            let ends = model.padded_vocab_size as u64 * model.n_embd as u64;
+            let heads = if model.tie_embeddings { 1 } else { 2 };
+            let blocks = (model.n_params() - heads * ends) / model.n_layer as u64;
+            // A tied embedding has a buffer of its own beside those of two blocks.
+            if model.tie_embeddings { ends + 2 * blocks } else { 2 * ends.max(blocks) }
+        };
+        let cut = |parts: u64| match parts {
+            0 | 1 => Self::ALONE,
+            _ => Self { state: parts, weights: parts, slots },
+        };
+        match strategy {
+            Strategy::FullShard => cut(ranks),
+            Strategy::HybridShard => cut(local.min(ranks)),
+            Strategy::ShardGradOp => Self { state: ranks.max(1), ..Self::ALONE },
+            Strategy::Ddp => Self::ALONE,
+        }
+    }
+}
+
 /// Bytes by part.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemoryPlan {
@@ -59,12 +97,13 @@ pub struct MemoryPlan {
 
 impl MemoryPlan {
     /// The plan of a micro-batch of this many sequences with fused kernels on a GPU, with `recomputed` computed
-    /// again; `None` where the plan knows no arithmetic (`32-true`, head sizes without a kernel).
+    /// again, on a rank that keeps its `share`; `None` where the plan knows no arithmetic (`32-true`, head sizes without a kernel).
     pub fn new(
         model: &ModelConfig,
         precision: Precision,
         optimizer: &OptimizerConfig,
         recomputed: Recompute,
+        share: Share,
         micro_batch: u64,
         sequence: u64,
     ) -> Option<Self> {
@@ -83,7 +122,7 @@ impl MemoryPlan {
         if !matches!(model.head_size, 64 | 128) {
             return None;
         }
-        let n_params = model.n_params();
+        let n_params = model.n_params() / share.state;
         let mut parts = match precision {
             Precision::Bf16Mixed | Precision::Fp8Mixed => optimizer_parts(optimizer, n_params),
             _ => Vec::new(),
@@ -96,7 +135,8 @@ impl MemoryPlan {
                 vec![("staging of the host's state".into(), staging)],
             );
         }
-        parts.extend(per_parameter.iter().map(|&(name, bytes)| (name.into(), bytes * n_params)));
+        let n_kept = model.n_params() / share.weights + share.slots;
+        parts.extend(per_parameter.iter().map(|&(name, bytes)| (name.into(), bytes * n_kept)));
 
         let tokens = micro_batch * sequence;
         let layers = model.n_layer as u64;
@@ -138,10 +178,12 @@ pub fn largest_micro_batch(
     precision: Precision,
     optimizer: &OptimizerConfig,
     recomputed: Recompute,
+    share: Share,
     sequence: u64,
     memory: u64,
 ) -> Option<u64> {
-    let plan = |micro| MemoryPlan::new(model, precision, optimizer, recomputed, micro, sequence);
+    let plan =
+        |micro| MemoryPlan::new(model, precision, optimizer, recomputed, share, micro, sequence);
     let total = |micro| plan(micro).map(|plan| plan.total());
     total(1)?;
     let fits = |micro: &u64| total(*micro).is_some_and(|bytes| bytes + RESERVE <= memory);
@@ -175,20 +217,21 @@ fn optimizer_parts(optimizer: &OptimizerConfig, n_params: u64) -> Vec<(String, u
 pub fn check_fits(
     config: &RunConfig,
     model: &ModelConfig,
+    share: Share,
     sequence: u64,
     memory: u64,
 ) -> Result<()> {
     let again = Recompute::of(config, model.n_layer);
     let (precision, optimizer) = (config.precision, &config.optimizer);
     let micro = config.train.micro_batch_size;
-    let plan = MemoryPlan::new(model, precision, optimizer, again, micro, sequence);
+    let plan = MemoryPlan::new(model, precision, optimizer, again, share, micro, sequence);
     let Some(plan) = plan.filter(|plan| config.fused && plan.total() > memory) else {
         return Ok(());
     };
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let largest = plan.parts.iter().max_by_key(|(_, bytes)| *bytes);
     let (name, bytes) = largest.map_or(("nothing", 0), |(name, bytes)| (name.as_str(), *bytes));
-    let fits = largest_micro_batch(model, precision, optimizer, again, sequence, memory);
+    let fits = largest_micro_batch(model, precision, optimizer, again, share, sequence, memory);
     let hint = match fits.unwrap_or(0) {
         0 => {
             "no micro-batch fits; lower `train.max_seq_length`, or set `optimizer.master: split`, \
@@ -235,6 +278,8 @@ fn mlp_backward_bytes(model: &ModelConfig, tokens: u64) -> u64 {
 mod tests {
     use super::*;
 
+    const ALONE: Share = Share::ALONE;
+
     fn fp32() -> OptimizerConfig {
         OptimizerConfig::default()
     }
@@ -257,7 +302,8 @@ mod tests {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         let n = model.n_params();
         let plan = |optimizer: &OptimizerConfig, precision| {
-            MemoryPlan::new(&model, precision, optimizer, Recompute::default(), 1, 2048).unwrap()
+            MemoryPlan::new(&model, precision, optimizer, Recompute::default(), ALONE, 1, 2048)
+                .unwrap()
         };
         for precision in [Precision::Bf16Mixed, Precision::Fp8Mixed] {
             let here = plan(&fp32(), precision);
@@ -288,7 +334,8 @@ mod tests {
             (Fp8Mixed, fp32(), true, 16, 48.9),
         ] {
             let again = Recompute { blocks: 0, norms };
-            let plan = MemoryPlan::new(&model, precision, &optimizer, again, micro, 2048).unwrap();
+            let plan =
+                MemoryPlan::new(&model, precision, &optimizer, again, ALONE, micro, 2048).unwrap();
             let gib = plan.total() as f64 / (1u64 << 30) as f64;
             let what =
                 format!("{precision}, {norms}, micro {micro}: {gib:.1}, measured {measured}");
@@ -302,15 +349,16 @@ mod tests {
         let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         let mut config = RunConfig::default();
         config.train.micro_batch_size = 16;
-        check_fits(&config, &model, 2048, 80 << 30).unwrap();
-        let error = format!("{:#}", check_fits(&config, &model, 2048, 40 << 30).unwrap_err());
+        check_fits(&config, &model, ALONE, 2048, 80 << 30).unwrap();
+        let error =
+            format!("{:#}", check_fits(&config, &model, ALONE, 2048, 40 << 30).unwrap_err());
         for words in ["16 needs 52.6 GiB", "offers 40.0", "activations of 22 blocks", "32.4 GiB"] {
             assert!(error.contains(words), "`{words}` is not in {error}");
         }
         config.train.micro_batch_size = 1;
-        assert!(check_fits(&config, &model, 2048, 10 << 30).is_err());
+        assert!(check_fits(&config, &model, ALONE, 2048, 10 << 30).is_err());
         config.precision = Precision::Fp32True; // no plan
-        check_fits(&config, &model, 2048, 10 << 30).unwrap();
+        check_fits(&config, &model, ALONE, 2048, 10 << 30).unwrap();
     }
 
     #[test]
@@ -322,11 +370,12 @@ mod tests {
             let largest = |blocks| {
                 let again = Recompute { blocks, norms: false };
                 let largest =
-                    largest_micro_batch(&model, precision, &optimizer, again, 2048, memory)
+                    largest_micro_batch(&model, precision, &optimizer, again, ALONE, 2048, memory)
                         .unwrap();
                 let total = |micro| {
                     let plan =
-                        MemoryPlan::new(&model, precision, &optimizer, again, micro, 2048).unwrap();
+                        MemoryPlan::new(&model, precision, &optimizer, again, ALONE, micro, 2048)
+                            .unwrap();
                     plan.total() + RESERVE
                 };
                 assert!(largest == 0 || total(largest) <= memory);
@@ -341,6 +390,7 @@ mod tests {
             Precision::Fp32True,
             &fp32(),
             Recompute::default(),
+            ALONE,
             2048,
             80 << 30,
         );
@@ -354,7 +404,7 @@ mod tests {
         let total = |blocks| {
             let again = Recompute { blocks, norms: false };
             let precision = Precision::Bf16Mixed;
-            MemoryPlan::new(&model, precision, &fp32(), again, 16, 2048).unwrap().total()
+            MemoryPlan::new(&model, precision, &fp32(), again, ALONE, 16, 2048).unwrap().total()
         };
         for again in 1..22 {
             let saved = again * tokens * (block_bytes(&model, false) - inputs);
@@ -363,5 +413,25 @@ mod tests {
         // The last block's values are needed at once, so that computing them again saves nothing.
         assert_eq!(total(22) - total(21), tokens * inputs);
         assert_eq!(total(22), total(99));
+    }
+
+    #[test]
+    fn ranks_share_the_state_and_with_full_shard_weights_and_gradients_too() {
+        let model = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        let n = model.n_params();
+        let total = |strategy, ranks, local| {
+            let share = Share::of(strategy, ranks, local, &model);
+            let precision = Precision::Bf16Mixed;
+            let plan =
+                MemoryPlan::new(&model, precision, &fp32(), Recompute::default(), share, 8, 2048);
+            plan.unwrap().total()
+        };
+        let alone = total(Strategy::Ddp, 1, 1);
+        assert_eq!(total(Strategy::Ddp, 16, 8), alone);
+        assert_eq!(total(Strategy::ShardGradOp, 16, 8), alone - 12 * (n - n / 16));
+        let slots = 6 * 2 * 32_000 * 2048; // embedding and head are larger than a block
+        assert_eq!(total(Strategy::FullShard, 16, 8), alone - 18 * (n - n / 16) + slots);
+        assert_eq!(total(Strategy::HybridShard, 16, 8), total(Strategy::FullShard, 8, 8));
+        assert_eq!(total(Strategy::FullShard, 1, 1), alone);
     }
 }

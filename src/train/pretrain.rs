@@ -102,6 +102,9 @@ fn check_finite(run: &Run, taken: &TakenStep) -> Result<()> {
         return Ok(());
     }
     let names = run.optimizer.non_finite();
+    if let (true, Some(job)) = (names.is_empty(), run.job) {
+        ranks::let_others_tell(job, &run.config.distributed);
+    }
     let shown = match names.as_slice() {
         [] => "no parameter alone (their sum overflows)".to_owned(),
         [one] => format!("`{one}`"),

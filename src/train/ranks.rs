@@ -1,5 +1,6 @@
 //! What a run does differently where it is one rank of several.
 
+use super::memory::Share;
 use super::optimizer::AdamW;
 use super::run::Run;
 use super::{saver, signals};
@@ -7,7 +8,7 @@ use crate::bail_hint;
 use crate::config::{DistributedConfig, RunConfig};
 use crate::distributed::saver::{Saver, Snapshot, to_host};
 use crate::distributed::{self, Groups, Job, Plan, Ranks};
-use crate::model::GPT;
+use crate::model::{GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -70,6 +71,12 @@ pub fn find_resume(
         );
     }
     Ok(Some(path))
+}
+
+/// What this rank keeps, for the memory plan.
+pub fn share(job: &Job, config: &RunConfig, model: &ModelConfig) -> Result<Share> {
+    let local = job.nodes()?.first().map_or(1, Vec::len) as u64;
+    Ok(Share::of(config.distributed.strategy, job.size() as u64, local, model))
 }
 
 /// Shares the model among the ranks as the configuration says.
@@ -158,6 +165,14 @@ pub fn finish_save(run: &mut Run) -> Result<Option<PathBuf>> {
         run.last_checkpoint = path.clone();
     }
     Ok(path)
+}
+
+/// Where this rank's part of the gradients is finite but the norm is not: another knows the parameter, and its error
+/// ends the job while this one waits.
+pub fn let_others_tell(job: &Job, config: &DistributedConfig) {
+    if job.size() > 1 {
+        thread::sleep(Duration::from_secs_f64(config.heartbeat_timeout));
+    }
 }
 
 /// For what all ranks stop after this step, if they do: a signal, or [`TIME_IS_UP`].

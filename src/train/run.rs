@@ -2,7 +2,7 @@
 
 use super::backends::{cache_file, set_backends};
 use super::flops::{self, FlopsPerToken};
-use super::memory;
+use super::memory::{self, Share};
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::{AdamW, offload};
 use super::pick_attention::{Picked, pick_attention};
@@ -142,10 +142,14 @@ impl<'j> Run<'j> {
         if config.optimizer.cpu_offload {
             offload::require(device, config.precision.is_mixed(), config.fused)?;
         }
-        if let (Device::Cuda(index), None) = (device, job) {
+        if let Device::Cuda(index) = device {
+            let share = match job {
+                Some(job) => ranks::share(job, config, &model_config)?,
+                None => Share::ALONE,
+            };
             let card = ffi::cuda_device(index)?.total_memory as u64;
             let memory = config.memory_limit_bytes().map_or(card, |limit| limit.min(card));
-            memory::check_fits(config, &model_config, sequence as u64, memory)?;
+            memory::check_fits(config, &model_config, share, sequence as u64, memory)?;
         }
 
         // 1. Which checkpoint, before anything is prepared; tokenizer and data.

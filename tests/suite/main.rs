@@ -11,6 +11,7 @@ mod generate;
 mod golden;
 mod golden_train;
 mod gpu;
+mod gpu_ranks;
 mod gpu_step;
 mod kernels;
 mod launch;
