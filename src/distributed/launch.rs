@@ -49,7 +49,7 @@ pub fn launch(config: &RunConfig) -> Result<u8> {
         }
         _ => None,
     };
-    let signal = StopSignal::install()?;
+    let signal = StopSignal::install(true)?;
     let mut workers = Workers::start(config, &node, &master)?;
     let board = Arc::new(Board::default());
     let monitor = Monitor {

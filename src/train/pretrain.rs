@@ -25,7 +25,7 @@ use std::time::Instant;
 /// The CPU waits for the GPU once a step, for the loss and gradient norm of the step before, while the card has work.
 pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
     let mut run = Run::assemble(config, job)?;
-    let stop = StopSignal::install()?;
+    let stop = StopSignal::install(job.is_none())?;
     let (train, eval) = (&config.train, &config.eval);
 
     if eval.initial_validation && run.progress.step == 0 {

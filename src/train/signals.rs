@@ -17,19 +17,25 @@ pub struct StopSignal {
 impl StopSignal {
     /// Installs the handlers for the rest of the process.
     ///
-    /// A second signal, of either kind, ends the process at once with [`exit_code`]: the way out
-    /// where saving hangs.
+    /// With `second_ends` a second signal, of either kind, ends the process at once with [`exit_code`]: the way out
+    /// where saving hangs. Not so for one rank of several: those who started it may send the same signal twice, and kill
+    /// it in the end.
     ///
     /// # Errors
     /// Where the system refuses a handler.
-    pub fn install() -> Result<StopSignal> {
+    pub fn install(second_ends: bool) -> Result<StopSignal> {
         let signal = Arc::new(AtomicUsize::new(0));
         let asked = Arc::new(AtomicBool::new(false));
         for number in [SIGINT, SIGTERM] {
             // Handlers run in this order, so the first signal finds `asked` still false.
             let code = i32::from(exit_code(number));
-            flag::register_conditional_shutdown(number, code, Arc::clone(&asked))
-                .and_then(|_| flag::register_usize(number, Arc::clone(&signal), number as usize))
+            let shutdown = match second_ends {
+                true => flag::register_conditional_shutdown(number, code, Arc::clone(&asked))
+                    .map(|_| ()),
+                false => Ok(()),
+            };
+            shutdown
+                .and_then(|()| flag::register_usize(number, Arc::clone(&signal), number as usize))
                 .and_then(|_| flag::register(number, Arc::clone(&asked)))
                 .with_context(|| format!("cannot install a handler for signal {number}"))?;
         }
@@ -63,7 +69,11 @@ mod tests {
 
     /// Raises signals in a child process: this very test binary, told by a variable which ones.
     fn code_after(signals: &str) -> Option<i32> {
-        Command::new(std::env::current_exe().unwrap())
+        code_of(&mut Command::new(std::env::current_exe().unwrap()), signals)
+    }
+
+    fn code_of(child: &mut Command, signals: &str) -> Option<i32> {
+        child
             .args(["--exact", "train::signals::tests::child", "--ignored", "--test-threads=1"])
             .env("TL_TEST_SIGNALS", signals)
             .output()
@@ -76,7 +86,7 @@ mod tests {
     #[ignore = "the child of the tests below"]
     fn child() {
         let signals = std::env::var("TL_TEST_SIGNALS").unwrap_or_default();
-        let stop = StopSignal::install().unwrap();
+        let stop = StopSignal::install(std::env::var_os("TL_TEST_PATIENT").is_none()).unwrap();
         assert_eq!(stop.requested(), None);
         for signal in signals.split(',').filter_map(|s| s.parse().ok()) {
             raise(signal).unwrap();
@@ -89,6 +99,12 @@ mod tests {
     fn the_first_signal_is_noted_and_the_process_goes_on() {
         assert_eq!(code_after("2"), Some(SIGINT));
         assert_eq!(code_after("15"), Some(SIGTERM));
+    }
+
+    #[test]
+    fn a_rank_of_several_notes_a_second_signal_and_goes_on() {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        assert_eq!(code_of(child.env("TL_TEST_PATIENT", "1"), "15,15"), Some(SIGTERM));
     }
 
     #[test]

@@ -49,7 +49,7 @@ fn run(dir: &Path, plan: &Value) -> anyhow::Result<u8> {
 
 /// Adds `rank + 1` over all ranks in every step, until told to stop.
 fn train(job: &Job, dir: &Path, plan: &Value) -> anyhow::Result<u8> {
-    let stop = StopSignal::install()?;
+    let stop = StopSignal::install(false)?;
     let (rank, size) = (job.rank(), job.size() as f64);
     let mine = |key: &str, step: u64| plan[key] == json!([rank, step]);
     for step in 1..=plan["steps"].as_u64().unwrap_or(5) {
