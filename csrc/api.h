@@ -114,7 +114,7 @@ int tl_link_store(void* link, int slot, int64_t start, int64_t blocks);
 int tl_link_wait(void* link);
 void tl_link_free(void* link);
 
-// ---- process groups (csrc/torch/store.cpp, process_group.cpp, nccl.cpp) -------------------------------------
+// ---- process groups (csrc/torch/store.cpp, process_group.cpp, nccl_group.cpp) -------------------------------------
 
 // libtorch's key-value store: served at a port of all interfaces (0: any free one), or that of host and port. Calls
 // may come from any thread. A timeout is for connecting and for tl_store_get.

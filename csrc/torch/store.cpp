@@ -1,9 +1,13 @@
 // libtorch's key-value store over TCP, by which the ranks of a run find each other.
+#include "store.h"
+
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include <memory>
+#include <vector>
 
 #include "api.h"
 #include "guard.h"
-#include "process_group.h"
 
 namespace tl {
 
