@@ -10,6 +10,7 @@ mod offload;
 mod process_group;
 pub mod profile;
 mod recompute;
+mod store;
 
 pub use graph::*;
 pub use hooks::{Call, on_gradient};
@@ -17,6 +18,7 @@ pub use kernels::*;
 pub use offload::{HostLink, page_locked};
 pub use process_group::*;
 pub use recompute::{Part, recompute};
+pub use store::TcpStore;
 
 use anyhow::{Result, bail};
 use std::ffi::{CStr, c_char, c_int};

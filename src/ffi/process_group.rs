@@ -1,49 +1,15 @@
-//! Ranks that compute together: a key-value store by which they find each other, and collective operations between
-//! them over NCCL (cards) or Gloo (CPUs), libtorch's own.
+//! Collective operations between ranks over NCCL (cards) or Gloo (CPUs), libtorch's own.
 
+use super::store::{TcpStore, c_text, milliseconds};
 use super::{Handle, device_index, handle};
 use anyhow::{Context, Result, bail, ensure};
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::fmt;
 use std::ptr::null_mut;
 use std::time::Duration;
 use tch::{Device, Tensor};
 
 unsafe extern "C" {
-    fn tl_store_new(
-        host: *const c_char,
-        port: u16,
-        serve: c_int,
-        timeout_ms: i64,
-        store: *mut *mut c_void,
-    ) -> c_int;
-    fn tl_store_free(store: *mut c_void);
-    fn tl_store_port(store: *mut c_void) -> u16;
-    fn tl_store_set(store: *mut c_void, key: *const c_char, data: *const u8, size: usize) -> c_int;
-    fn tl_store_get(
-        store: *mut c_void,
-        key: *const c_char,
-        data: *mut *const u8,
-        size: *mut usize,
-    ) -> c_int;
-    fn tl_store_wait(
-        store: *mut c_void,
-        n: c_int,
-        keys: *const *const c_char,
-        timeout_ms: i64,
-    ) -> c_int;
-    fn tl_store_add(store: *mut c_void, key: *const c_char, value: i64, sum: *mut i64) -> c_int;
-    fn tl_store_check(store: *mut c_void, key: *const c_char, present: *mut c_int) -> c_int;
-    fn tl_store_compare_set(
-        store: *mut c_void,
-        key: *const c_char,
-        expected: *const u8,
-        expected_size: usize,
-        desired: *const u8,
-        desired_size: usize,
-        data: *mut *const u8,
-        size: *mut usize,
-    ) -> c_int;
     fn tl_group_new(
         store: *mut c_void,
         prefix: *const c_char,
@@ -100,164 +66,6 @@ fn check(code: c_int) -> Result<()> {
     let lines = text.lines().take_while(|line| !line.starts_with("Exception raised from"));
     let lines: Vec<&str> = lines.map(str::trim).filter(|line| !line.is_empty()).collect();
     bail!("{}", lines.join("; "))
-}
-
-fn c_text(text: &str) -> Result<CString> {
-    CString::new(text).with_context(|| format!("`{text:?}` has a zero byte in it"))
-}
-
-/// At least one millisecond: libtorch takes 0 for "for ever".
-fn milliseconds(timeout: Duration) -> i64 {
-    i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX).clamp(1, 1 << 40)
-}
-
-/// A store of keys and values that one process serves over TCP (`torch.distributed.TCPStore`).
-///
-/// May be used by several threads at once: each call has a connection of its own, kept for later ones. The server
-/// lives as long as this and all groups made over it.
-#[derive(Debug)]
-pub struct TcpStore {
-    store: *mut c_void,
-    host: String,
-    port: u16,
-}
-
-// SAFETY: the C++ side locks its list of connections, and each call uses one alone.
-unsafe impl Send for TcpStore {}
-unsafe impl Sync for TcpStore {}
-
-impl TcpStore {
-    /// Serves a store on all interfaces of this machine at `port`, 0: any free one. `timeout`: for [`Self::get`].
-    ///
-    /// # Errors
-    /// The port is taken.
-    pub fn serve(port: u16, timeout: Duration) -> Result<Self> {
-        Self::new("127.0.0.1", port, true, timeout)
-            .with_context(|| format!("cannot serve the ranks' store at port {port}"))
-    }
-
-    /// A client of the store that `host` serves. It tries for `timeout`, which is also that of [`Self::get`].
-    ///
-    /// # Errors
-    /// Nobody answers in that time.
-    pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
-        Self::new(host, port, false, timeout).with_context(|| {
-            format!("no store of ranks answered at {host}:{port} within {timeout:?}")
-        })
-    }
-
-    fn new(host: &str, port: u16, serve: bool, timeout: Duration) -> Result<Self> {
-        let c_host = c_text(host)?;
-        let mut store = null_mut();
-        // SAFETY: the text outlives the call; on success `store` is ours.
-        check(unsafe {
-            tl_store_new(c_host.as_ptr(), port, serve.into(), milliseconds(timeout), &mut store)
-        })?;
-        // SAFETY: just made.
-        let port = unsafe { tl_store_port(store) };
-        Ok(Self { store, host: host.to_owned(), port })
-    }
-
-    /// The port it is served at.
-    pub fn port(&self) -> u16 {
-        self.port
-    }
-
-    /// `host:port` as this process reaches it.
-    pub fn address(&self) -> String {
-        format!("{}:{}", self.host, self.port)
-    }
-
-    /// Sets a key; when this returns, everybody sees it.
-    pub fn set(&self, key: &str, value: &[u8]) -> Result<()> {
-        let c_key = c_text(key)?;
-        // SAFETY: both outlive the call.
-        check(unsafe { tl_store_set(self.store, c_key.as_ptr(), value.as_ptr(), value.len()) })
-            .with_context(|| self.failed("set", key))
-    }
-
-    /// The value of a key. Waits for it up to the store's timeout.
-    pub fn get(&self, key: &str) -> Result<Vec<u8>> {
-        let c_key = c_text(key)?;
-        let (mut data, mut size) = (std::ptr::null(), 0);
-        // SAFETY: on success `data` has `size` bytes until this thread's next call.
-        check(unsafe { tl_store_get(self.store, c_key.as_ptr(), &mut data, &mut size) })
-            .with_context(|| self.failed("get", key))?;
-        Ok(unsafe { copied(data, size) })
-    }
-
-    /// Waits until all keys are there.
-    pub fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
-        let keys: Vec<CString> = keys.iter().map(|key| c_text(key)).collect::<Result<_>>()?;
-        let pointers: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr()).collect();
-        let n = pointers.len() as c_int;
-        // SAFETY: `pointers` has n texts that outlive the call.
-        check(unsafe { tl_store_wait(self.store, n, pointers.as_ptr(), milliseconds(timeout)) })
-            .with_context(|| format!("waited {timeout:?} for the store at {}", self.address()))
-    }
-
-    /// Adds to the number that a key holds (0 where there is no key) and returns the sum.
-    pub fn add(&self, key: &str, value: i64) -> Result<i64> {
-        let c_key = c_text(key)?;
-        let mut sum = 0;
-        // SAFETY: both pointers outlive the call.
-        check(unsafe { tl_store_add(self.store, c_key.as_ptr(), value, &mut sum) })
-            .with_context(|| self.failed("add to", key))?;
-        Ok(sum)
-    }
-
-    /// Whether a key is there. Does not wait.
-    pub fn check(&self, key: &str) -> Result<bool> {
-        let c_key = c_text(key)?;
-        let mut present = 0;
-        // SAFETY: both pointers outlive the call.
-        check(unsafe { tl_store_check(self.store, c_key.as_ptr(), &mut present) })
-            .with_context(|| self.failed("look for", key))?;
-        Ok(present != 0)
-    }
-
-    /// Sets a key that holds `expected`, or that is not there where `expected` is empty. Returns what it holds then; of
-    /// a key that is not there, `expected`.
-    pub fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
-        let c_key = c_text(key)?;
-        let (mut data, mut size) = (std::ptr::null(), 0);
-        // SAFETY: all outlive the call; on success `data` has `size` bytes until this thread's next call.
-        check(unsafe {
-            tl_store_compare_set(
-                self.store,
-                c_key.as_ptr(),
-                expected.as_ptr(),
-                expected.len(),
-                desired.as_ptr(),
-                desired.len(),
-                &mut data,
-                &mut size,
-            )
-        })
-        .with_context(|| self.failed("set", key))?;
-        Ok(unsafe { copied(data, size) })
-    }
-
-    fn failed(&self, what: &str, key: &str) -> String {
-        format!("cannot {what} `{key}` in the store at {}", self.address())
-    }
-}
-
-impl Drop for TcpStore {
-    fn drop(&mut self) {
-        // SAFETY: made by `tl_store_new`, freed once.
-        unsafe { tl_store_free(self.store) }
-    }
-}
-
-/// # Safety
-/// `data` has `size` readable bytes, or `size` is 0.
-unsafe fn copied(data: *const u8, size: usize) -> Vec<u8> {
-    if size == 0 {
-        return vec![];
-    }
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts(data, size) }.to_vec()
 }
 
 /// By which library ranks exchange tensors.
@@ -369,7 +177,7 @@ impl ProcessGroup {
         // SAFETY: store and texts outlive the call (C++ keeps what it needs); on success `group` is ours.
         check(unsafe {
             tl_group_new(
-                store.store,
+                store.as_ptr(),
                 c_prefix.as_ptr(),
                 (backend == Backend::Nccl).into(),
                 rank as c_int,
@@ -484,35 +292,33 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// Announces this rank in the store and waits for all others, so that one that never comes is told by its number.
+/// Announces this rank in the store and waits for all others; the last to come tells. One that never comes is told by
+/// its number.
 fn join(store: &TcpStore, prefix: &str, rank: usize, size: usize, timeout: Duration) -> Result<()> {
-    let keys: Vec<String> = (0..size).map(|r| format!("{prefix}/joined/{r}")).collect();
-    let times = store.add(&keys[rank], 1)?;
+    let key = |rank: usize| format!("{prefix}/joined/{rank}");
+    let all = format!("{prefix}/joined/all");
+    let times = store.add(&key(rank), 1)?;
     ensure!(
         times == 1,
         "rank {rank} joined group `{prefix}` {times} times at the store {}; a group has a name of \
          its own, and a rank is in it once",
         store.address()
     );
-    let all: Vec<&str> = keys.iter().map(String::as_str).collect();
-    store.wait(&all, timeout).or_else(|error| {
-        let missing: Vec<String> = (0..size)
-            .filter(|&r| !store.check(&keys[r]).unwrap_or(false))
-            .map(|r| r.to_string())
-            .collect();
-        if missing.is_empty() {
-            return Ok(()); // the last came in this moment
-        }
-        let shown = if missing.len() > 8 { &missing[..8] } else { &missing };
-        Err(error).with_context(|| {
-            format!(
-                "{} of {size} ranks did not join group `{prefix}` at {} within {timeout:?}: rank {}{}",
-                missing.len(),
-                store.address(),
-                shown.join(", "),
-                if missing.len() > shown.len() { ", .." } else { "" }
-            )
-        })
+    if store.add(&format!("{prefix}/joined/count"), 1)? == size as i64 {
+        store.set(&all, b"")?;
+    }
+    store.wait(&[&all], timeout).map_err(|error| {
+        let came = |&rank: &usize| store.check(&key(rank)).unwrap_or(false);
+        let missing: Vec<String> =
+            (0..size).filter(|rank| !came(rank)).map(|rank| rank.to_string()).collect();
+        let (shown, more) = missing.split_at(missing.len().min(8));
+        error.context(format!(
+            "{} of {size} ranks did not join group `{prefix}` at {} within {timeout:?}: rank {}{}",
+            missing.len(),
+            store.address(),
+            shown.join(", "),
+            if more.is_empty() { "" } else { ", .." }
+        ))
     })
 }
 
