@@ -123,12 +123,13 @@ int tl_store_new(const char* host, uint16_t port, int serve, int64_t timeout_ms,
 void tl_store_free(void* store);
 uint16_t tl_store_port(void* store);
 int tl_store_set(void* store, const char* key, const uint8_t* data, size_t size);
-// Waits for the key. *data is valid until the next tl_store_get or tl_store_compare_set of this thread.
+// Of a key that is there; where it is not, waits for it and blocks all other calls. *data is valid until the next
+// tl_store_get or tl_store_compare_set of this thread.
 int tl_store_get(void* store, const char* key, const uint8_t** data, size_t* size);
-int tl_store_wait(void* store, int n, const char* const* keys, int64_t timeout_ms);
 // *sum = value + what the key held, as decimal text (0 where there was none).
 int tl_store_add(void* store, const char* key, int64_t value, int64_t* sum);
-int tl_store_check(void* store, const char* key, int* present);
+// Whether all keys are there.
+int tl_store_check(void* store, int n, const char* const* keys, int* present);
 // Sets a key that holds `expected`, or that is not there where expected is empty; *data is what it holds afterwards
 // (of a key that is not there: expected).
 int tl_store_compare_set(void* store, const char* key, const uint8_t* expected, size_t expected_size,

@@ -13,7 +13,8 @@
 #include <ATen/core/grad_mode.h>
 #include <atomic>
 #include <functional>
-#include <optional>
+#include <mutex>
+#include <vector>
 
 #include "api.h"
 #include "guard.h"
@@ -278,8 +279,8 @@ extern "C" int tl_group_new(void* store, const char* prefix, int nccl, int rank,
   TL_GUARD({
     const auto& shared_store = *static_cast<std::shared_ptr<tl::TcpStore>*>(store);
     const tl::Milliseconds timeout(timeout_ms);
-    // A client of its own: a group may wait for a key while other threads use the store.
-    tl::StorePtr client = c10::make_intrusive<c10d::PrefixStore>(prefix, shared_store->client());
+    // A connection of its own: a group may wait for a key while other threads use the store.
+    tl::StorePtr client = c10::make_intrusive<c10d::PrefixStore>(prefix, shared_store->connect());
     tl::BackendPtr backend = nccl ? tl::make_nccl(client, rank, size, device, timeout)
                                   : tl::make_gloo(client, rank, size, address, timeout);
     const at::Device where = nccl ? at::Device(at::kCUDA, device) : at::Device(at::kCPU);

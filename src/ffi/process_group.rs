@@ -5,8 +5,10 @@ use super::{Handle, device_index, handle};
 use anyhow::{Context, Result, bail, ensure};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::ptr::null_mut;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
 unsafe extern "C" {
@@ -26,14 +28,13 @@ unsafe extern "C" {
         data: *mut *const u8,
         size: *mut usize,
     ) -> c_int;
-    fn tl_store_wait(
+    fn tl_store_add(store: *mut c_void, key: *const c_char, value: i64, sum: *mut i64) -> c_int;
+    fn tl_store_check(
         store: *mut c_void,
         n: c_int,
         keys: *const *const c_char,
-        timeout_ms: i64,
+        present: *mut c_int,
     ) -> c_int;
-    fn tl_store_add(store: *mut c_void, key: *const c_char, value: i64, sum: *mut i64) -> c_int;
-    fn tl_store_check(store: *mut c_void, key: *const c_char, present: *mut c_int) -> c_int;
     fn tl_store_compare_set(
         store: *mut c_void,
         key: *const c_char,
@@ -113,16 +114,17 @@ fn milliseconds(timeout: Duration) -> i64 {
 
 /// A store of keys and values that one process serves over TCP (`torch.distributed.TCPStore`).
 ///
-/// May be used by several threads at once: each call has a connection of its own, kept for later ones. The server
-/// lives as long as this and all groups made over it.
+/// Several threads may use it at once: no call but [`Self::get`] and [`Self::wait`] waits for another rank, and those ask
+/// again and again, at most 50 ms apart. The server lives as long as this and all groups made over it.
 #[derive(Debug)]
 pub struct TcpStore {
     store: *mut c_void,
     host: String,
     port: u16,
+    timeout: Duration,
 }
 
-// SAFETY: the C++ side locks its list of connections, and each call uses one alone.
+// SAFETY: libtorch's store locks its connection for each call.
 unsafe impl Send for TcpStore {}
 unsafe impl Sync for TcpStore {}
 
@@ -141,9 +143,11 @@ impl TcpStore {
     /// # Errors
     /// Nobody answers in that time.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
-        Self::new(host, port, false, timeout).with_context(|| {
-            format!("no store of ranks answered at {host}:{port} within {timeout:?}")
-        })
+        reach(host, port, timeout)
+            .and_then(|()| Self::new(host, port, false, timeout))
+            .with_context(|| {
+                format!("no store of ranks answers at {host}:{port} within {timeout:?}")
+            })
     }
 
     fn new(host: &str, port: u16, serve: bool, timeout: Duration) -> Result<Self> {
@@ -155,7 +159,7 @@ impl TcpStore {
         })?;
         // SAFETY: just made.
         let port = unsafe { tl_store_port(store) };
-        Ok(Self { store, host: host.to_owned(), port })
+        Ok(Self { store, host: host.to_owned(), port, timeout })
     }
 
     /// The port it is served at.
@@ -178,6 +182,7 @@ impl TcpStore {
 
     /// The value of a key. Waits for it up to the store's timeout.
     pub fn get(&self, key: &str) -> Result<Vec<u8>> {
+        self.wait(&[key], self.timeout)?;
         let c_key = c_text(key)?;
         let (mut data, mut size) = (std::ptr::null(), 0);
         // SAFETY: on success `data` has `size` bytes until this thread's next call.
@@ -188,12 +193,21 @@ impl TcpStore {
 
     /// Waits until all keys are there.
     pub fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
-        let keys: Vec<CString> = keys.iter().map(|key| c_text(key)).collect::<Result<_>>()?;
-        let pointers: Vec<*const c_char> = keys.iter().map(|key| key.as_ptr()).collect();
-        let n = pointers.len() as c_int;
-        // SAFETY: `pointers` has n texts that outlive the call.
-        check(unsafe { tl_store_wait(self.store, n, pointers.as_ptr(), milliseconds(timeout)) })
-            .with_context(|| format!("waited {timeout:?} for the store at {}", self.address()))
+        let end = Instant::now() + timeout;
+        let mut pause = Duration::from_millis(1);
+        while !self.check_all(keys)? {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!(
+                    "waited {timeout:?} in vain for `{}` in the store at {}",
+                    keys.join("`, `"),
+                    self.address()
+                );
+            }
+            thread::sleep(pause.min(left));
+            pause = (2 * pause).min(Duration::from_millis(50));
+        }
+        Ok(())
     }
 
     /// Adds to the number that a key holds (0 where there is no key) and returns the sum.
@@ -208,11 +222,18 @@ impl TcpStore {
 
     /// Whether a key is there. Does not wait.
     pub fn check(&self, key: &str) -> Result<bool> {
-        let c_key = c_text(key)?;
+        self.check_all(&[key])
+    }
+
+    fn check_all(&self, keys: &[&str]) -> Result<bool> {
+        let texts: Vec<CString> = keys.iter().map(|key| c_text(key)).collect::<Result<_>>()?;
+        let pointers: Vec<*const c_char> = texts.iter().map(|key| key.as_ptr()).collect();
         let mut present = 0;
-        // SAFETY: both pointers outlive the call.
-        check(unsafe { tl_store_check(self.store, c_key.as_ptr(), &mut present) })
-            .with_context(|| self.failed("look for", key))?;
+        // SAFETY: `pointers` has as many texts as said, and all outlive the call.
+        check(unsafe {
+            tl_store_check(self.store, pointers.len() as c_int, pointers.as_ptr(), &mut present)
+        })
+        .with_context(|| self.failed("look for", &keys.join("`, `")))?;
         Ok(present != 0)
     }
 
@@ -248,6 +269,36 @@ impl Drop for TcpStore {
         // SAFETY: made by `tl_store_new`, freed once.
         unsafe { tl_store_free(self.store) }
     }
+}
+
+/// Returns when somebody listens at `host:port`. libtorch's own client waits a second and more between two attempts,
+/// and prints a backtrace after each.
+fn reach(host: &str, port: u16, timeout: Duration) -> Result<()> {
+    let end = Instant::now() + timeout;
+    loop {
+        let error = match attempt(host, port, end) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(error.into());
+        }
+        thread::sleep(left.min(Duration::from_millis(100)));
+    }
+}
+
+fn attempt(host: &str, port: u16, end: Instant) -> std::io::Result<()> {
+    let mut failed = std::io::Error::other("the name has no address");
+    for address in (host, port).to_socket_addrs()? {
+        let left = end.saturating_duration_since(Instant::now());
+        let wait = left.clamp(Duration::from_millis(1), Duration::from_secs(5));
+        match TcpStream::connect_timeout(&address, wait) {
+            Ok(_) => return Ok(()),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
 }
 
 /// # Safety
@@ -484,35 +535,33 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// Announces this rank in the store and waits for all others, so that one that never comes is told by its number.
+/// Announces this rank in the store and waits for all others; the last to come tells. One that never comes is told by
+/// its number.
 fn join(store: &TcpStore, prefix: &str, rank: usize, size: usize, timeout: Duration) -> Result<()> {
-    let keys: Vec<String> = (0..size).map(|r| format!("{prefix}/joined/{r}")).collect();
-    let times = store.add(&keys[rank], 1)?;
+    let key = |rank: usize| format!("{prefix}/joined/{rank}");
+    let all = format!("{prefix}/joined/all");
+    let times = store.add(&key(rank), 1)?;
     ensure!(
         times == 1,
         "rank {rank} joined group `{prefix}` {times} times at the store {}; a group has a name of \
          its own, and a rank is in it once",
         store.address()
     );
-    let all: Vec<&str> = keys.iter().map(String::as_str).collect();
-    store.wait(&all, timeout).or_else(|error| {
-        let missing: Vec<String> = (0..size)
-            .filter(|&r| !store.check(&keys[r]).unwrap_or(false))
-            .map(|r| r.to_string())
-            .collect();
-        if missing.is_empty() {
-            return Ok(()); // the last came in this moment
-        }
-        let shown = if missing.len() > 8 { &missing[..8] } else { &missing };
-        Err(error).with_context(|| {
-            format!(
-                "{} of {size} ranks did not join group `{prefix}` at {} within {timeout:?}: rank {}{}",
-                missing.len(),
-                store.address(),
-                shown.join(", "),
-                if missing.len() > shown.len() { ", .." } else { "" }
-            )
-        })
+    if store.add(&format!("{prefix}/joined/count"), 1)? == size as i64 {
+        store.set(&all, b"")?;
+    }
+    store.wait(&[&all], timeout).map_err(|error| {
+        let came = |&rank: &usize| store.check(&key(rank)).unwrap_or(false);
+        let missing: Vec<String> =
+            (0..size).filter(|rank| !came(rank)).map(|rank| rank.to_string()).collect();
+        let (shown, more) = missing.split_at(missing.len().min(8));
+        error.context(format!(
+            "{} of {size} ranks did not join group `{prefix}` at {} within {timeout:?}: rank {}{}",
+            missing.len(),
+            store.address(),
+            shown.join(", "),
+            if more.is_empty() { "" } else { ", .." }
+        ))
     })
 }
 
