@@ -148,10 +148,7 @@ mod tests {
         let inner = Err::<(), _>(anyhow::anyhow!("the disk is full")).hint("make room");
         let error = inner.context("cannot save").unwrap_err();
         let text = house_form(&causes(&error), hint(&error));
-        assert_eq!(
-            text,
-            "error: cannot save\n  caused by: the disk is full\n\nhint: make room\n"
-        );
+        assert_eq!(text, "error: cannot save\n  caused by: the disk is full\n\nhint: make room\n");
         let told = anyhow::Error::from(Told { line: String::new(), code: 2 });
         assert_eq!(exit_code(&told), 2);
     }

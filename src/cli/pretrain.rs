@@ -66,7 +66,9 @@ fn work(world: World, config: &RunConfig) -> Result<u8> {
     let (rank, size) = (world.rank, world.size as u64);
     if rank == 0 && config.ranks() > 1 && config.ranks() != size {
         let (devices, nodes) = (config.devices, config.num_nodes);
-        eprintln!("world       {size} ranks were started; `devices` {devices} x `num_nodes` {nodes} is not obeyed");
+        eprintln!(
+            "world       {size} ranks were started; `devices` {devices} x `num_nodes` {nodes} is not obeyed"
+        );
     }
     // MERGE: call `train::pretrain_distributed(config, job)` here.
     distributed::meet(world, config)?.run(|_job| Err(anyhow!("strategy not wired")))
