@@ -1,9 +1,12 @@
 // libtorch's key-value store over TCP, by which the ranks of a run find each other.
 #include "store.h"
 
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "api.h"
@@ -13,7 +16,17 @@ namespace tl {
 
 namespace {
 
+// libtorch warns, with a stack, of every connection that another process's end closes. A user's own setting stays.
+void quiet_warnings() {
+  if (std::getenv("TORCH_CPP_LOG_LEVEL"))
+    c10::initLogging();
+  else
+    FLAGS_caffe2_log_level = 2;  // errors alone
+}
+
 StorePtr open(const TcpStore& s, bool serve) {
+  static std::once_flag once;
+  std::call_once(once, quiet_warnings);
   c10d::TCPStoreOptions options;
   options.port = s.port;
   options.isServer = serve;

@@ -74,11 +74,11 @@ impl Judge {
         };
         let root = self.seen.iter().find_map(|seen| fault(seen, true));
         let root = root.or_else(|| deaths.iter().find(|death| death.is_root).map(end));
-        let root = root.or_else(|| self.silent(self.silence, None)).or_else(|| self.stuck());
+        let root = root.or_else(|| self.silent(self.silence, usize::MAX)).or_else(|| self.stuck());
         if root.is_some() {
             return root;
         }
-        // What may be a consequence: its cause shows itself by silence, within a third of the usual time.
+        // What may be a consequence: its cause shows itself by a death or by silence, in a third of the usual time.
         let grace = self.silence / 3;
         if let Some((suspect, waited)) = &mut self.suspect {
             *waited += elapsed.min(self.period * 2);
@@ -86,17 +86,18 @@ impl Judge {
                 return None;
             }
             let suspect = suspect.clone();
-            return self.silent(grace * 3 / 4, Some(suspect.rank)).or(Some(suspect));
+            let cause = deaths.first().map(end);
+            return cause.or_else(|| self.silent(grace * 3 / 4, suspect.rank)).or(Some(suspect));
         }
-        let first = self.seen.iter().find_map(|seen| fault(seen, false));
-        let first = first.or_else(|| deaths.first().map(end));
+        let first = deaths.first().map(end);
+        let first = first.or_else(|| self.seen.iter().find_map(|seen| fault(seen, false)));
         self.suspect = first.map(|failure| (failure, Duration::ZERO));
         None
     }
 
     /// The rank that has been silent longest, if longer than `limit`.
-    fn silent(&self, limit: Duration, but: Option<usize>) -> Option<Failure> {
-        let others = self.seen.iter().filter(|s| s.running().is_some() && Some(s.rank) != but);
+    fn silent(&self, limit: Duration, but: usize) -> Option<Failure> {
+        let others = self.seen.iter().filter(|s| s.running().is_some() && s.rank != but);
         let seen = others.max_by_key(|seen| seen.quiet).filter(|seen| seen.quiet >= limit)?;
         let beat = seen.beat.as_ref()?;
         let what = format!(
@@ -161,6 +162,11 @@ mod tests {
 
     const ALL: [usize; 3] = [0, 1, 2];
 
+    fn death(rank: usize, is_root: bool) -> Death {
+        let (host, what) = ("a".to_owned(), "was killed".to_owned());
+        Death { rank, host, what, is_root, last_line: None }
+    }
+
     fn gloo_error() -> Fault {
         Fault::of(&anyhow::anyhow!("gloo: Connection closed by peer"))
     }
@@ -190,6 +196,13 @@ mod tests {
         assert_eq!(scene.pass(5, &ALL, &[]), None);
         let failure = scene.pass(2, &ALL, &[]).unwrap();
         assert_eq!((failure.rank, failure.causes.len()), (0, 2)); // nobody else did it
+
+        let mut scene = Scene::new();
+        scene.pass(3, &ALL, &ALL);
+        scene.beats[0].fault = Some(gloo_error());
+        scene.pass(1, &ALL, &[]);
+        scene.deaths = vec![death(1, false)]; // aborted, which a peer's end may cause as well
+        assert_eq!(scene.pass(10, &[0, 2], &[]).unwrap().rank, 1);
     }
 
     #[test]
@@ -205,10 +218,6 @@ mod tests {
 
         let mut scene = Scene::new();
         scene.pass(1, &ALL, &ALL);
-        let death = |rank, is_root| {
-            let (host, what) = ("a".to_owned(), "was killed".to_owned());
-            Death { rank, host, what, is_root, last_line: None }
-        };
         scene.deaths = vec![death(0, false), death(1, true)];
         let failure = scene.pass(1, &ALL, &ALL).unwrap();
         assert_eq!((failure.rank, failure.told_by), (1, 0));

@@ -22,9 +22,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long workers of a failed job may take to end by themselves.
-const PATIENCE: Duration = Duration::from_secs(5);
-
 /// Between two looks at the workers.
 const GLANCE: Duration = Duration::from_millis(50);
 
@@ -63,7 +60,9 @@ pub fn launch(config: &RunConfig) -> Result<u8> {
     };
     let monitor = thread::Builder::new().name("monitor".into()).spawn(move || monitor.run(connect));
     monitor.context("cannot start a thread")?;
-    workers.wait(&signal, &board);
+    // Workers of a failed job end by themselves within a period or two.
+    let patience = Duration::from_secs_f64(timeouts.heartbeat_timeout / 3.0);
+    workers.wait(&signal, &board, patience);
     conclude(&workers, &board, timeouts)
 }
 
@@ -148,8 +147,8 @@ impl Workers {
         Ok(workers)
     }
 
-    /// Waits until all have ended, whatever it takes.
-    fn wait(&mut self, signal: &StopSignal, board: &Board) {
+    /// Waits until all have ended; `patience` after the job has failed, kills what is left.
+    fn wait(&mut self, signal: &StopSignal, board: &Board, patience: Duration) {
         let mut ending_since: Option<Instant> = None;
         while self.list.iter().any(|worker| worker.status.is_none()) {
             thread::sleep(GLANCE);
@@ -162,7 +161,7 @@ impl Workers {
             if board.failure().is_some() || unsaved {
                 ending_since = ending_since.or_else(|| Some(Instant::now()));
             }
-            if ending_since.is_some_and(|since| since.elapsed() > PATIENCE) {
+            if ending_since.is_some_and(|since| since.elapsed() > patience) {
                 self.kill();
             }
         }
@@ -216,14 +215,10 @@ impl Worker {
             .env(LAUNCHER, std::process::id().to_string())
             .stdin(Stdio::null())
             .process_group(0); // Ctrl-C reaches the launcher alone, which hands it on once
-        let has = |name: &str| std::env::var_os(name).is_some();
-        if !has("OMP_NUM_THREADS") {
+        if std::env::var_os("OMP_NUM_THREADS").is_none() {
             let cores = thread::available_parallelism().map_or(1, |n| n.get());
             let threads = (cores / config.devices as usize).max(1);
             command.env("OMP_NUM_THREADS", threads.to_string());
-        }
-        if !has("TORCH_CPP_LOG_LEVEL") {
-            command.env("TORCH_CPP_LOG_LEVEL", "ERROR"); // libtorch warns of every closed connection
         }
         let mut log = None;
         if rank != 0 {
@@ -273,6 +268,8 @@ struct Notes {
     failure: Option<Failure>,
     /// All ranks of all nodes are through.
     finished: bool,
+    /// Kept to the end: workers read from it why the job ends.
+    store: Option<Arc<Store>>,
 }
 
 impl Board {
@@ -294,7 +291,10 @@ struct Monitor {
 
 impl Monitor {
     fn run(&self, connect: impl FnOnce() -> Result<Store>) {
-        let failure = connect().and_then(|store| self.observe(store));
+        let failure = connect().map(Arc::new).and_then(|store| {
+            self.board.lock().store = Some(Arc::clone(&store));
+            self.observe(store)
+        });
         let failure = failure.unwrap_or_else(|error| {
             let mut failure = Failure::of_end(0, "the first node", "", None);
             failure.causes = crate::error::causes(&error);
@@ -305,9 +305,8 @@ impl Monitor {
     }
 
     /// Observes all ranks until the job has failed.
-    fn observe(&self, store: Store) -> Result<Failure> {
-        let mut observer =
-            Observer::new(Arc::new(store), 0..self.ranks, self.ranks, &self.timeouts);
+    fn observe(&self, store: Arc<Store>) -> Result<Failure> {
+        let mut observer = Observer::new(store, 0..self.ranks, self.ranks, &self.timeouts);
         let pause = self.timeouts.period().min(Duration::from_millis(100));
         let mut last = Instant::now();
         loop {
@@ -330,7 +329,7 @@ fn conclude(workers: &Workers, board: &Board, timeouts: &DistributedConfig) -> R
     let has_failed = workers.list.iter().any(|worker| worker.has_failed(workers.signal));
     let cut_short = workers.list.iter().any(|worker| worker.obeyed(workers.signal));
     // A death is judged within seconds. Ranks on other nodes may still need the store that this process serves.
-    let judgement = Duration::from_secs_f64(timeouts.heartbeat_timeout) + PATIENCE;
+    let judgement = Duration::from_secs_f64(timeouts.heartbeat_timeout) + Duration::from_secs(5);
     let start = Instant::now();
     let failure = loop {
         let (failure, finished) = {

@@ -95,10 +95,10 @@ fn open(world: &World, timeout: Duration) -> Result<Store> {
         Ok(store) => return Ok(store),
         Err(error) => error,
     };
-    // The port may be taken by the same run, whose rank 0 is there already.
+    // The port may be taken by another rank 0 of this run, which claims its number now or did before.
     if world.serves()
         && let Ok(store) = Store::connect(&world.master, &world.prefix, Duration::from_secs(2))
-        && store.check(&claim_key(0)).unwrap_or(false)
+        && is_set_soon(&store, &claim_key(0))
     {
         return Ok(store);
     }
@@ -111,6 +111,18 @@ fn open(world: &World, timeout: Duration) -> Result<Store> {
         logs::to_terminal(&text);
     }
     Err(Told { line: text.trim_end().to_owned(), code }.into())
+}
+
+fn is_set_soon(store: &Store, key: &str) -> bool {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(2) {
+        match store.check(key) {
+            Ok(true) => return true,
+            Ok(false) => thread::sleep(GLANCE),
+            Err(_) => return false,
+        }
+    }
+    false
 }
 
 fn claim_key(rank: usize) -> String {
@@ -129,13 +141,8 @@ fn claim(world: &World, store: &Store) -> Result<()> {
     if store.add(&claim_key(rank), 1)? == 1 {
         return Ok(());
     }
-    let start = Instant::now();
-    let first = loop {
-        match store.json::<Hello>(&hello_key(rank))? {
-            None if start.elapsed() < Duration::from_secs(2) => thread::sleep(GLANCE),
-            first => break first,
-        }
-    };
+    is_set_soon(store, &hello_key(rank));
+    let first: Option<Hello> = store.json(&hello_key(rank))?;
     let who = |host: &str, process: u32| format!("process {process} on {host}");
     let this = who(&world.host, std::process::id());
     let first = first.map_or("another process".into(), |h| who(&h.host, h.process));

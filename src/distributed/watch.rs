@@ -299,7 +299,7 @@ impl Shared {
             _ => "rank 0",
         };
         let mut failure = Failure::of_end(0, &master.host, "", None);
-        failure.causes = vec![format!("{who}, which served the store at {master}, is gone: {why}")];
+        failure.causes = vec![format!("{who}, whose store was at {master}, is gone: {why}")];
         failure.last_line = rank_0.and_then(Beat::last_line);
         failure.told_by = usize::from(!self.world.has_store);
         self.leave(failure.code, || self.tell(&failure))
