@@ -87,7 +87,11 @@ pub fn save_shard(
 ) -> Result<()> {
     let dir = dir.join(DIR);
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot create `{}`", dir.display()))?;
-    tensors::write(&dir.join(shard_file(rank, ranks)), moments)
+    let path = dir.join(shard_file(rank, ranks));
+    tensors::write(&path, moments)?;
+    // Rank 0's sync of the folder may not reach what this node's system still holds.
+    let sync = std::fs::File::open(&path).and_then(|file| file.sync_all());
+    sync.with_context(|| format!("cannot sync `{}`", path.display()))
 }
 
 fn shard_file(rank: usize, ranks: usize) -> String {

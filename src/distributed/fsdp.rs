@@ -3,7 +3,7 @@
 //! | strategy         | weights           | gradients             | optimizer state | reduced                      |
 //! |------------------|-------------------|-----------------------|-----------------|------------------------------|
 //! | `full_shard`     | 1/W, two slots    | 1/W, two slots (fp32) | 1/W             | each micro-batch             |
-//! | `hybrid_shard`   | 1/S, two slots    | 1/S, two slots        | 1/S             | each in the group, last over |
+//! | `hybrid_shard`   | 1/S, two slots    | 1/S, two slots        | 1/S             | so in a node; last between   |
 //! | `shard_grad_op`  | whole             | whole (fp32)          | 1/W             | last micro-batch             |
 //! | `ddp`            | whole             | whole (fp32)          | whole           | last micro-batch             |
 //!
@@ -68,7 +68,7 @@ impl Groups {
                 let twins: Vec<usize> = nodes.iter().map(|node| node[job.local_rank()]).collect();
                 let group = |name: String, members: &[usize]| -> Result<_> {
                     let alone = members.len() == 1;
-                    let new = || job.new_group(&name, members, job.device()).map(Arc::new);
+                    let new = || job.new_group(&name, members, job.device(), None).map(Arc::new);
                     (!alone).then(new).transpose()
                 };
                 let shard = group(format!("shard-{}", node[0]), node)?;
@@ -285,7 +285,9 @@ impl State {
     fn backward(&mut self, u: usize) -> Result<()> {
         if u > 0 {
             self.await_weights(u)?;
-            self.gather(u - 1)?;
+            if u > 1 || !self.last {
+                self.gather(u - 1)?; // the embedding's for the next forward pass alone
+            }
         }
         if self.each || self.last {
             if u < self.last_unit() {

@@ -84,7 +84,15 @@ impl Job {
 
     /// A further group, of these ranks, this one among them, for tensors on `device`. All of them call this, with a
     /// name that is used once.
-    pub fn new_group(&self, name: &str, members: &[usize], device: Device) -> Result<ProcessGroup> {
+    ///
+    /// `timeout` of an operation; `None`: as the others'.
+    pub fn new_group(
+        &self,
+        name: &str,
+        members: &[usize],
+        device: Device,
+        timeout: Option<Duration>,
+    ) -> Result<ProcessGroup> {
         let place = members.iter().position(|&rank| rank == self.world.rank);
         let place = place.with_context(|| format!("rank {} is not in {name}", self.world.rank))?;
         ProcessGroup::new(
@@ -95,7 +103,7 @@ impl Job {
             members.len(),
             device,
             Some(&self.address),
-            self.timeout,
+            timeout.unwrap_or(self.timeout),
         )
     }
 

@@ -35,8 +35,9 @@ pub struct Plan<'a> {
     pub optimizer: &'a OptimizerConfig,
 }
 
-/// Makes an fp32 model, equal on all ranks, one of many, and gives it its optimizer:
+/// Makes an fp32 model one of many, and gives it its optimizer:
 ///
+/// 0. all ranks take rank 0's weights: unlike cards draw unlike random numbers;
 /// 1. the parameters of each unit get places in one flat buffer, cut into equal shards ([`Layout`]);
 /// 2. this rank's part of the fp32 weights is kept: the optimizer's masters;
 /// 3. parameters and their gradients become views of buffers in the dtypes of `precision`, two that the units share in
@@ -45,6 +46,9 @@ pub struct Plan<'a> {
 /// 5. hooks on the passes bring weights and send off gradients ([`Fsdp`]).
 ///
 /// Activation checkpointing, attention and fused kernels are the model's own and know nothing of this.
+///
+/// # Sync
+/// With Gloo the CPU waits for the other ranks.
 ///
 /// # Errors
 /// `fp8-mixed` with a strategy other than `ddp`; the optimizer's own.
@@ -65,8 +69,13 @@ pub fn parallelize(
     let (rank, ranks) = groups.shards();
     let device = model.device();
 
-    // 1. Places.
+    // 0. The same weights everywhere.
     let parameters = model.units();
+    for (_, parameter) in parameters.iter().flatten() {
+        world.broadcast(&parameter.detach(), 0)?.wait()?;
+    }
+
+    // 1. Places.
     let layout = |unit: &Vec<(String, Tensor)>| {
         Layout::new(unit.iter().map(|(name, p)| (name.clone(), p.size())), ranks)
     };
@@ -137,7 +146,7 @@ pub fn parallelize(
     // 5. Hooks.
     let reduce_kind = match plan.reduce_dtype {
         ReduceDtype::Bf16 => Kind::BFloat16,
-        ReduceDtype::Fp32 => kinds[1],
+        ReduceDtype::Fp32 => Kind::Float,
     };
     let fsdp = Fsdp::new(groups.clone(), units, reduce_kind, tied);
     let hooks = fsdp.clone();
@@ -217,6 +226,14 @@ impl Ranks {
         let factor = sums.get(2).clamp_min(1.0).reciprocal() * expected; // ()
         let (norm, loss) = (sums.get(0).sqrt() * &factor, sums.get(1) * &factor);
         Ok([fp32(norm), fp32(loss), fp32(factor)])
+    }
+
+    /// Fails where a collective operation of any of the groups failed. Does not wait: ask where the CPU has waited for
+    /// the card, before using what was computed.
+    pub fn check(&self) -> Result<()> {
+        self.fsdp.check()?;
+        let groups = [Some(&self.world), self.groups.shard.as_ref(), self.groups.replica.as_ref()];
+        groups.into_iter().flatten().try_for_each(|group| group.check())
     }
 
     /// Replaces a tensor by its sum over all ranks.

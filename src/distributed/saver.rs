@@ -9,6 +9,7 @@
 
 use super::layout::Layout;
 use crate::checkpoint::{self, TrainState};
+use crate::error::WithHint;
 use crate::ffi::{ProcessGroup, ReduceOp};
 use crate::model::ModelConfig;
 use crate::tokenizer::Tokenizer;
@@ -17,6 +18,7 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 use tch::{Device, Kind, Tensor};
 
 type Named = Vec<(String, Tensor)>;
@@ -106,11 +108,23 @@ impl Saver {
         Ok(())
     }
 
-    /// Waits for the checkpoint that is being written: its folder; `None` where there is none.
+    /// Waits for the checkpoint that is being written: its folder; `None` where there is none. `tick` is called now and
+    /// then meanwhile.
+    ///
+    /// # Sync
+    /// The CPU waits for the disk and the other ranks.
     ///
     /// # Errors
     /// Why it was not written, on every rank that writes.
-    pub fn wait(&mut self) -> Result<Option<PathBuf>> {
+    pub fn wait(&mut self, tick: impl Fn()) -> Result<Option<PathBuf>> {
+        let mut looks = 0;
+        while self.is_busy() && !self.is_done() {
+            if looks % 50 == 0 {
+                tick();
+            }
+            looks += 1;
+            thread::sleep(Duration::from_millis(20));
+        }
         let Some(thread) = self.writing.take() else { return Ok(None) };
         let outcome = thread.join().map_err(|_| anyhow!("the thread that wrote it panicked"))?;
         outcome.map(Some)
@@ -160,14 +174,19 @@ fn required_bytes(s: &Snapshot, ranks: usize) -> u64 {
 
 /// This rank's moments, and on rank 0 all that there is one of. Where one rank fails, all do.
 fn write_part(s: &Snapshot, group: &ProcessGroup, dir: &Path) -> Result<()> {
-    let shard = checkpoint::save_shard(dir, group.rank(), group.size(), &s.moments);
+    let shard = if dir.is_dir() {
+        checkpoint::save_shard(dir, group.rank(), group.size(), &s.moments)
+    } else {
+        let hint = "put `out_dir` on a file system that all nodes share";
+        Err(anyhow!("`{}`, which rank 0 made, is not to be seen here", dir.display())).hint(hint)
+    };
     let weights = gather_weights(s, group)?; // every rank takes part, whatever became of its file
     let written = shard.and_then(|()| match group.rank() {
         0 => write_model(s, dir, &weights),
         _ => Ok(()),
     });
     let all = all_well(group, written.is_ok())?;
-    written?;
+    written.with_context(|| format!("cannot write this rank's part of `{}`", s.name))?;
     if !all {
         bail!("another rank could not write its part of `{}`; its log says why", s.name);
     }

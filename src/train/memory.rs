@@ -114,9 +114,7 @@ impl MemoryPlan {
                 ("weights, bf16", 2),
                 ("weights, e4m3 in both orientations", 2),
             ],
-            Precision::Bf16True => {
-                &[("weights, bf16", 2), ("AdamW moments, bf16", 4), ("gradients, bf16", 2)]
-            }
+            Precision::Bf16True => &[("weights, bf16", 2), ("gradients, bf16", 2)],
             Precision::Fp32True => return None,
         };
         if !matches!(model.head_size, 64 | 128) {
@@ -125,7 +123,7 @@ impl MemoryPlan {
         let n_params = model.n_params() / share.state;
         let mut parts = match precision {
             Precision::Bf16Mixed | Precision::Fp8Mixed => optimizer_parts(optimizer, n_params),
-            _ => Vec::new(),
+            _ => vec![("AdamW moments, bf16".to_owned(), 4 * n_params)],
         };
         let mut host = Vec::new();
         if optimizer.cpu_offload {

@@ -269,7 +269,7 @@ impl AdamW {
         precision: Precision,
         config: &OptimizerConfig,
     ) -> Result<Option<Offload>> {
-        if !config.cpu_offload {
+        if !config.cpu_offload || sizes.is_empty() {
             return Ok(None);
         }
         offload::require(device, precision.is_mixed(), fused)?;

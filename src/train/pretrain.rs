@@ -70,6 +70,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
             break;
         }
         if let Some(signal) = stops {
+            conclude_save(&mut run)?;
             let path = saver::save(&mut run, &format!("step-{step:08}"))?;
             close_log(&mut run)?;
             eprintln!("stopped by signal {signal}; saved {}", path.display());
@@ -83,8 +84,8 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
 /// Waits for a step's numbers, looks at them and logs them. `clock` started when the step before was concluded.
 fn conclude(run: &mut Run, step: LaunchedStep, clock: &mut Instant) -> Result<()> {
     let taken = step.wait()?; // the CPU waits for the GPU here, once a step
-    if let Some(job) = run.job {
-        job.group().check()?; // numbers of a collective that failed are garbage
+    if let Some(ranks) = &run.ranks {
+        ranks.check()?; // numbers of a collective that failed are garbage
     }
     let seconds = std::mem::replace(clock, Instant::now()).elapsed().as_secs_f64();
     check_finite(run, &taken)?;
@@ -128,7 +129,7 @@ fn save_periodic(run: &mut Run, step: u64) -> Result<()> {
     let name = format!("step-{step:08}");
     if run.ranks.is_none() {
         let saved = saver::save(run, &name);
-        return told_save(run, saved.map(Some));
+        return told_save(run, saved.map(Some), &format!("of step {step} "));
     }
     conclude_save(run)?;
     match ranks::begin_save(run, &name) {
@@ -136,23 +137,24 @@ fn save_periodic(run: &mut Run, step: u64) -> Result<()> {
             run.note(&format!("saving {name} beside training, which waited {stall:.2} s"));
             Ok(())
         }
-        Err(e) => told_save(run, Err(e)),
+        Err(e) => told_save(run, Err(e), &format!("of step {step} ")),
     }
 }
 
 /// Waits for the checkpoint that is being written beside training, if one is.
 fn conclude_save(run: &mut Run) -> Result<()> {
     let saved = ranks::finish_save(run);
-    told_save(run, saved)
+    told_save(run, saved, "")
 }
 
-fn told_save(run: &mut Run, saved: Result<Option<PathBuf>>) -> Result<()> {
+/// `which`: `of step N `, where it is known.
+fn told_save(run: &mut Run, saved: Result<Option<PathBuf>>, which: &str) -> Result<()> {
     match (saved, run.config.train.on_save_error) {
         (Ok(None), _) => {}
         (Ok(Some(path)), _) => run.note(&format!("saved {}", path.display())),
         (Err(e), OnSaveError::Stop) => return Err(e),
         (Err(e), OnSaveError::Continue) => {
-            run.note(&format!("warning: a checkpoint was not written: {e:#}"));
+            run.note(&format!("warning: checkpoint {which}not written: {e:#}"));
         }
     }
     Ok(())
@@ -167,6 +169,7 @@ fn finish(run: &mut Run) -> Result<u8> {
     if run.config.eval.final_validation {
         run.validate(None)?;
     }
+    conclude_save(run)?;
     let path = saver::save(run, "final")?;
     close_log(run)?;
     let curve = run.config.out_dir.join("loss.png");
@@ -178,6 +181,9 @@ fn finish(run: &mut Run) -> Result<u8> {
     if prints {
         next_steps(&path, &curve);
     }
+    if let Some(job) = run.job {
+        job.host_group().barrier()?; // nobody leaves a group that another still uses
+    }
     Ok(exit::OK)
 }
 
@@ -188,7 +194,8 @@ fn print_sample(run: &Run) -> Result<()> {
     };
     let options = GenerateOptions {
         max_new_tokens: 60,
-        eos: tokenizer.eos_id().into_iter().collect(),
+        // Ranks that differ in a last digit may draw unlike tokens, but must go through the model equally often.
+        eos: tokenizer.eos_id().filter(|_| run.job.is_none()).into_iter().collect(),
         vocab_size: Some(tokenizer.vocab_size()),
         ..GenerateOptions::default()
     };

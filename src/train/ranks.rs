@@ -98,7 +98,9 @@ pub fn new_saver(job: &Job, ranks: &Ranks) -> Result<Saver> {
     // The first replica's ranks are those of the first node, all, or, where nothing is cut, rank 0.
     let members: Vec<usize> = (0..shards as usize).collect();
     let writes = replica == 0 && members.contains(&job.rank());
-    let group = || job.new_group("checkpoint", &members, Device::Cpu);
+    // Ranks wait there for rank 0's disk; one that dies is the watch's to find.
+    let day = Some(Duration::from_secs(24 * 3600));
+    let group = || job.new_group("checkpoint", &members, Device::Cpu, day);
     Saver::new(writes.then(group).transpose()?)
 }
 
@@ -139,6 +141,8 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
     if ranks.rank() == 0 {
         moments.extend(run.model.fp8.iter().flat_map(crate::model::Fp8::state));
     }
+    let (masters, moments) = (to_host(run.optimizer.masters()), to_host(moments));
+    ranks.check()?; // the CPU has waited for the card: what was copied is good
     let files = run.config.tokenizer_dir.as_deref().map(Tokenizer::files);
     writer.start(Snapshot {
         out_dir: run.config.out_dir.clone(),
@@ -148,8 +152,8 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
         files: files.unwrap_or_default(),
         layouts: ranks.layouts.clone(),
         kind,
-        masters: to_host(run.optimizer.masters()),
-        moments: to_host(moments),
+        masters,
+        moments,
         state,
         generators: saver::rng_states(run.device)?,
         keep_last: run.config.train.keep_last.map(|n| n as usize),
@@ -159,8 +163,13 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
 
 /// Waits for the checkpoint that is being written, if one is.
 pub fn finish_save(run: &mut Run) -> Result<Option<PathBuf>> {
+    let (job, step) = (run.job, run.progress.step + 1);
     let Some(writer) = &mut run.saver else { return Ok(None) };
-    let path = writer.wait()?;
+    let path = writer.wait(|| {
+        if let Some(job) = job {
+            job.tick(step, "saving");
+        }
+    })?;
     if path.is_some() {
         run.last_checkpoint = path.clone();
     }

@@ -419,11 +419,16 @@ impl<'j> Run<'j> {
 
     /// Validates and logs the result, where there is a validation set.
     pub fn validate(&mut self, max_iters: Option<u64>) -> Result<Option<f64>> {
-        self.tick("validation");
+        let (job, step) = (self.job, self.progress.step + 1);
         let Some(set) = &self.val else { return Ok(None) };
         let (model, ranks) = (&self.model, self.ranks.as_ref());
         let loss = guard::catch("validation", self.device, super::LOWER, || {
-            validate::validate(model, set, max_iters, ranks)
+            let tick = || {
+                if let Some(job) = job {
+                    job.tick(step, "validation");
+                }
+            };
+            validate::validate(model, set, max_iters, ranks, &tick)
         })?;
         if let Some(log) = &mut self.log {
             log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;

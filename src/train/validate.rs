@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 /// Mean loss over the targets of the first `max_iters` batches of the set (`None`: all of it). The set is
 /// read in order, so two calls see the same tokens. Several ranks share the batches; where they do not come out even,
-/// some run one that does not count, since all must go through the model together.
+/// some run one that does not count, since all must go through the model together. `tick` is called before each batch.
 ///
 /// # Sync
 /// The CPU waits once, at the end.
@@ -19,12 +19,14 @@ pub fn validate(
     set: &ValidationSet,
     max_iters: Option<u64>,
     ranks: Option<&Ranks>,
+    tick: &dyn Fn(),
 ) -> Result<f64> {
     let _guard = tch::no_grad_guard();
     let (rank, size) = ranks.map_or((0, 1), |ranks| (ranks.rank() as u64, ranks.size() as u64));
     let n_batches = max_iters.map_or(set.n_batches(), |n| n.min(set.n_batches()));
     let sums = Tensor::zeros([2], (Kind::Double, model.device())); // loss, targets
     for i in (0..n_batches).step_by(size as usize).map(|first| first + rank) {
+        tick();
         let counts = f64::from(u8::from(i < n_batches));
         let batch = set.batch(i.min(n_batches - 1))?;
         let [input, target] = stage(&batch, model.device())?;
@@ -34,8 +36,9 @@ pub fn validate(
         let _ = sums.get(1).g_add_scalar_(batch.n_targets as f64 * counts);
     }
     if let Some(ranks) = ranks {
-        ranks.fsdp.check()?;
         ranks.sum(&sums)?;
     }
-    Ok(sums.double_value(&[0]) / sums.double_value(&[1]).max(1.0))
+    let loss = sums.double_value(&[0]) / sums.double_value(&[1]).max(1.0);
+    ranks.map_or(Ok(()), Ranks::check)?; // what a failed collective left is garbage
+    Ok(loss)
 }
