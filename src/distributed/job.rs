@@ -181,7 +181,7 @@ impl Job {
         }
     }
 
-    /// Leaves in order. Rank 0 waits for the others where it serves or watches them.
+    /// Leaves in order, when all ranks are through.
     pub fn finish(self) -> Result<()> {
         let left = self.group.finish().and_then(|()| self.host_group.finish());
         match left {

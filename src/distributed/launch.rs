@@ -266,8 +266,6 @@ struct Notes {
     deaths: Vec<Death>,
     /// Why the job ends.
     failure: Option<Failure>,
-    /// All ranks of all nodes are through.
-    finished: bool,
     /// Kept to the end: workers read from it why the job ends.
     store: Option<Arc<Store>>,
 }
@@ -315,9 +313,6 @@ impl Monitor {
             if let Some(failure) = observer.look(elapsed, &deaths)? {
                 return Ok(failure);
             }
-            if observer.all_finished()? {
-                self.board.lock().finished = true;
-            }
             thread::sleep(pause);
         }
     }
@@ -325,31 +320,22 @@ impl Monitor {
 
 /// The exit code of a run whose workers on this node have ended, or why it failed.
 fn conclude(workers: &Workers, board: &Board, timeouts: &DistributedConfig) -> Result<u8> {
-    let codes = workers.list.iter().map(|worker| worker.status.and_then(|status| status.code()));
-    let has_failed = workers.list.iter().any(|worker| worker.has_failed(workers.signal));
-    let cut_short = workers.list.iter().any(|worker| worker.obeyed(workers.signal));
-    // A death is judged within seconds. Ranks on other nodes may still need the store that this process serves.
-    let judgement = Duration::from_secs_f64(timeouts.heartbeat_timeout) + Duration::from_secs(5);
-    let start = Instant::now();
-    let failure = loop {
-        let (failure, finished) = {
-            let notes = board.lock();
-            (notes.failure.clone(), notes.finished)
-        };
-        let waits = if has_failed { start.elapsed() < judgement } else { !finished && !cut_short };
-        if failure.is_some() || !waits {
-            break failure;
-        }
-        thread::sleep(GLANCE);
-    };
-    if let (Some(signal), true) = (workers.signal, cut_short) {
+    if workers.list.iter().any(|worker| worker.obeyed(workers.signal)) {
+        let signal = workers.signal.unwrap_or_default();
         let line = format!("stopped by {} before training began", signals::name(signal));
         return Err(Told { line, code: signals::exit_code(signal) }.into());
     }
-    if !has_failed && failure.is_none() {
-        return Ok(codes.flatten().max().unwrap_or(0) as u8);
+    // Ranks leave when all are through, so that those of other nodes need this process no more.
+    if !workers.list.iter().any(|worker| worker.has_failed(workers.signal)) {
+        let codes = workers.list.iter().filter_map(|worker| worker.status?.code());
+        return Ok(codes.max().unwrap_or(0) as u8);
     }
-    let failure = failure.unwrap_or_else(|| {
+    let judgement = Duration::from_secs_f64(timeouts.heartbeat_timeout) + Duration::from_secs(5);
+    let start = Instant::now();
+    while board.failure().is_none() && start.elapsed() < judgement {
+        thread::sleep(GLANCE);
+    }
+    let failure = board.failure().unwrap_or_else(|| {
         let failed = workers.list.iter().find(|worker| worker.has_failed(workers.signal));
         let rank = failed.map_or(0, |worker| worker.rank);
         Failure::of_end(rank, &workers.host, "failed", None)

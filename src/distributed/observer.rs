@@ -73,14 +73,16 @@ pub(super) mod key {
     }
     /// The [`super::Failure`] that ends the job.
     pub const FAILED: &str = "failed";
-    /// Ranks that have seen it.
+    /// How many ranks have seen it.
     pub const ENDED: &str = "ended";
     /// The signal that asks all ranks for their votes.
     pub const STOPPING: &str = "stopping";
     /// `[step, signal]`: where all ranks stop.
     pub const STOP: &str = "stop";
-    /// Ranks that are through.
+    /// How many ranks are through.
     pub const FINISHED: &str = "finished";
+    /// How many ranks know that all are.
+    pub const LEFT: &str = "left";
 }
 
 /// Watches some ranks, or all.
@@ -151,11 +153,6 @@ impl Observer {
     /// Ranks wait for the next look.
     pub fn is_urgent(&self) -> bool {
         self.stopping.is_some() && !self.decided
-    }
-
-    /// Whether all ranks are through.
-    pub fn all_finished(&self) -> Result<bool> {
-        Ok(self.store.add(key::FINISHED, 0)? >= self.size as i64)
     }
 
     /// The last beat of a rank.

@@ -138,7 +138,8 @@ impl Watch {
         self.shared.leave(error::exit_code(error), || error::report(error))
     }
 
-    /// Tells the others that this rank is through, and, where it observes or serves them, waits until all are.
+    /// Tells the others that this rank is through, and waits until all are: `srun` and `torchrun` kill the rest as soon
+    /// as one process ends with another code than 0.
     pub fn finish(mut self) {
         {
             let mut state = self.shared.lock();
@@ -171,6 +172,7 @@ impl Shared {
             match self.beat(observer.as_mut(), elapsed, &mut counted) {
                 Ok(true) => return,
                 Ok(false) => {}
+                Err(_) if counted => return, // whoever serves the store has left before this rank heard of it
                 Err(error) => {
                     let seen = observer.as_ref().and_then(|observer| observer.last_beat(0));
                     self.lost(&error::causes(&error).join(": "), seen);
@@ -185,9 +187,9 @@ impl Shared {
     /// Until the next beat.
     fn pause(&self, urgent: bool) {
         let mut state = self.lock();
-        let votes = state.asked && state.decision.is_none();
+        let urgent = urgent || state.beat.done || (state.asked && state.decision.is_none());
         let period = self.config.period();
-        let period = if urgent || votes { period.min(Duration::from_millis(100)) } else { period };
+        let period = if urgent { period.min(Duration::from_millis(100)) } else { period };
         let waited = self.changed.wait_timeout_while(state, period, |state| !state.urgent);
         state = waited.unwrap_or_else(PoisonError::into_inner).0;
         state.urgent = false;
@@ -232,8 +234,24 @@ impl Shared {
         }
         let finished = self.store.add(key::FINISHED, i64::from(!*counted))?;
         *counted = true;
-        let observes = self.world.rank == 0 && self.world.starter != Starter::Launcher;
-        Ok(!observes || finished >= self.world.size as i64)
+        if finished < self.world.size as i64 {
+            return Ok(false);
+        }
+        self.store.add(key::LEFT, 1)?;
+        if self.world.serves() {
+            self.linger(key::LEFT, self.world.size);
+        }
+        Ok(true)
+    }
+
+    /// Keeps the store that this process serves until so many ranks have counted themselves.
+    fn linger(&self, key: &str, ranks: usize) {
+        let start = Instant::now();
+        while start.elapsed() < LINGER
+            && self.store.add(key, 0).is_ok_and(|counted| counted < ranks as i64)
+        {
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// The thread that looks whether the store answers.
@@ -261,14 +279,8 @@ impl Shared {
         let tell = || {
             self.tell(failure);
             let _ = self.store.add(key::ENDED, 1);
-            let start = Instant::now();
-            // The others read from this process why the job ends.
-            while self.world.serves() && start.elapsed() < LINGER {
-                let living = self.world.size as i64 - i64::from(!failure.is_alive);
-                if self.store.add(key::ENDED, 0).is_ok_and(|ended| ended >= living) {
-                    break;
-                }
-                thread::sleep(Duration::from_millis(20));
+            if self.world.serves() {
+                self.linger(key::ENDED, self.world.size - usize::from(!failure.is_alive));
             }
         };
         self.leave(failure.code, tell)

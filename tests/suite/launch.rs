@@ -34,7 +34,7 @@ fn run(dir: &Path, plan: &Value) -> anyhow::Result<u8> {
     let mut config = RunConfig { out_dir: dir.into(), ..RunConfig::default() };
     config.device.0 = "cpu".into();
     config.devices = plan["devices"].as_u64().unwrap_or(1);
-    config.distributed.heartbeat_timeout = 2.0;
+    config.distributed.heartbeat_timeout = plan["heartbeat"].as_f64().unwrap_or(2.0);
     config.distributed.rendezvous_timeout = plan["patience"].as_f64().unwrap_or(20.0);
     config.distributed.timeout = plan["timeout"].as_f64().unwrap_or(60.0);
     let Some(world) = World::from_env()? else { return distributed::launch(&config) };
