@@ -165,14 +165,14 @@ fn check_sequence(config: &RunConfig, model: &ModelConfig, problems: &mut Vec<St
 
 /// What `fp8-mixed` needs of a run; card and model are looked at when it starts.
 fn check_fp8(config: &RunConfig, model: &ModelConfig, problems: &mut Vec<String>) {
+    if config.precision != Precision::Fp8Mixed {
+        return;
+    }
     if config.ranks() > 1 && config.distributed.strategy != Strategy::Ddp {
         problems.push(
             "`distributed.strategy`: `precision: fp8-mixed` needs whole weights on each rank, so it must be `ddp`"
                 .into(),
         );
-    }
-    if config.precision != Precision::Fp8Mixed {
-        return;
     }
     if !config.fused {
         problems
