@@ -378,6 +378,9 @@ fn fp8_and_memory_limits_that_cannot_work_are_refused() {
     assert!(error.contains("`fused`") && error.contains("fp8-mixed"), "{error}");
     let error = problems(&["train.max_seq_length=1001"]);
     assert!(error.contains("needs a multiple of 16, got 1001"), "{error}");
+    let error = problems(&["devices=2"]);
+    assert!(error.contains("`distributed.strategy`") && error.contains("`ddp`"), "{error}");
+    assert_eq!(problems(&["devices=2", "distributed.strategy=ddp"]), "");
     let error = problems(&["memory_limit=-1"]);
     assert!(error.contains("`memory_limit`: must be above 0 GiB"), "{error}");
     // Without a card: one message before training.
