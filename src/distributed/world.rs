@@ -343,7 +343,8 @@ mod tests {
 
     #[test]
     fn variables_that_cannot_be_right_are_told_all_at_once_with_the_next_action() {
-        let cases: [(&[(&str, &str)], &[&str]); 5] = [
+        type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+        let cases: [Case; 5] = [
             (&[("RANK", "0")], &["LOCAL_RANK is not set", "WORLD_SIZE is not", "MASTER_PORT is"]),
             (&[("WORLD_SIZE", "4")], &["WORLD_SIZE=4 is set, but RANK is not"]),
             (&[("RANK", "8")], &["RANK=8, but WORLD_SIZE=8: expected 0 to 7"]),
