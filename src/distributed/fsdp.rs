@@ -44,7 +44,10 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// The groups of a strategy in a job.
+    /// The groups of a strategy in a job. All ranks call this.
+    ///
+    /// # Sync
+    /// With `hybrid_shard` the CPU waits for the other ranks.
     ///
     /// # Errors
     /// `hybrid_shard` with nodes of unlike numbers of ranks, or a group that does not come together.
@@ -160,7 +163,8 @@ impl Fsdp {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Before a pass enters a unit. A failure is kept for [`Fsdp::end_micro_batch`]: a pass has no way to return it.
+    /// Before a pass enters a unit. A failure is kept for [`Fsdp::end_micro_batch`] or [`Fsdp::check`]: a pass has no way
+    /// to return it.
     pub(super) fn enter(&self, pass: Pass, unit: usize) {
         let mut state = self.state();
         if state.failed.is_some() {
@@ -189,6 +193,9 @@ impl Fsdp {
     }
 
     /// After the backward pass: reduces what is left of it.
+    ///
+    /// # Sync
+    /// With Gloo the CPU waits for the other ranks, here and wherever a pass enters a unit.
     ///
     /// # Errors
     /// A collective operation failed in this micro-batch, or in a forward pass since the last one.

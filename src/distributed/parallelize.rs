@@ -6,7 +6,7 @@ use crate::bail_hint;
 use crate::config::{OptimizerConfig, Precision, ReduceDtype, Strategy};
 use crate::ffi::{self, ProcessGroup, ReduceOp};
 use crate::model::{AtUnit, GPT};
-use crate::train::optimizer::{AdamW, Part, gradient_kind};
+use crate::train::optimizer::{AdamW, Part, gradient_kind, weight_kind};
 use anyhow::Result;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -100,8 +100,7 @@ pub fn parallelize(
     };
 
     // 3. Buffers, and the parameters as views of them.
-    let kind = if precision == Precision::Fp32True { Kind::Float } else { Kind::BFloat16 };
-    let kinds = [kind, gradient_kind(precision, kind)];
+    let kinds = [weight_kind(precision), gradient_kind(precision)];
     let tied = model.lm_head.is_none();
     let cuts = matches!(plan.strategy, Strategy::FullShard | Strategy::HybridShard);
     let shares = cuts && groups.shard.is_some();
@@ -118,12 +117,10 @@ pub fn parallelize(
     }
 
     // 4. The optimizer of this rank's parts.
-    let all: Vec<String> = model.named_parameters().into_iter().map(|(name, _)| name).collect();
-    let mut parts = Vec::new();
+    let (mut parts, mut before) = (Vec::new(), 0); // parameters of the units before
     for (unit, layout) in units.iter().zip(&layouts) {
         for slice in layout.slices(rank) {
             let i = parts.len();
-            let name = layout.places[slice.place].name.clone();
             let cut = |shard: &Tensor| shard.narrow(0, slice.in_shard, slice.len);
             let mut weight = cut(&unit.weight_shard);
             let exact = masters[i].take();
@@ -131,14 +128,15 @@ pub fn parallelize(
                 weight.copy_(&fp32[i].1);
             }
             parts.push(Part {
-                index: all.iter().position(|n| *n == name).unwrap_or(i),
-                name,
+                name: layout.places[slice.place].name.clone(),
+                index: before + slice.place,
                 start: Some(slice.in_parameter),
                 weight,
                 grad: cut(&unit.grad_shard),
                 exact,
             });
         }
+        before += layout.places.len();
     }
     drop(fp32);
     let optimizer = AdamW::of_parts(parts, device, offload, fused, precision, plan.optimizer);

@@ -74,6 +74,9 @@ pub struct Saver {
 
 impl Saver {
     /// `group`: see [`Saver`]; all its ranks call this.
+    ///
+    /// # Sync
+    /// The CPU waits for rank 0.
     pub fn new(group: Option<ProcessGroup>) -> Result<Self> {
         let leader = Tensor::from_slice(&[i64::from(std::process::id())]);
         if let Some(group) = &group {
@@ -81,6 +84,11 @@ impl Saver {
         }
         let leader = leader.int64_value(&[0]) as u32;
         Ok(Self { group: group.map(Arc::new), leader, writing: None })
+    }
+
+    /// Whether this rank has a part to write.
+    pub fn writes(&self) -> bool {
+        self.group.is_some()
     }
 
     /// Whether a checkpoint is being written, or was and [`Saver::wait`] has not told so.

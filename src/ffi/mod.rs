@@ -3,6 +3,7 @@
 //! Everything here takes and returns [`tch::Tensor`]; a failure carries the C++ exception's full text.
 
 pub mod driver;
+mod gradients;
 mod graph;
 mod hooks;
 mod kernels;
@@ -12,6 +13,7 @@ pub mod profile;
 mod recompute;
 mod store;
 
+pub use gradients::*;
 pub use graph::*;
 pub use hooks::{Call, on_gradient};
 pub use kernels::*;

@@ -17,7 +17,8 @@ pub enum Pass {
 }
 
 /// Called before a pass enters a unit, the backward pass in the thread that runs it. On entering unit u backward, the
-/// gradients of unit u + 1 are complete.
+/// gradients of unit u + 1 are complete: autograd runs the latest node that is ready first, and the accumulation of a
+/// parameter's gradient before any other. A node that two units share would break that.
 #[derive(Clone)]
 pub struct AtUnit(pub Arc<dyn Fn(Pass, usize) + Send + Sync>);
 

@@ -18,6 +18,7 @@
 
 pub mod low_memory;
 pub mod offload;
+mod param;
 
 use crate::bail_hint;
 use crate::checkpoint::Moments;
@@ -25,126 +26,11 @@ use crate::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
 use crate::ffi;
 use crate::model::GPT;
 use anyhow::Result;
-use low_memory::{Noise, noise_key};
+use low_memory::Noise;
 use offload::{Kept, Offload};
+use param::new_param;
+pub use param::{ParamState, Part};
 use tch::{Device, Kind, Tensor};
-
-/// A parameter that an optimizer is to update, or the part of one that this rank keeps.
-#[derive(Debug)]
-pub struct Part {
-    /// lit-gpt name.
-    pub name: String,
-    /// Its parameter's number in the model's order.
-    pub index: usize,
-    /// First value of a part, counted in the parameter, a multiple of 256; `None`: the whole parameter.
-    pub start: Option<i64>,
-    /// What the model computes with.
-    pub weight: Tensor,
-    /// Sum of the gradients.
-    pub grad: Tensor,
-    /// In the mixed precisions its fp32 values.
-    pub exact: Option<Tensor>,
-}
-
-/// One parameter, or a rank's part of it, with its optimizer state; all tensors have its shape. With `cpu_offload` master, moments
-/// and scales are on the host: call [`AdamW::settle`] before they are read or written.
-#[derive(Debug)]
-pub struct ParamState {
-    /// lit-gpt name.
-    pub name: String,
-    /// Its parameter's number in the model's order.
-    pub index: usize,
-    /// First value of a part, counted in the parameter; `None`: the whole parameter.
-    pub start: Option<i64>,
-    /// What the model computes with; shares storage with the model.
-    pub weight: Tensor,
-    /// `master: fp32`: exact weights, fp32. `split`: the 16 bits that `weight` lacks, int16. The same storage as
-    /// `weight` for `bf16`, and in `32-true` and `bf16-true`.
-    pub master: Tensor,
-    /// Sum of the gradients since the last step; the `.grad` of `weight`.
-    pub grad: Tensor,
-    /// First moment: the dtype of the master's values, or bf16, or int8 codes.
-    pub exp_avg: Tensor,
-    /// Second moment: the same, or uint8 codes.
-    pub exp_avg_sq: Tensor,
-    /// With `state: int8`, the scales of both moments, each `(ceil(n / 256),) fp32`.
-    pub scales: Option<[Tensor; 2]>,
-}
-
-impl ParamState {
-    /// The bits of stochastic rounding in a step; parts of a parameter have their own.
-    fn noise_key(&self, seed: u64, step: i64) -> u64 {
-        noise_key(seed.wrapping_add(self.start.unwrap_or(0) as u64), step, self.index)
-    }
-
-    /// Name in a checkpoint: `exp_avg.NAME`, of a part `exp_avg.NAME@START`. Scales count blocks.
-    fn saved_name(&self, kind: &str) -> String {
-        let unit = if kind.contains("scale") { low_memory::BLOCK } else { 1 };
-        match self.start {
-            None => format!("{kind}.{}", self.name),
-            Some(start) => format!("{kind}.{}@{}", self.name, start / unit),
-        }
-    }
-
-    /// The exact weight: fp32, or bf16 where there is no more of it. A new tensor with `master: split`, else
-    /// sharing storage.
-    pub fn exact(&self) -> Tensor {
-        match self.master.kind() {
-            Kind::Int16 => {
-                low_memory::join(&self.weight, &self.master.to_device(self.weight.device()))
-            }
-            _ => self.master.shallow_clone(),
-        }
-    }
-
-    /// The moments as a step computes with them: fp32 copies, or, kept in the master's dtype, themselves.
-    fn moments(&self, format: StateFormat) -> [Tensor; 2] {
-        match (format, &self.scales) {
-            (StateFormat::Int8, Some([scale, scale_sq])) => [
-                low_memory::dequantize_signed(&self.exp_avg, scale),
-                low_memory::dequantize_unsigned(&self.exp_avg_sq, scale_sq),
-            ],
-            (StateFormat::Bf16, _) => {
-                [&self.exp_avg, &self.exp_avg_sq].map(|t| t.to_kind(Kind::Float))
-            }
-            _ => [&self.exp_avg, &self.exp_avg_sq].map(Tensor::shallow_clone),
-        }
-    }
-
-    /// Keeps fp32 moments in the format; nothing to do where they are kept as they are.
-    fn keep_moments(&mut self, format: StateFormat, [m, v]: &[Tensor; 2], noise: &Noise) {
-        match (format, &mut self.scales) {
-            (StateFormat::Int8, Some([scale, scale_sq])) => {
-                let (code, s) = low_memory::quantize_signed(m, &noise.exp_avg);
-                let (code_sq, s_sq) = low_memory::quantize_unsigned(v, &noise.exp_avg_sq);
-                self.exp_avg.copy_(&code);
-                self.exp_avg_sq.copy_(&code_sq);
-                scale.copy_(&s);
-                scale_sq.copy_(&s_sq);
-            }
-            (StateFormat::Bf16, _) => {
-                self.exp_avg.copy_(&low_memory::stochastic_bf16(m, &noise.exp_avg));
-                self.exp_avg_sq.copy_(&low_memory::stochastic_bf16(v, &noise.exp_avg_sq));
-            }
-            _ => {}
-        }
-    }
-
-    /// Keeps an updated fp32 weight in the format, and what the model computes with.
-    fn keep_weight(&mut self, format: MasterFormat, exact: &Tensor, noise: &Noise) {
-        match format {
-            MasterFormat::Fp32 => self.weight.copy_(&low_memory::nearest_bf16(exact)),
-            MasterFormat::Split => {
-                let (weight, low) = low_memory::split(exact);
-                self.weight.copy_(&weight);
-                self.master.copy_(&low);
-            }
-            MasterFormat::Bf16 => {
-                self.weight.copy_(&low_memory::stochastic_bf16(exact, &noise.weight));
-            }
-        }
-    }
-}
 
 /// AdamW with decoupled weight decay on every parameter, as in the original.
 ///
@@ -152,7 +38,7 @@ impl ParamState {
 /// arXiv 1711.05101; `torch.optim.AdamW`. Fused form: `csrc/adamw.cu`.
 #[derive(Debug)]
 pub struct AdamW {
-    /// One a parameter, in the model's order.
+    /// In the model's order: one a parameter, or of several ranks this one's parts, perhaps none.
     pub params: Vec<ParamState>,
     /// Steps done.
     pub step_count: i64,
@@ -162,6 +48,8 @@ pub struct AdamW {
     weight_decay: f64,
     eps: f64,
     mixed: bool,
+    /// Dtype of what the model computes with.
+    weight_kind: Kind,
     fused: bool,
     /// All gradients in one buffer; `None`: somebody else's, who clears them.
     grads: Option<Tensor>,
@@ -199,8 +87,7 @@ impl AdamW {
         model.requires_grad(true);
 
         let weights = model.named_parameters();
-        let (grads, sums) =
-            gradient_buffer(&weights, gradient_kind(precision, weights[0].1.kind()));
+        let (grads, sums) = gradient_buffer(&weights, gradient_kind(precision));
         let mut masters = masters.into_iter();
         let part = |(index, ((name, weight), grad)): (usize, ((String, Tensor), Tensor))| {
             ffi::set_grad(&weight, &grad).expect("a part of the buffer has its weight's shape");
@@ -249,6 +136,7 @@ impl AdamW {
             weight_decay: config.weight_decay,
             eps: config.eps,
             mixed,
+            weight_kind: weight_kind(precision),
             fused: fused && device.is_cuda() && precision != Precision::Bf16True,
             grads: None,
             overwritten: None,
@@ -464,6 +352,14 @@ impl AdamW {
         names.zip(&self.params).filter(|(_, p)| !finite(p)).map(|(name, _)| name).collect()
     }
 
+    /// Dtype of the exact weights.
+    pub fn exact_kind(&self) -> Kind {
+        match self.mixed && self.master != MasterFormat::Bf16 {
+            true => Kind::Float,
+            false => self.weight_kind,
+        }
+    }
+
     /// The exact weights under their lit-gpt names. They share storage but for `master: split`, whose weights are
     /// put together on the CPU, so that a GPU needs room for one of them at a time.
     ///
@@ -549,46 +445,14 @@ fn clip_factor(norm: &Tensor, max_norm: Option<f64>) -> Tensor {
     }
 }
 
-/// Dtype of the gradient sums of weights of this dtype.
-pub fn gradient_kind(precision: Precision, weight: Kind) -> Kind {
-    if precision.is_mixed() { Kind::Float } else { weight }
+/// Dtype of the weights that the model computes with.
+pub fn weight_kind(precision: Precision) -> Kind {
+    if precision == Precision::Fp32True { Kind::Float } else { Kind::BFloat16 }
 }
 
-/// A parameter with moments of zero. `zeros` gives the memory of a kind of state.
-fn new_param(
-    part: Part,
-    state: StateFormat,
-    master: MasterFormat,
-    zeros: impl Fn(Kept, &[i64], Kind) -> Tensor,
-) -> ParamState {
-    let Part { name, index, start, weight, grad, exact } = part;
-    let (shape, device) = (weight.size(), weight.device());
-    let [first, second] = match state {
-        StateFormat::Fp32 => [exact.as_ref().map_or(weight.kind(), Tensor::kind); 2],
-        StateFormat::Bf16 => [Kind::BFloat16; 2],
-        StateFormat::Int8 => [Kind::Int8, Kind::Uint8],
-    };
-    let blocks = [low_memory::n_blocks(weight.numel() as i64)];
-    let scale = |kept| zeros(kept, &blocks, Kind::Float);
-    let mut p = ParamState {
-        name,
-        index,
-        start,
-        master: match (&exact, master) {
-            (Some(exact), MasterFormat::Fp32) => exact.shallow_clone(),
-            (Some(_), MasterFormat::Split) => zeros(Kept::Master, &shape, Kind::Int16),
-            _ => weight.detach(),
-        },
-        grad,
-        exp_avg: zeros(Kept::ExpAvg, &shape, first),
-        exp_avg_sq: zeros(Kept::ExpAvgSq, &shape, second),
-        scales: (state == StateFormat::Int8).then(|| [scale(Kept::Scale), scale(Kept::ScaleSq)]),
-        weight,
-    };
-    if let Some(exact) = exact {
-        p.keep_weight(master, &exact.to_device(device), &Noise::half(&shape, device));
-    }
-    p
+/// Dtype of the gradient sums.
+pub fn gradient_kind(precision: Precision) -> Kind {
+    if precision.is_mixed() { Kind::Float } else { weight_kind(precision) }
 }
 
 /// The format whose first moments are of this dtype.

@@ -8,20 +8,23 @@ use crate::bail_hint;
 use crate::config::{DistributedConfig, RunConfig};
 use crate::distributed::saver::{Saver, Snapshot, to_host};
 use crate::distributed::{self, Groups, Job, Plan, Ranks};
-use crate::model::{GPT, ModelConfig};
+use crate::model::{Fp8, GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-use tch::{Device, Kind};
+use tch::Device;
 
 /// What ranks agree to stop for when `train.max_time` is over; no signal has this number.
 pub const TIME_IS_UP: i32 = 1000;
 
 /// Does `work` on rank 0, then on the first rank of each other node, for what is made once a folder; a node that shares
 /// rank 0's folder finds it done. The others wait as long as it takes.
+///
+/// # Sync
+/// The CPU waits for the other ranks.
 pub fn one_after_another(job: &Job, work: impl Fn() -> Result<()>) -> Result<()> {
     let first_here = job.local_rank() == 0;
     let nodes = job.nodes()?.len() as i64;
@@ -46,6 +49,9 @@ pub fn one_after_another(job: &Job, work: impl Fn() -> Result<()>) -> Result<()>
 }
 
 /// The checkpoint that rank 0 found, on all ranks.
+///
+/// # Sync
+/// The CPU waits for rank 0.
 ///
 /// # Errors
 /// Its own; a rank that does not see that folder.
@@ -73,7 +79,10 @@ pub fn find_resume(
     Ok(Some(path))
 }
 
-/// What this rank keeps, for the memory plan.
+/// What this rank keeps, for the memory plan. All ranks call this.
+///
+/// # Sync
+/// The CPU waits for the other ranks.
 pub fn share(job: &Job, config: &RunConfig, model: &ModelConfig) -> Result<Share> {
     let local = job.nodes()?.first().map_or(1, Vec::len) as u64;
     Ok(Share::of(config.distributed.strategy, job.size() as u64, local, model))
@@ -122,6 +131,9 @@ pub fn told(job: &Job, ranks: &Ranks, config: &DistributedConfig) -> Result<Stri
 
 /// Starts to write a checkpoint: how long training waited for it, in seconds.
 ///
+/// # Sync
+/// The CPU waits for the card and copies this rank's part, where it writes one.
+///
 /// # Errors
 /// The checkpoint before could not be written; no memory on the host.
 pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
@@ -129,19 +141,14 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
     let state = saver::train_state(run)?;
     let ranks = run.ranks.as_ref().context("a sharded save of one rank")?;
     let writer = run.saver.as_mut().context("a rank without writer")?;
-    let kind = if run.config.precision == crate::config::Precision::Bf16True
-        || run.config.optimizer.master == crate::config::MasterFormat::Bf16
-            && run.config.precision.is_mixed()
-    {
-        Kind::BFloat16
-    } else {
-        Kind::Float
-    };
-    let mut moments = run.optimizer.state();
-    if ranks.rank() == 0 {
-        moments.extend(run.model.fp8.iter().flat_map(crate::model::Fp8::state));
+    let (mut masters, mut moments) = (Vec::new(), Vec::new());
+    if writer.writes() {
+        moments = run.optimizer.state();
+        if ranks.rank() == 0 {
+            moments.extend(run.model.fp8.iter().flat_map(Fp8::state));
+        }
+        (masters, moments) = (to_host(run.optimizer.masters()), to_host(moments));
     }
-    let (masters, moments) = (to_host(run.optimizer.masters()), to_host(moments));
     ranks.check()?; // the CPU has waited for the card: what was copied is good
     let files = run.config.tokenizer_dir.as_deref().map(Tokenizer::files);
     writer.start(Snapshot {
@@ -151,7 +158,7 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
         tokenizer: run.tokenizer.clone(),
         files: files.unwrap_or_default(),
         layouts: ranks.layouts.clone(),
-        kind,
+        kind: run.optimizer.exact_kind(),
         masters,
         moments,
         state,
@@ -162,6 +169,9 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
 }
 
 /// Waits for the checkpoint that is being written, if one is.
+///
+/// # Sync
+/// The CPU waits for the disk and the other ranks.
 pub fn finish_save(run: &mut Run) -> Result<Option<PathBuf>> {
     let (job, step) = (run.job, run.progress.step + 1);
     let Some(writer) = &mut run.saver else { return Ok(None) };

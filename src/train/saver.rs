@@ -14,15 +14,13 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 
 /// Writes `out_dir/name` as a whole or not at all: a Hugging Face folder with the exact weights, and
-/// `train_state/` with moments, random generators, data cursor and counters.
+/// `train_state/` with moments, random generators, data cursor and counters. Several ranks write theirs together; a
+/// save that was begun beside training must have been waited for.
 ///
 /// # Sync
-/// The CPU waits for the GPU and copies one tensor at a time.
-///
-/// Several ranks write theirs together, and wait until all is written.
+/// The CPU waits for the GPU and copies one tensor at a time; with several ranks until all is written.
 pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
     if run.ranks.is_some() {
-        ranks::finish_save(run)?;
         ranks::begin_save(run, name)?;
         return ranks::finish_save(run)?.context("a checkpoint that was begun is nowhere");
     }

@@ -29,7 +29,8 @@ pub struct StepOutput {
 /// [`crate::guard::catch`] around the call makes an error of it.
 ///
 /// # Sync
-/// None on a GPU with fused kernels, but while a graph is captured: the caller reads the output when it wants to.
+/// None on a GPU with fused kernels, but while a graph is captured: the caller reads the output when it wants to. Over
+/// Gloo the CPU waits for the other ranks.
 pub fn train_step(
     model: &GPT,
     optimizer: &mut AdamW,

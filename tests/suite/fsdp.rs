@@ -45,6 +45,11 @@ impl Way {
             reduce_dtype: ReduceDtype::Fp32,
         }
     }
+
+    fn plan<'a>(&self, optimizer: &'a OptimizerConfig) -> Plan<'a> {
+        let Self { strategy, reduce_dtype, precision, .. } = *self;
+        Plan { strategy, reduce_dtype, precision, optimizer }
+    }
 }
 
 type Named = BTreeMap<String, Tensor>;
@@ -113,12 +118,7 @@ fn steps(
         }
     }
     let optimizer = OptimizerConfig::default();
-    let plan = Plan {
-        strategy: way.strategy,
-        reduce_dtype: way.reduce_dtype,
-        precision: way.precision,
-        optimizer: &optimizer,
-    };
+    let plan = way.plan(&optimizer);
     let (ranks, mut adamw) = match world {
         None => (None, AdamW::new(&mut model, way.precision, &optimizer).unwrap()),
         Some(world) => {
@@ -361,12 +361,7 @@ fn a_norm_that_is_not_finite_on_one_rank_stops_all_of_them() {
         let world = gloo(&store, "world", rank, 2);
         let mut model = model(&way);
         let optimizer = OptimizerConfig::default();
-        let plan = Plan {
-            strategy: way.strategy,
-            reduce_dtype: way.reduce_dtype,
-            precision: way.precision,
-            optimizer: &optimizer,
-        };
+        let plan = way.plan(&optimizer);
         let groups = groups(&store, &world, &way);
         let (ranks, mut adamw) = parallelize(&mut model, groups, Arc::clone(&world), plan).unwrap();
         let before: Vec<Tensor> = adamw.params.iter().map(|p| p.exact().copy()).collect();
