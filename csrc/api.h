@@ -25,6 +25,8 @@ int tl_versions(char* buffer, size_t capacity);
 // out[0..4] = allocated, peak allocated, reserved, peak reserved bytes of the caching allocator.
 int tl_cuda_memory(int device, int64_t out[4]);
 int tl_cuda_reset_peak_memory(int device);
+// What `cuda` without a number means on this thread: its streams and allocations.
+int tl_cuda_set_device(int device);
 // The caching allocator takes at most so many bytes of the card.
 int tl_cuda_memory_limit(int device, int64_t bytes);
 // Device name, compute capability, total memory in bytes.
@@ -114,7 +116,7 @@ int tl_link_store(void* link, int slot, int64_t start, int64_t blocks);
 int tl_link_wait(void* link);
 void tl_link_free(void* link);
 
-// ---- process groups (csrc/torch/store.cpp, process_group.cpp, nccl.cpp) -------------------------------------
+// ---- process groups (csrc/torch/store.cpp, process_group.cpp, nccl_group.cpp) -------------------------------------
 
 // libtorch's key-value store: served at a port of all interfaces (0: any free one), or that of host and port. Calls
 // may come from any thread. A timeout is for connecting and for tl_store_get.

@@ -1,5 +1,5 @@
-// Declarations of Gloo that libtorch's ProcessGroupGloo.hpp needs. libtorch has Gloo inside, its wheel leaves out Gloo's
-// headers. Nothing of Gloo is called from here: libtorch's process group is, which holds pointers to these classes.
+// Declarations of Gloo that libtorch's ProcessGroupGloo.hpp needs. libtorch has Gloo inside, but its wheel lacks Gloo's
+// headers. Nothing here is called or made by us: libtorch's process group is, which holds pointers to these classes.
 #pragma once
 #include <chrono>
 

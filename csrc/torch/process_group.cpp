@@ -18,12 +18,14 @@
 
 #include "api.h"
 #include "guard.h"
-#include "process_group.h"
+#include "nccl_group.h"
+#include "store.h"
 
 namespace tl {
 namespace {
 
 using at::Tensor;
+using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
 constexpr Milliseconds kGlance{100};  // how often a thread that waits for Gloo looks whether the group was aborted
@@ -281,8 +283,16 @@ extern "C" int tl_group_new(void* store, const char* prefix, int nccl, int rank,
     const tl::Milliseconds timeout(timeout_ms);
     // A connection of its own: a group may wait for a key while other threads use the store.
     tl::StorePtr client = c10::make_intrusive<c10d::PrefixStore>(prefix, shared_store->connect());
-    tl::BackendPtr backend = nccl ? tl::make_nccl(client, rank, size, device, timeout)
-                                  : tl::make_gloo(client, rank, size, address, timeout);
+    tl::BackendPtr backend;
+    if (nccl) {
+#ifdef TL_WITH_NCCL
+      backend = tl::make_nccl(client, rank, size, device, timeout);
+#else
+      TORCH_CHECK(false, TL_NO_NCCL);
+#endif
+    } else {
+      backend = tl::make_gloo(client, rank, size, address, timeout);
+    }
     const at::Device where = nccl ? at::Device(at::kCUDA, device) : at::Device(at::kCPU);
     auto made = std::make_shared<tl::Group>(shared_store, std::move(backend), where, timeout);
     *group = new std::shared_ptr<tl::Group>(std::move(made));

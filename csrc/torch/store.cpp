@@ -1,13 +1,16 @@
 // libtorch's key-value store over TCP, by which the ranks of a run find each other.
+#include "store.h"
+
 #include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <vector>
 
 #include "api.h"
 #include "guard.h"
-#include "process_group.h"
 
 namespace tl {
 

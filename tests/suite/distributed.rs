@@ -4,7 +4,7 @@ use crate::common::{alone, card};
 use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
-use tch::{Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 use tinyllama::ffi::{Backend, ProcessGroup, ReduceOp, TcpStore, nccl_versions, versions};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -345,12 +345,47 @@ fn a_rank_that_dies_or_stays_away_or_an_abort_ends_the_wait_with_an_error() {
 }
 
 #[test]
+fn nccl_tells_its_versions_or_that_it_is_not_in_this_build() {
+    match nccl_versions() {
+        Ok(nccl) => assert_eq!(nccl.built, versions().unwrap().nccl),
+        Err(error) => assert!(error.to_string().contains("built without NCCL"), "{error}"),
+    }
+    if Cuda::is_available() {
+        return;
+    }
+    let store = TcpStore::serve(0, LONG).unwrap();
+    let card = Device::Cuda(0);
+    let error = ProcessGroup::new(&store, "no card", Backend::Nccl, 0, 1, card, None, LONG);
+    let error = format!("{:#}", error.unwrap_err());
+    let want = "rank 0 cannot connect group `no card` over NCCL: ";
+    assert!(error.starts_with(want) && error.len() > want.len(), "{error}");
+}
+
+#[test]
+fn bench_comm_measures_and_checks_both_operations() {
+    let args = ["bench", "comm", "--ranks", "3", "--sizes", "1", "--repeats", "1", "--json"];
+    let output = assert_cmd::cargo::cargo_bin_cmd!("tinyllama").args(args).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["ranks"], &report["backend"]), (&3.into(), &"Gloo".into()));
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for (row, op) in rows.iter().zip(["all_gather", "reduce_scatter"]) {
+        assert_eq!((&row["op"], &row["wrong"]), (&op.into(), &0.into()), "{row}");
+        // The nearest below 1 MiB that three ranks of bf16 share.
+        assert_eq!(row["bytes"], (1 << 20) / 6 * 6);
+        let number = |key: &str| row[key].as_f64().unwrap();
+        let (bytes, seconds) = (number("bytes"), number("us") / 1e6);
+        assert!((number("algorithm_gb_s") * 1e9 * seconds / bytes - 1.0).abs() < 1e-9);
+        assert!((number("bus_gb_s") / number("algorithm_gb_s") - 2.0 / 3.0).abs() < 1e-9);
+    }
+}
+
+#[test]
 fn nccl_with_one_rank_leaves_every_tensor_as_it_is() {
     let Some((device, _card)) = card("nccl_with_one_rank_leaves_every_tensor_as_it_is") else {
         return;
     };
-    let nccl = nccl_versions().unwrap();
-    assert_eq!(nccl.built, versions().unwrap().nccl);
     let store = TcpStore::serve(0, LONG).unwrap();
     let new =
         |name| ProcessGroup::new(&store, name, Backend::Nccl, 0, 1, device, None, LONG).unwrap();

@@ -1,13 +1,16 @@
-// ProcessGroupNCCL, where this build has CUDA and NCCL's header.
+// How ranks on cards are connected, and what libtorch does when one of them fails.
+#include "nccl_group.h"
+
 #include "api.h"
 #include "guard.h"
-#include "process_group.h"
 
-#if defined(TL_WITH_CUDA) && __has_include(<nccl.h>)
+#ifdef TL_WITH_NCCL
 #define USE_C10D_NCCL
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/env.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+
+#include <mutex>
 
 namespace tl {
 namespace {
@@ -31,7 +34,8 @@ void configure_watchdog() {
 
 }  // namespace
 
-BackendPtr make_nccl(const StorePtr& store, int rank, int size, int device, Milliseconds timeout) {
+c10::intrusive_ptr<c10d::Backend> make_nccl(const StorePtr& store, int rank, int size, int device,
+                                            Milliseconds timeout) {
   configure_watchdog();
   const at::Device card(at::kCUDA, static_cast<c10::DeviceIndex>(device));
   c10::cuda::CUDAGuard guard(card);
@@ -51,9 +55,6 @@ extern "C" int tl_nccl_versions(int* built, int* running) {
   });
 }
 #else
-static const char* kNoNccl = "this binary was built without NCCL; run ./scripts/setup.sh and build again";
-namespace tl {
-BackendPtr make_nccl(const StorePtr&, int, int, int, Milliseconds) { TORCH_CHECK(false, kNoNccl); }
-}  // namespace tl
-extern "C" int tl_nccl_versions(int*, int*) { TL_GUARD(TORCH_CHECK(false, kNoNccl)); }
+#include <stdexcept>
+extern "C" int tl_nccl_versions(int*, int*) { TL_GUARD(throw std::runtime_error(TL_NO_NCCL)); }
 #endif

@@ -1,17 +1,14 @@
-// What the parts of the process groups share.
+// The store by which ranks find each other.
 #pragma once
 #include <chrono>
-#include <memory>
 #include <string>
 
-#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 namespace tl {
 
 using Milliseconds = std::chrono::milliseconds;
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
-using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
 
 // One store of keys and values, in the process that serves it or in another one, over one connection. libtorch lets
 // one call at a time use a connection, so none of them may wait for a key that another thread is to set.
@@ -25,8 +22,5 @@ struct TcpStore {
   uint16_t port;
   StorePtr store;
 };
-
-// ProcessGroupNCCL on a card, connected to all ranks (nccl.cpp).
-BackendPtr make_nccl(const StorePtr& store, int rank, int size, int device, Milliseconds timeout);
 
 }  // namespace tl
