@@ -122,7 +122,7 @@ impl Job {
     /// thread, and none goes on while others may stop before. Costs a lock that nobody holds for long.
     ///
     /// # Sync
-    /// While a stop is being agreed on, at most once, the CPU waits for the other ranks' votes (some tenths of a second).
+    /// While a stop is being agreed on, at most once, the CPU waits some tenths of a second for the other ranks' votes.
     pub fn agree_to_stop(&self, local: Option<i32>, step: u64) -> Option<i32> {
         self.watch.agree_to_stop(local, step)
     }
