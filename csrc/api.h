@@ -25,6 +25,8 @@ int tl_versions(char* buffer, size_t capacity);
 // out[0..4] = allocated, peak allocated, reserved, peak reserved bytes of the caching allocator.
 int tl_cuda_memory(int device, int64_t out[4]);
 int tl_cuda_reset_peak_memory(int device);
+// What `cuda` without a number means on this thread: its streams and allocations.
+int tl_cuda_set_device(int device);
 // The caching allocator takes at most so many bytes of the card.
 int tl_cuda_memory_limit(int device, int64_t bytes);
 // Device name, compute capability, total memory in bytes.

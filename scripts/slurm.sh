@@ -9,9 +9,9 @@
 #
 # srun sets SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS, which the program reads. The ranks meet at the step's first
 # node, at port 12000 + job number mod 20000; MASTER_ADDR and MASTER_PORT choose another place. Rank 0 writes into the
-# job's output, the others into OUT_DIR/logs/. Five minutes before the time limit Slurm sends SIGTERM: all ranks save the
-# same step and end with 143. `resume: auto` goes on from it in the next job, after `sbatch --dependency=singleton` of the
-# same script, and in this one where Slurm puts it back into the queue (a lost node, preemption).
+# job's output, the others into OUT_DIR/logs/. Five minutes before the time limit Slurm sends SIGTERM: all ranks save
+# the same step and end with 143. `resume: auto` goes on from it in the next job (sbatch --dependency=singleton), and in
+# this one where Slurm puts it back into the queue (a lost node, preemption).
 #SBATCH --job-name=tinyllama
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -75,6 +75,10 @@ extern "C" int tl_cuda_reset_peak_memory(int device) {
   TL_GUARD(c10::cuda::CUDACachingAllocator::resetPeakStats(device));
 }
 
+extern "C" int tl_cuda_set_device(int device) {
+  TL_GUARD(c10::cuda::set_device(static_cast<c10::DeviceIndex>(device)));
+}
+
 extern "C" int tl_cuda_memory_limit(int device, int64_t bytes) {
   TL_GUARD({
     at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
@@ -96,6 +100,7 @@ extern "C" int tl_cuda_device(int device, char* name, size_t capacity, int* majo
 static const char* kNoCuda = "this binary was built without CUDA; run ./scripts/setup.sh and build again";
 extern "C" int tl_cuda_memory(int, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 extern "C" int tl_cuda_reset_peak_memory(int) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
+extern "C" int tl_cuda_set_device(int) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 extern "C" int tl_cuda_memory_limit(int, int64_t) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 extern "C" int tl_cuda_device(int, char*, size_t, int*, int*, int64_t*) { TL_GUARD(TORCH_CHECK(false, kNoCuda)); }
 #endif

@@ -1,11 +1,10 @@
 //! What training gets to know of the other ranks.
 
-use super::rendezvous;
 use super::store::Store;
 use super::watch::Watch;
 use super::world::World;
 use crate::config::RunConfig;
-use crate::ffi::{Backend, ProcessGroup};
+use crate::ffi::{self, Backend, ProcessGroup};
 use crate::guard;
 use anyhow::{Context, Result};
 use std::sync::Arc;
@@ -14,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 /// One rank of a run, connected to all others and watched.
 ///
-/// From [`rendezvous::meet`] on, a rank that dies, fails, or neither lives nor makes progress ends the process of every
+/// From [`super::meet`] on, a rank that dies, fails, or neither lives nor makes progress ends the process of every
 /// rank, whatever its main thread is waiting for.
 pub struct Job {
     world: World,
@@ -46,9 +45,14 @@ impl Job {
             let tcp = store.tcp();
             ProcessGroup::new(tcp, &key, backend, rank, size, device, Some(address), timeout)
         };
-        let groups = group("host", Device::Cpu)
-            .and_then(|host_group| Ok((host_group, group("device", device)?)));
-        match groups {
+        let connect = || {
+            if let Device::Cuda(card) = device {
+                ffi::configure_allocator()?;
+                ffi::cuda_set_device(card)?;
+            }
+            Ok((group("host", Device::Cpu)?, group("device", device)?))
+        };
+        match connect() {
             Ok((host_group, group)) => {
                 let (group, address) = (Arc::new(group), address.to_owned());
                 Ok(Self { world, device, group, host_group, address, timeout, store, watch })
@@ -166,7 +170,7 @@ impl Job {
     /// thread, and none goes on while others may stop before. Costs a lock that nobody holds for long.
     ///
     /// # Sync
-    /// While a stop is being agreed on, at most once, the CPU waits for the other ranks' votes (some tenths of a second).
+    /// While a stop is being agreed on, at most once, the CPU waits some tenths of a second for the other ranks' votes.
     pub fn agree_to_stop(&self, local: Option<i32>, step: u64) -> Option<i32> {
         self.watch.agree_to_stop(local, step)
     }
@@ -189,10 +193,5 @@ impl Job {
             Err(error) => self.watch.fail(&error),
         }
         Ok(())
-    }
-
-    /// [`rendezvous::meet`].
-    pub fn meet(world: World, config: &RunConfig) -> Result<Self> {
-        rendezvous::meet(world, config)
     }
 }

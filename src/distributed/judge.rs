@@ -16,6 +16,8 @@ pub(super) struct Judge {
     silence: Duration,
     /// Time without progress after which the job counts as stuck.
     still: Duration,
+    /// Sees some ranks only, and so not who is to blame for what it sees; it judges silence alone.
+    pub is_partial: bool,
     /// Something went wrong that may be the work of another rank, which is looked for so long.
     suspect: Option<(Failure, Duration)>,
 }
@@ -48,9 +50,10 @@ impl Seen {
 }
 
 impl Judge {
-    pub fn new(ranks: Range<usize>, config: &DistributedConfig) -> Self {
+    pub fn new(ranks: Range<usize>, size: usize, config: &DistributedConfig) -> Self {
         let seen = |rank| Seen { rank, beat: None, quiet: Duration::ZERO, still: Duration::ZERO };
         Self {
+            is_partial: ranks.len() < size,
             seen: ranks.map(seen).collect(),
             period: config.period(),
             silence: Duration::from_secs_f64(config.heartbeat_timeout),
@@ -61,6 +64,9 @@ impl Judge {
 
     /// Why the job ends, if it does.
     pub fn verdict(&mut self, elapsed: Duration, deaths: &[Death]) -> Option<Failure> {
+        if self.is_partial {
+            return self.silent(self.silence, usize::MAX);
+        }
         let end = |death: &Death| {
             let beat = self.seen.iter().find(|seen| seen.rank == death.rank);
             let line = beat.and_then(|seen| seen.beat.as_ref()?.last_line());
@@ -139,7 +145,7 @@ mod tests {
         fn new() -> Self {
             let config = DistributedConfig { timeout: 60.0, ..Default::default() };
             let beat = Beat { host: "a".into(), ticks: 1, step: 1, ..Beat::default() };
-            let judge = Judge::new(0..3, &config);
+            let judge = Judge::new(0..3, 3, &config);
             Self { judge, beats: vec![beat; 3], deaths: Vec::new() }
         }
 
@@ -234,6 +240,16 @@ mod tests {
         let failure = scene.pass(3, &ALL, &[]).unwrap();
         assert_eq!(failure.rank, 1);
         assert!(failure.causes[0].ends_with("in step 1: reading data"), "{failure:?}");
+    }
+
+    #[test]
+    fn who_sees_rank_0_alone_blames_it_for_silence_only() {
+        let mut scene = Scene::new();
+        scene.judge =
+            Judge::new(0..1, 3, &DistributedConfig { timeout: 60.0, ..Default::default() });
+        scene.beats[0].fault = Some(gloo_error());
+        assert_eq!(scene.pass(100, &[0], &[]), None);
+        assert_eq!(scene.pass(20, &[], &[]).map(|failure| failure.rank), Some(0));
     }
 
     #[test]

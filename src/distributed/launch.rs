@@ -39,8 +39,7 @@ pub fn launch(config: &RunConfig) -> Result<u8> {
     let timeout = Duration::from_secs_f64(timeouts.rendezvous_timeout);
     let store = match node.rank {
         0 => {
-            let store = Store::serve(master.port, &prefix, timeout)
-                .hint("another program has this port; choose another MASTER_PORT on all nodes")?;
+            let store = Store::serve(master.port, &prefix, timeout)?;
             master.port = store.port();
             Some(store)
         }

@@ -1,9 +1,9 @@
 //! Runs of more than one process: starting them, how they find and watch each other, and how all of them end.
 //!
-//! Read first: [`Job`], what training gets. `pretrain CONFIG --devices N` calls [`launch`], which starts N workers, this
-//! same program with `RANK`, `WORLD_SIZE`, .. set; `torchrun --no-python`, `srun` or a shell loop may do so as well. A
-//! worker reads them ([`World`]), meets the others at a store ([`rendezvous`]) and from then on is watched ([`watch`],
-//! [`observer`]): a rank that dies, fails or hangs ends the job on all ranks within seconds ([`failure`]).
+//! Read first: [`Job`], what training gets. `pretrain CONFIG --devices N` calls [`launch`], which starts N workers,
+//! this same program with `RANK`, `WORLD_SIZE`, .. set; `torchrun --no-python`, `srun` or a shell loop may do so as
+//! well. A worker reads them ([`World`]), meets the others at a store ([`rendezvous`]) and from then on is watched
+//! (`watch`, [`observer`]): a rank that dies, fails or hangs ends the job on all ranks within seconds ([`failure`]).
 
 mod address;
 pub mod failure;

@@ -88,7 +88,6 @@ pub(super) mod key {
 /// Watches some ranks, or all.
 pub struct Observer {
     store: Arc<Store>,
-    size: usize,
     judge: Judge,
     stopping: Option<i32>,
     decided: bool,
@@ -102,8 +101,8 @@ impl Observer {
         size: usize,
         config: &DistributedConfig,
     ) -> Self {
-        let judge = Judge::new(ranks, config);
-        Self { store, size, judge, stopping: None, decided: false }
+        let judge = Judge::new(ranks, size, config);
+        Self { store, judge, stopping: None, decided: false }
     }
 
     /// Looks at all ranks, `elapsed` after the last time. The failure that ends the job, if there is one: what the
@@ -122,7 +121,7 @@ impl Observer {
         if let Some(failure) = self.judge.verdict(elapsed, deaths) {
             return self.store.set_first(key::FAILED, &failure).map(Some);
         }
-        if self.judge.seen.len() == self.size {
+        if !self.judge.is_partial {
             self.gather_votes()?;
         }
         Ok(None)

@@ -106,12 +106,14 @@ impl World {
         )
     }
 
-    /// Lets the system kill this process when the launcher that started it dies.
+    /// Lets the system kill this process when the launcher that started it dies. (Elsewhere than on Linux it ends by
+    /// itself, when the launcher's store does not answer.)
     ///
     /// # Errors
     /// It is dead already.
     pub(super) fn end_with_launcher(&self) -> Result<()> {
         let Some(launcher) = self.launcher else { return Ok(()) };
+        #[cfg(target_os = "linux")]
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
         let parent = rustix::process::getppid().map(|parent| parent.as_raw_nonzero().get());
         if parent.and_then(|parent| u32::try_from(parent).ok()) != Some(launcher) {

@@ -34,6 +34,7 @@ unsafe extern "C" {
     fn tl_versions(buffer: *mut c_char, capacity: usize) -> c_int;
     fn tl_cuda_memory(device: c_int, out: *mut i64) -> c_int;
     fn tl_cuda_reset_peak_memory(device: c_int) -> c_int;
+    fn tl_cuda_set_device(device: c_int) -> c_int;
     fn tl_cuda_memory_limit(device: c_int, bytes: i64) -> c_int;
     fn tl_cuda_device(
         device: c_int,
@@ -121,6 +122,12 @@ pub fn cuda_memory(device: usize) -> Result<CudaMemory> {
 pub fn cuda_reset_peak_memory(device: usize) -> Result<()> {
     // SAFETY: plain call.
     check(unsafe { tl_cuda_reset_peak_memory(device as c_int) })
+}
+
+/// Makes a card the one that this thread means where it names none (`torch.cuda.set_device`).
+pub fn cuda_set_device(device: usize) -> Result<()> {
+    // SAFETY: plain call.
+    check(unsafe { tl_cuda_set_device(device as c_int) })
 }
 
 /// The caching allocator takes at most so many bytes of the card.

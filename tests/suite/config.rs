@@ -214,6 +214,20 @@ fn the_nine_inputs_of_the_yaml_survey_are_read_or_refused_as_documented() {
 }
 
 #[test]
+fn ranks_that_cannot_be_are_refused_and_the_batch_is_theirs() {
+    let zero = problems(BASE, &["devices=0", "num_nodes=0", "distributed.timeout=0"]);
+    let want = ["`devices`: must be", "`num_nodes`: must be", "`distributed.timeout`: must be"];
+    assert!(zero.iter().zip(want).all(|(got, want)| got.starts_with(want)), "{zero:?}");
+    let card = problems(BASE, &["devices=2", "device=cuda:1"]);
+    assert!(card[0].starts_with("`device`: `cuda:1` is one card, but `devices` asks"), "{card:?}");
+    let batch = problems(BASE, &["devices=3", "num_nodes=2"]);
+    assert!(batch[0].contains("512 is not divisible by 6 rank(s) x "), "{batch:?}");
+    let config = parse(BASE, &["devices=8", "num_nodes=2"]);
+    assert_eq!(config.ranks(), 16);
+    assert_eq!(config.distributed.period().as_secs_f64(), 1.0);
+}
+
+#[test]
 fn absurd_sizes_are_refused_at_once_instead_of_hanging_or_wrapping() {
     let micro = problems(BASE, &["train.micro_batch_size=1e12"]);
     assert!(micro[0].contains("512 is not divisible"), "{micro:?}");

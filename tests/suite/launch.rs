@@ -34,7 +34,7 @@ fn run(dir: &Path, plan: &Value) -> anyhow::Result<u8> {
     let mut config = RunConfig { out_dir: dir.into(), ..RunConfig::default() };
     config.device.0 = "cpu".into();
     config.devices = plan["devices"].as_u64().unwrap_or(1);
-    config.distributed.heartbeat_timeout = plan["heartbeat"].as_f64().unwrap_or(2.0);
+    config.distributed.heartbeat_timeout = plan["heartbeat"].as_f64().unwrap_or(5.0);
     config.distributed.rendezvous_timeout = plan["patience"].as_f64().unwrap_or(20.0);
     config.distributed.timeout = plan["timeout"].as_f64().unwrap_or(60.0);
     let Some(world) = World::from_env()? else { return distributed::launch(&config) };
@@ -278,7 +278,7 @@ fn a_master_that_does_not_answer_and_ranks_that_do_not_come_are_told_after_the_w
     assert_eq!(code, Some(1), "{stderr}");
     // Its local rank is 1: the rank with local rank 0 tells on the terminal, this one in its log.
     assert_eq!(stderr, "");
-    let words = [&format!("nobody answers at 127.0.0.1:{port} after 1 s")[..], "hint: is rank 0"];
+    let words = [&format!("no store of ranks answers at 127.0.0.1:{port} within 1s")[..], "hint: is rank 0"];
     assert_told_once(&scene.log(1), &words);
 
     let alone = scene.rank(0, 4, port, &json!({ "patience": 1 }));
@@ -323,15 +323,19 @@ fn a_rank_that_is_killed_ends_all_with_its_name_host_and_last_line() {
 
 #[test]
 fn a_stopped_rank_is_found_by_its_silence_and_leaves_no_process() {
-    for stopped in [0, 1] {
+    let plan = json!({ "devices": 2, "steps": 100_000, "heartbeat": 3 });
+    let start = |stopped: usize| {
         let scene = Scene::new();
-        let launcher = scene.launch(&json!({ "devices": 2, "steps": 100_000 }));
+        let launcher = scene.launch(&plan);
         let process = scene.wait_for_step(stopped, 60);
         signal("-STOP", process);
+        (scene, launcher, process, stopped)
+    };
+    for (_scene, launcher, process, stopped) in [start(0), start(1)] {
         let (code, stderr) = end(launcher);
         assert_eq!(code, Some(1), "{stderr}");
         let who = format!("error: rank {stopped} on ");
-        assert_told_once(&stderr, &[&who, "gave no sign of life for 2 s", "last line: step "]);
+        assert_told_once(&stderr, &[&who, "gave no sign of life for 3 s", "last line: step "]);
         assert!(!is_running(process));
     }
 }
