@@ -138,8 +138,8 @@ int tl_store_check(void* store, int n, const char* const* keys, int* present);
 int tl_store_compare_set(void* store, const char* key, const uint8_t* expected, size_t expected_size,
                          const uint8_t* desired, size_t desired_size, const uint8_t** data, size_t* size);
 
-// Joins a group of `size` ranks, all of which must call this: by NCCL on the CUDA device, or by Gloo between CPUs at
-// `address` (null: that of the machine's host name). No other group over the store may have the prefix.
+// Joins a group of `size` ranks, all of which must call this, for tensors on the CUDA device (-1: the CPU): by NCCL, or
+// by Gloo at `address` (null: that of the machine's host name). No other group over the store may have the prefix.
 int tl_group_new(void* store, const char* prefix, int nccl, int rank, int size, int device, const char* address,
                  int64_t timeout_ms, void** group);
 // Before the end, a group is finished: NCCL waits for its operations and for the other ranks. Else it is aborted.

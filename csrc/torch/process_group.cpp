@@ -5,7 +5,8 @@
 //   all_reduce      16-bit numbers as fp32, rounded once; avg: the sum, divided
 //   reduce_scatter  all-to-all of bytes, then the parts summed in order of rank, 16-bit numbers in fp32
 //   all_gather, broadcast   bytes
-// What is left to do once the bytes have come is done by the waiting thread (Work::then).
+// What is left to do once the bytes have come is done by the waiting thread (Work::then). Gloo works on the host: of a
+// tensor on a card it gets a copy, for which the CPU waits, and its result is copied back.
 #define USE_C10D_GLOO
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -33,15 +34,15 @@ constexpr Milliseconds kGlance{100};  // how often a thread that waits for Gloo 
 struct Group {
   std::shared_ptr<TcpStore> store;
   BackendPtr backend;
-  const at::Device device;
+  const bool nccl;
+  const at::Device device;  // of the tensors
   const Milliseconds timeout;
   std::mutex issuing;  // libtorch's groups are not made for two threads
   std::atomic<bool> finished{false}, broken{false};
 
-  Group(std::shared_ptr<TcpStore> s, BackendPtr b, at::Device d, Milliseconds t)
-      : store(std::move(s)), backend(std::move(b)), device(d), timeout(t) {}
+  Group(std::shared_ptr<TcpStore> s, BackendPtr b, bool n, at::Device d, Milliseconds t)
+      : store(std::move(s)), backend(std::move(b)), nccl(n), device(d), timeout(t) {}
   ~Group();
-  bool nccl() const { return device.is_cuda(); }
   int rank() const { return backend->getRank(); }
   int size() const { return backend->getSize(); }
   void wait(c10d::Work& work);
@@ -62,7 +63,7 @@ Group::~Group() {
   if (finished) return;
   try {
     // Gloo's destructor waits for operations that may never end: the group is left behind then.
-    if (nccl())
+    if (nccl)
       backend->abort();
     else if (broken)
       backend.release();
@@ -72,7 +73,7 @@ Group::~Group() {
 }
 
 void Group::wait(c10d::Work& work) {
-  if (nccl()) {
+  if (nccl) {
     work.wait();
     return;
   }
@@ -94,13 +95,13 @@ void Group::wait(c10d::Work& work) {
 
 void Group::abort() {
   if (broken.exchange(true) || finished) return;
-  if (nccl()) backend->abort();
+  if (nccl) backend->abort();
 }
 
 void Group::check() {
   TORCH_CHECK(!finished, "the process group was finished before");
   TORCH_CHECK(!broken, "the process group was aborted, or an operation of it failed before");
-  if (!nccl()) return;
+  if (!nccl) return;
   const auto error = backend->getError();
   TORCH_CHECK(error != c10d::ErrorType::TIMEOUT, "NCCL: an operation took longer than ", timeout.count() / 1000.0,
               " s; what it should have written is not to be used");
@@ -112,7 +113,7 @@ void Group::finish() {
   check();
   std::lock_guard<std::mutex> lock(issuing);
   finished = true;
-  if (nccl()) backend->shutdown();
+  if (nccl) backend->shutdown();
 }
 
 std::shared_ptr<Group>& shared(void* group) { return *static_cast<std::shared_ptr<Group>*>(group); }
@@ -131,6 +132,15 @@ Tensor flat(const Group& g, const char* op, const char* name, TlTensor handle) {
 }
 
 Tensor bytes(const Tensor& t) { return t.view(at::kByte); }
+
+// The tensor itself where it is on the host, else a copy.
+Tensor on_host(const Tensor& t) { return t.to(at::kCPU); }
+
+// What brings a host's copy back, where it is one.
+std::function<void()> bring_back(Tensor t, Tensor host) {
+  if (host.is_same(t)) return {};
+  return [t, host] { t.copy_(host); };
+}
 
 void check_op(const char* op, const Tensor& t, int reduce_op) {
   TORCH_CHECK(reduce_op != TL_AVG || t.is_floating_point(), op, ": avg takes floating-point numbers, got ",
@@ -172,12 +182,12 @@ Work all_reduce(const std::shared_ptr<Group>& g, TlTensor handle, int op) {
   const Tensor t = flat(*g, "all_reduce", "tensor", handle);
   check_op("all_reduce", t, op);
   c10d::AllreduceOptions options;
-  options.reduceOp = g->nccl() || op != TL_AVG ? reduction(op) : c10d::ReduceOp::SUM;
-  const Tensor sum = !g->nccl() && sixteen_bits(t) ? t.to(at::kFloat) : t;
+  options.reduceOp = g->nccl || op != TL_AVG ? reduction(op) : c10d::ReduceOp::SUM;
+  const Tensor sum = g->nccl ? t : on_host(t).to(sixteen_bits(t) ? at::kFloat : t.scalar_type());
   std::vector<Tensor> tensors{sum};
   WorkPtr work = start(*g, t, [&](c10d::Backend& b) { return b.allreduce(tensors, options); });
   std::function<void()> then;
-  if (!g->nccl()) {
+  if (!g->nccl) {
     then = [t, sum, op, size = g->size()]() mutable {
       if (op == TL_AVG) sum.div_(size);
       if (!sum.is_same(t)) t.copy_(sum);
@@ -187,15 +197,18 @@ Work all_reduce(const std::shared_ptr<Group>& g, TlTensor handle, int op) {
 }
 
 Work all_gather(const std::shared_ptr<Group>& g, TlTensor whole_handle, TlTensor shard_handle) {
-  Tensor whole = flat(*g, "all_gather", "whole", whole_handle);
-  Tensor shard = flat(*g, "all_gather", "shard", shard_handle);
+  const Tensor whole = flat(*g, "all_gather", "whole", whole_handle);
+  const Tensor shard = flat(*g, "all_gather", "shard", shard_handle);
   check_parts(*g, "all_gather", whole, shard);
-  if (!g->nccl()) {
-    whole = bytes(whole);
-    shard = bytes(shard);
+  if (g->nccl) {
+    Tensor to = whole, from = shard;
+    WorkPtr work = start(*g, whole, [&](c10d::Backend& b) { return b._allgather_base(to, from); });
+    return {g, std::move(work), {whole, shard}, {}};
   }
-  WorkPtr work = start(*g, whole, [&](c10d::Backend& b) { return b._allgather_base(whole, shard); });
-  return {g, std::move(work), {whole, shard}, {}};
+  const Tensor all = whole.is_cpu() ? whole : at::empty_like(whole, whole.options().device(at::kCPU));
+  Tensor to = bytes(all), from = bytes(on_host(shard));
+  WorkPtr work = start(*g, whole, [&](c10d::Backend& b) { return b._allgather_base(to, from); });
+  return {g, std::move(work), {whole, all, from}, bring_back(whole, all)};
 }
 
 // parts (W, n) of this rank's shard, one from each rank -> shard (n,)
@@ -217,20 +230,20 @@ Work reduce_scatter(const std::shared_ptr<Group>& g, TlTensor shard_handle, TlTe
   Tensor whole = flat(*g, "reduce_scatter", "whole", whole_handle);
   check_parts(*g, "reduce_scatter", whole, shard);
   check_op("reduce_scatter", whole, op);
-  if (g->nccl()) {
+  if (g->nccl) {
     c10d::ReduceScatterOptions options;
     options.reduceOp = reduction(op);
     WorkPtr work = start(*g, whole, [&](c10d::Backend& b) { return b._reduce_scatter_base(shard, whole, options); });
     return {g, std::move(work), {shard, whole}, {}};
   }
-  const Tensor parts = at::empty_like(whole);
+  const Tensor own = on_host(whole), parts = at::empty_like(own);
   WorkPtr work = start(*g, whole, [&](c10d::Backend& b) {
-    Tensor from = bytes(whole), to = bytes(parts);
+    Tensor from = bytes(own), to = bytes(parts);
     std::vector<int64_t> equal_in, equal_out;
     return b.alltoall_base(to, from, equal_out, equal_in);
   });
   auto then = [=, size = g->size()] { reduce_parts(shard, parts.view({size, -1}), op); };
-  return {g, std::move(work), {shard, whole, parts}, std::move(then)};
+  return {g, std::move(work), {shard, own, parts}, std::move(then)};
 }
 
 Work broadcast(const std::shared_ptr<Group>& g, TlTensor handle, int root) {
@@ -238,21 +251,22 @@ Work broadcast(const std::shared_ptr<Group>& g, TlTensor handle, int root) {
   TORCH_CHECK(root >= 0 && root < g->size(), "broadcast: root must be below ", g->size(), ", got ", root);
   c10d::BroadcastOptions options;
   options.rootRank = root;
-  std::vector<Tensor> tensors{g->nccl() ? t : bytes(t)};
+  const Tensor host = g->nccl ? t : on_host(t);
+  std::vector<Tensor> tensors{g->nccl ? t : bytes(host)};
   WorkPtr work = start(*g, t, [&](c10d::Backend& b) { return b.broadcast(tensors, options); });
-  return {g, std::move(work), tensors, {}};
+  return {g, std::move(work), {t, host}, bring_back(t, host)};
 }
 
 void barrier(Group& g) {
   g.check();
   c10d::BarrierOptions options;
-  options.device = g.device;
+  options.device = g.nccl ? g.device : at::Device(at::kCPU);
   WorkPtr work;
   {
     std::lock_guard<std::mutex> lock(g.issuing);
     work = g.backend->barrier(options);
   }
-  if (g.nccl())
+  if (g.nccl)
     work->wait(g.timeout);  // with a timeout, libtorch makes the CPU wait
   else
     g.wait(*work);
@@ -293,8 +307,8 @@ extern "C" int tl_group_new(void* store, const char* prefix, int nccl, int rank,
     } else {
       backend = tl::make_gloo(client, rank, size, address, timeout);
     }
-    const at::Device where = nccl ? at::Device(at::kCUDA, device) : at::Device(at::kCPU);
-    auto made = std::make_shared<tl::Group>(shared_store, std::move(backend), where, timeout);
+    const at::Device where = device >= 0 ? at::Device(at::kCUDA, device) : at::Device(at::kCPU);
+    auto made = std::make_shared<tl::Group>(shared_store, std::move(backend), nccl != 0, where, timeout);
     *group = new std::shared_ptr<tl::Group>(std::move(made));
   });
 }

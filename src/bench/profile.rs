@@ -33,6 +33,8 @@ pub enum Family {
     Optimizer,
     /// ATen's casts, copies, sums and element-wise operations.
     Elementwise,
+    /// What travels between ranks; its kernels also wait for the other ranks.
+    Communication,
     /// Copies and memsets that are no kernels.
     Memory,
     /// All else.
@@ -42,6 +44,7 @@ pub enum Family {
 /// Words in the lower-case name of a kernel; the first line with one of them decides. Attention comes first, since
 /// FlashAttention-2 has cutlass's types in its names.
 const FAMILIES: &[(Family, &[&str])] = &[
+    (Family::Communication, &["nccl"]),
     (Family::Fp8Casts, &["fp8cast", "fp8swiglu", "fp8slot"]),
     (Family::Attention, &["flash", "sdpa", "fmha", "cudnn", "attention"]),
     (Family::MatrixProducts, &["nvjet", "gemm", "gemv", "xmma", "cutlass", "cublas", "splitk"]),
@@ -77,6 +80,7 @@ impl Family {
             Self::Embedding => "embedding",
             Self::Optimizer => "optimizer",
             Self::Elementwise => "casts, element-wise",
+            Self::Communication => "communication",
             Self::Memory => "copies, memsets",
             Self::Other => "other",
         }
@@ -134,6 +138,8 @@ pub struct Profile {
     pub families: Vec<Row>,
     /// Milliseconds a step that several rows count, since kernels ran at the same time.
     pub overlap_ms: f64,
+    /// Milliseconds a step in which the GPU communicated and did nothing else.
+    pub communication_alone_ms: f64,
     /// Milliseconds a step in which the GPU did nothing.
     pub gap_ms: f64,
     /// CPU waits within forward, backward and update, over all steps.
@@ -159,17 +165,20 @@ impl Profile {
 
         let mut families = Sums::new();
         let mut kernels = Sums::new();
+        let family = |a: &Activity| match a.kind {
+            ActivityKind::Kernel => Family::of(&a.name),
+            _ => Family::Memory,
+        };
         for &a in &work {
-            let family = match a.kind {
-                ActivityKind::Kernel => Family::of(&a.name),
-                _ => Family::Memory,
-            };
+            let family = family(a);
             let (start, end) = interval(a);
             add(&mut families, (family, None), end - start);
             add(&mut kernels, (family, Some(&a.name)), end - start);
         }
         let total: i64 = families.values().map(|(ns, _)| ns).sum();
         let busy = covered_ns(work.iter().map(|a| interval(a)).collect());
+        let computing = work.iter().filter(|a| family(a) != Family::Communication);
+        let computing = covered_ns(computing.map(|a| interval(a)).collect());
 
         let a_step = |ns: i64| ns as f64 / 1e6 / steps.len() as f64;
         let step_ms = a_step(last - first);
@@ -191,6 +200,7 @@ impl Profile {
             step_ms,
             families: rows(families),
             overlap_ms: a_step(total - busy),
+            communication_alone_ms: a_step(busy - computing),
             gap_ms: a_step(last - first - busy),
             waits_inside: waits.iter().filter(|w| w.inside).map(|w| w.count).sum(),
             waits,
@@ -351,7 +361,7 @@ mod tests {
                 ],
             ),
             (
-                Family::Other,
+                Family::Communication,
                 &["ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"],
             ),
         ] {
@@ -422,6 +432,22 @@ mod tests {
         all.push(activity(CpuWait, "cudaMemcpy", at, at + 100));
         let p = Profile::new(&all, &steps);
         assert_eq!((p.waits_inside, p.waits[0].call.as_str()), (1, "cudaMemcpy"));
+    }
+
+    #[test]
+    fn communication_beside_other_kernels_is_told_from_that_alone() {
+        let steps = [StepSpan { start_ns: 0, launched_ns: 10, end_ns: 2_000_000 }];
+        let all = [
+            activity(Kernel, "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgs)", 0, 1_000_000),
+            activity(Kernel, "nvjet_tst", 250_000, 500_000),
+            activity(Memcpy, "copy", 900_000, 1_500_000),
+        ];
+        let p = Profile::new(&all, &steps);
+        let rows: Vec<_> = p.families.iter().map(|r| (r.family, r.ms)).collect();
+        let want =
+            [(Family::MatrixProducts, 0.25), (Family::Communication, 1.0), (Family::Memory, 0.6)];
+        assert_eq!(rows, want);
+        assert_eq!((p.communication_alone_ms, p.gap_ms), (0.65, 0.5));
     }
 
     #[test]

@@ -7,24 +7,28 @@
 //! After the timed steps a few more are recorded ([`profile`](super::profile)), to tell where their time goes.
 
 use super::profile::{Profile, StepSpan, write_trace};
+use crate::bail_hint;
+use crate::config::RunConfig;
+use crate::distributed::{Job, World};
 use crate::error::WithHint;
 use crate::ffi;
 use crate::ffi::profile::{Activity, Recording};
-use crate::train::run::{Run, TakenStep};
-use crate::{bail_hint, config};
+use crate::train::run::{LaunchedStep, Run, TakenStep};
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use std::fs::File;
 use std::io::BufWriter;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tch::Device;
 
 /// What `bench train` measured.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Card, or CPU.
+    /// Card, or CPU; rank 0's.
     pub device: String,
+    /// Ranks, each on a card of its own.
+    pub ranks: u64,
     /// Preset.
     pub model: String,
     /// As in the configuration.
@@ -39,7 +43,7 @@ pub struct Report {
     pub steps: usize,
     /// Seconds a step, median.
     pub step_seconds: f64,
-    /// Tokens a second at the median step.
+    /// Tokens a second at the median step, over all ranks.
     pub tokens_per_sec: f64,
     /// Tokens a second at the first and at the third quartile of step times.
     pub tokens_per_sec_quartiles: [f64; 2],
@@ -47,10 +51,12 @@ pub struct Report {
     pub mfu: Option<f64>,
     /// The same, causal attention.
     pub mfu_causal: Option<f64>,
-    /// Most GPU memory allocated at once, GiB. `None` on the CPU.
+    /// Most GPU memory allocated at once on rank 0, GiB. `None` on the CPU.
     pub peak_memory_gib: Option<f64>,
     /// Loss of the first and of the last step: a run whose numbers are not finite is not timed.
     pub loss: [f64; 2],
+    /// Loss of each step from the first, those before the timed ones among them.
+    pub losses: Vec<f64>,
     /// Where the time of further steps went.
     pub profile: Option<Profile>,
     /// Why there is no `profile`, where one was asked for.
@@ -70,21 +76,17 @@ pub struct Options<'a> {
     pub trace: Option<&'a Path>,
 }
 
-/// Trains `warmup` and then `steps` steps of a configuration and reports the latter. Nothing is kept: the run's
-/// folder is a temporary one.
+/// Trains `warmup` and then `steps` steps of a configuration and reports the latter. Nothing is kept: `out_dir` is to
+/// be a [`TemporaryFolder`]. `job`: as one of several ranks, which all call this; the report is rank 0's.
 ///
 /// # Errors
 /// As `pretrain`; a loss that is not finite, since such numbers need less power and run faster; a trace that is
 /// asked for on the CPU or cannot be written. What the profiler cannot do is told in the report.
-pub fn run(path: &Path, sets: &[String], options: Options) -> Result<Report> {
+pub fn run(config: &RunConfig, job: Option<&Job>, options: Options) -> Result<Report> {
     let Options { warmup, steps, .. } = options;
-    let folder = TemporaryFolder::new()?;
-    let mut sets = sets.to_vec();
-    sets.push(format!("out_dir={}", serde_json::to_string(&folder.0)?));
-    sets.push("resume=false".into());
-    let config = config::load(path, &sets)?;
-    let mut run = Run::assemble(&config, None)?;
-    let trace = options.trace.map(|path| open_trace(path, run.device)).transpose()?;
+    let mut run = Run::assemble(config, job)?;
+    let traced = options.trace.filter(|_| reports(&run));
+    let trace = traced.map(|path| open_trace(path, run.device)).transpose()?;
     let mut seconds = vec![];
     let mut losses = vec![];
     let mut clock = Instant::now();
@@ -93,7 +95,7 @@ pub fn run(path: &Path, sets: &[String], options: Options) -> Result<Report> {
         let launched = (i < warmup + steps).then(|| run.launch_step()).transpose()?;
         // While the card works on this step, the CPU looks at the one before.
         if let Some(before) = std::mem::replace(&mut in_flight, launched) {
-            losses.push(finite(before.wait()?)?);
+            losses.push(conclude(&run, before)?);
             let now = Instant::now();
             if i > warmup {
                 seconds.push((now - clock).as_secs_f64());
@@ -101,19 +103,30 @@ pub fn run(path: &Path, sets: &[String], options: Options) -> Result<Report> {
             clock = now;
         }
     }
-    let mut report = report(&run, seconds, [losses[0], losses[losses.len() - 1]])?;
+    let mut report = report(&run, seconds, losses)?;
     if options.profile_steps > 0 {
         match profile(&mut run, options.profile_steps, trace) {
-            Ok(profile) => report.profile = Some(profile),
+            Ok(profile) => report.profile = profile,
             Err(e) => report.no_profile = Some(format!("{e:#}")),
         }
     }
     Ok(report)
 }
 
+/// Whether this rank's times are told.
+fn reports(run: &Run) -> bool {
+    run.job.is_none_or(|job| job.rank() == 0)
+}
+
 /// The loss of a step whose numbers are finite.
-fn finite(taken: TakenStep) -> Result<f64> {
-    let TakenStep { progress, loss, grad_norm, .. } = taken;
+///
+/// # Sync
+/// The CPU waits for the step's end.
+fn conclude(run: &Run, step: LaunchedStep) -> Result<f64> {
+    let TakenStep { progress, loss, grad_norm, .. } = step.wait()?;
+    if let Some(ranks) = &run.ranks {
+        ranks.check()?;
+    }
     if !loss.is_finite() || !grad_norm.is_finite() {
         bail_hint!(
             "lower `optimizer.lr` with `--set`";
@@ -124,33 +137,48 @@ fn finite(taken: TakenStep) -> Result<f64> {
     Ok(loss)
 }
 
-/// Where the time of `n` more steps goes; their kernels also to `trace`.
-fn profile(run: &mut Run, n: usize, trace: Option<File>) -> Result<Profile> {
+/// Where the time of `n` more steps goes; their kernels also to `trace`. All ranks take those steps.
+fn profile(run: &mut Run, n: usize, trace: Option<File>) -> Result<Option<Profile>> {
     if !run.device.is_cuda() {
         return Err(anyhow!("the run is on the CPU; kernels of a CUDA GPU are recorded"));
     }
-    let (mut activities, spans) = record_steps(run, n)?;
+    let Some((mut activities, spans)) = record_steps(run, n)? else { return Ok(None) };
     let (first, last) = (spans[0].start_ns, spans[n - 1].end_ns);
     activities.retain(|a| (first..last).contains(&a.start_ns));
     if let Some(file) = trace {
         write_trace(&activities, BufWriter::new(file)).context("cannot write the trace")?;
     }
-    Ok(Profile::new(&activities, &spans))
+    Ok(Some(Profile::new(&activities, &spans)))
 }
 
-/// Records `n` steps after one that lets the profiler allocate its buffers.
-fn record_steps(run: &mut Run, n: usize) -> Result<(Vec<Activity>, Vec<StepSpan>)> {
-    let recording = Recording::start()?;
-    finite(run.launch_step()?.wait()?)?;
+/// Records `n` steps after one that lets the profiler allocate its buffers; `None`: they are another rank's to tell.
+fn record_steps(run: &mut Run, n: usize) -> Result<Option<(Vec<Activity>, Vec<StepSpan>)>> {
+    let recording = match reports(run).then(Recording::start).transpose() {
+        Ok(Some(recording)) => recording,
+        other => {
+            if run.job.is_some() {
+                take_steps(run, 1 + n)?; // the other ranks do
+            }
+            return other.map(|_| None);
+        }
+    };
+    take_steps(run, 1)?;
     let mut spans = vec![];
     for _ in 0..n {
         let start_ns = recording.now_ns()?;
         let launched = run.launch_step()?;
         let launched_ns = recording.now_ns()?;
-        finite(launched.wait()?)?; // the CPU waits for the GPU
+        conclude(run, launched)?; // the CPU waits for the GPU
         spans.push(StepSpan { start_ns, launched_ns, end_ns: recording.now_ns()? });
     }
-    Ok((recording.stop()?, spans))
+    Ok(Some((recording.stop()?, spans)))
+}
+
+fn take_steps(run: &mut Run, n: usize) -> Result<()> {
+    (0..n).try_for_each(|_| {
+        let launched = run.launch_step()?;
+        conclude(run, launched).map(drop)
+    })
 }
 
 /// Before the steps, so that a path that cannot be written costs no time.
@@ -162,7 +190,7 @@ fn open_trace(path: &Path, device: Device) -> Result<File> {
     File::create(path).with_context(|| format!("cannot write `{}`", path.display()))
 }
 
-fn report(run: &Run, mut seconds: Vec<f64>, loss: [f64; 2]) -> Result<Report> {
+fn report(run: &Run, mut seconds: Vec<f64>, losses: Vec<f64>) -> Result<Report> {
     seconds.sort_by(f64::total_cmp);
     let at = |share: f64| seconds[((seconds.len() - 1) as f64 * share).round() as usize];
     let rate = |seconds: f64| run.plan.tokens_per_step as f64 / seconds;
@@ -176,6 +204,7 @@ fn report(run: &Run, mut seconds: Vec<f64>, loss: [f64; 2]) -> Result<Report> {
     };
     Ok(Report {
         device,
+        ranks: run.plan.world,
         model: run.model.config.name.clone(),
         precision: run.config.precision.to_string(),
         micro_batch_size: run.config.train.micro_batch_size,
@@ -188,26 +217,42 @@ fn report(run: &Run, mut seconds: Vec<f64>, loss: [f64; 2]) -> Result<Report> {
         mfu,
         mfu_causal,
         peak_memory_gib,
-        loss,
+        loss: [losses[0], losses[losses.len() - 1]],
+        losses,
         profile: None,
         no_profile: None,
     })
 }
 
-/// A folder that goes with this value.
-struct TemporaryFolder(std::path::PathBuf);
+/// A folder that goes with the value of the process that made it.
+pub struct TemporaryFolder {
+    /// Where it is: the same on all ranks of this node.
+    pub path: PathBuf,
+    is_ours: bool,
+}
 
 impl TemporaryFolder {
-    fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("tinyllama-bench-{}", std::process::id()));
+    /// A new one, or, of a worker, its launcher's.
+    pub fn new(world: Option<&World>) -> Result<Self> {
+        let name = match world {
+            None => format!("{}", std::process::id()),
+            Some(world) => match world.launcher {
+                Some(launcher) => format!("{launcher}"),
+                None => format!("port-{}", world.master.port),
+            },
+        };
+        let path = std::env::temp_dir().join(format!("tinyllama-bench-{name}"));
         std::fs::create_dir_all(&path)
             .with_context(|| format!("cannot create `{}`", path.display()))?;
-        Ok(Self(path))
+        let is_ours = world.is_none_or(|world| world.launcher.is_none() && world.rank == 0);
+        Ok(Self { path, is_ours })
     }
 }
 
 impl Drop for TemporaryFolder {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        if self.is_ours {
+            let _ = std::fs::remove_dir_all(&self.path);
+        }
     }
 }

@@ -2,10 +2,11 @@
 
 use crate::bench::comm;
 use crate::bench::kernels::{self, Report, Unit};
-use crate::bench::profile::Profile;
+use crate::bench::profile::{Family, Profile};
 use crate::bench::train;
+use crate::distributed::{self, World, rendezvous};
 use crate::error::{WithHint, exit};
-use crate::{device, guard};
+use crate::{config, device, guard};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 use tch::Device;
@@ -69,6 +70,9 @@ enum CommDevice {
 struct TrainArgs {
     /// The run's YAML
     config: PathBuf,
+    /// Worker processes on this node, one a card (the key `devices`); `torchrun` and `srun` start ranks as well
+    #[arg(long, value_name = "N")]
+    devices: Option<u64>,
     /// Override a key, e.g. --set train.micro_batch_size=4 (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
@@ -117,7 +121,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 pub fn run(args: Args) -> Result<u8> {
     match args.kind {
         Kind::Kernels(args) => run_kernels(args)?,
-        Kind::Train(args) => run_train(args)?,
+        Kind::Train(args) => return run_train(args),
         Kind::Comm(args) => run_comm(args)?,
     }
     Ok(exit::OK)
@@ -137,7 +141,7 @@ fn run_kernels(args: KernelArgs) -> Result<()> {
     Ok(())
 }
 
-fn run_train(args: TrainArgs) -> Result<()> {
+fn run_train(args: TrainArgs) -> Result<u8> {
     if args.trace.is_some() && args.profile_steps == 0 {
         let error = Err(anyhow!("`--trace` writes what `--profile-steps` records, and that is 0"));
         return error.usage("leave out one of the two");
@@ -148,20 +152,51 @@ fn run_train(args: TrainArgs) -> Result<()> {
         profile_steps: args.profile_steps,
         trace: args.trace.as_deref(),
     };
-    let r = train::run(&args.config, &args.sets, options)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&r)?);
+    let world = World::from_env()?;
+    let folder = train::TemporaryFolder::new(world.as_ref())?;
+    let mut sets = args.sets.clone();
+    sets.extend(args.devices.map(|n| format!("devices={n}")));
+    sets.push(format!("out_dir={}", serde_json::to_string(&folder.path)?));
+    sets.push("resume=false".into());
+    let config = match (config::load(&args.config, &sets), &world) {
+        (Err(error), Some(world)) => return Err(rendezvous::refuse(world, error)),
+        (config, _) => config?,
+    };
+    match world {
+        Some(world) => distributed::meet(world, &config)?.run(|job| {
+            let report = train::run(&config, Some(job), options)?;
+            if job.prints() {
+                print_train(&report, args.json)?;
+            }
+            job.host_group().barrier()?; // nobody leaves a group that another still uses
+            Ok(exit::OK)
+        }),
+        None if config.ranks() > 1 => distributed::launch(&config),
+        None => {
+            print_train(&train::run(&config, None, options)?, args.json)?;
+            Ok(exit::OK)
+        }
+    }
+}
+
+fn print_train(r: &train::Report, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(r)?);
         return Ok(());
     }
     let percent = |x: Option<f64>| x.map_or("n/a".into(), |x| format!("{:.1} %", 100.0 * x));
     let [low, high] = r.tokens_per_sec_quartiles;
-    println!("{} in {} on {}", r.model, r.precision, r.device);
+    let ranks = if r.ranks == 1 { String::new() } else { format!("{} x ", r.ranks) };
+    println!("{} in {} on {ranks}{}", r.model, r.precision, r.device);
     println!(
-        "step      {} x {} = {} tokens",
+        "step      {ranks}{} x {} = {} tokens",
         r.micro_batch_size, r.accumulation, r.tokens_per_step
     );
     println!("time      {:.4} s, median of {}", r.step_seconds, r.steps);
     println!("speed     {:.0} tok/s (quartiles {low:.0} to {high:.0})", r.tokens_per_sec);
+    if r.ranks > 1 {
+        println!("          {:.0} tok/s a card", r.tokens_per_sec / r.ranks as f64);
+    }
     println!("mfu       {} full attention, {} causal", percent(r.mfu), percent(r.mfu_causal));
     if let Some(gib) = r.peak_memory_gib {
         println!("memory    {gib:.1} GiB peak");
@@ -238,6 +273,12 @@ fn print_profile(p: &Profile, step_seconds: f64) {
         line("at the same time", -p.overlap_ms, String::new());
     }
     line("gaps", p.gap_ms, String::new());
+    if p.families.iter().any(|row| row.family == Family::Communication) {
+        println!(
+            "alone     {:.2} ms of communication beside no other kernel",
+            p.communication_alone_ms
+        );
+    }
     println!("waits     {} in forward, backward and update of {} steps", p.waits_inside, p.steps);
     for wait in &p.waits {
         let place = if wait.inside { "inside" } else { "reading loss and norm" };

@@ -351,6 +351,9 @@ pub struct DistributedConfig {
     pub strategy: Strategy,
     /// Dtype in which gradients travel: `fp32`, or `bf16`, half the bytes and rounded before they are summed.
     pub reduce_dtype: ReduceDtype,
+    /// `auto`: NCCL between cards, Gloo between CPUs. `gloo`: between cards too, through the host's memory, far slower;
+    /// then ranks may share a card, to try out sharding on one.
+    pub backend: CommBackend,
     /// Seconds that a collective operation may take, and a rank may go without progress in its steps, before the job
     /// ends on all ranks.
     pub timeout: f64,
@@ -383,6 +386,16 @@ pub enum ReduceDtype {
     Fp32,
     /// 2 bytes a value.
     Bf16,
+}
+
+/// What carries tensors between ranks.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum CommBackend {
+    /// NCCL between cards, Gloo between CPUs.
+    Auto,
+    /// Gloo, also between cards.
+    Gloo,
 }
 
 /// Formats of AdamW's moments.
@@ -552,6 +565,7 @@ impl Default for DistributedConfig {
         Self {
             strategy: Strategy::FullShard,
             reduce_dtype: ReduceDtype::Fp32,
+            backend: CommBackend::Auto,
             timeout: 600.0,
             heartbeat_timeout: 15.0,
             rendezvous_timeout: 300.0,

@@ -3,7 +3,7 @@
 use super::store::Store;
 use super::watch::Watch;
 use super::world::World;
-use crate::config::RunConfig;
+use crate::config::{CommBackend, RunConfig};
 use crate::ffi::{self, Backend, ProcessGroup};
 use crate::guard;
 use anyhow::{Context, Result};
@@ -20,6 +20,7 @@ pub struct Job {
     device: Device,
     group: Arc<ProcessGroup>,
     host_group: ProcessGroup,
+    backend: CommBackend,
     address: String,
     timeout: Duration,
     store: Arc<Store>,
@@ -40,7 +41,7 @@ impl Job {
         // Longer than the watch needs to name the rank that everybody waits for.
         let timeout = Duration::from_secs_f64(timeouts.timeout + timeouts.heartbeat_timeout);
         let group = |name: &str, device: Device| {
-            let (backend, key) = (Backend::of(device), store.key(name));
+            let (backend, key) = (backend_of(timeouts.backend, device), store.key(name));
             let (rank, size) = (world.rank, world.size);
             let tcp = store.tcp();
             ProcessGroup::new(tcp, &key, backend, rank, size, device, Some(address), timeout)
@@ -55,7 +56,18 @@ impl Job {
         match connect() {
             Ok((host_group, group)) => {
                 let (group, address) = (Arc::new(group), address.to_owned());
-                Ok(Self { world, device, group, host_group, address, timeout, store, watch })
+                let backend = timeouts.backend;
+                Ok(Self {
+                    world,
+                    device,
+                    group,
+                    host_group,
+                    backend,
+                    address,
+                    timeout,
+                    store,
+                    watch,
+                })
             }
             Err(error) => watch.fail(&error),
         }
@@ -81,7 +93,7 @@ impl Job {
         self.device
     }
 
-    /// All ranks, for tensors on [`Job::device`]: NCCL on cards, Gloo on the CPU.
+    /// All ranks, for tensors on [`Job::device`].
     pub fn group(&self) -> &Arc<ProcessGroup> {
         &self.group
     }
@@ -102,7 +114,7 @@ impl Job {
         ProcessGroup::new(
             self.store.tcp(),
             &self.store.key(name),
-            Backend::of(device),
+            backend_of(self.backend, device),
             place,
             members.len(),
             device,
@@ -193,5 +205,13 @@ impl Job {
             Err(error) => self.watch.fail(&error),
         }
         Ok(())
+    }
+}
+
+/// What carries tensors that are on `device`.
+fn backend_of(choice: CommBackend, device: Device) -> Backend {
+    match choice {
+        CommBackend::Auto => Backend::of(device),
+        CommBackend::Gloo => Backend::Gloo,
     }
 }

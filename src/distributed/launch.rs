@@ -9,7 +9,7 @@ use super::observer::{Death, Observer};
 use super::rendezvous::too_few_cards;
 use super::store::Store;
 use super::world::{Address, LAUNCHER, host_name};
-use crate::config::{DistributedConfig, RunConfig};
+use crate::config::{CommBackend, DistributedConfig, RunConfig};
 use crate::device;
 use crate::error::{Told, WithHint, exit};
 use crate::train::signals::{self, StopSignal};
@@ -73,6 +73,7 @@ fn check_cards(config: &RunConfig) -> Result<()> {
         "cpu" => Ok(()),
         "auto" if count == 0 => Ok(()),
         _ if count == 0 => device::resolve(choice).map(drop),
+        _ if config.distributed.backend == CommBackend::Gloo => Ok(()), // they share cards
         _ if count < devices => Err(too_few_cards(&format!("`devices` is {devices}"), count)),
         _ => Ok(()),
     }

@@ -17,6 +17,7 @@ pub mod observer;
 mod parallelize;
 pub mod rendezvous;
 pub mod saver;
+pub mod staging;
 pub mod store;
 mod watch;
 mod world;

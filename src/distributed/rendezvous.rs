@@ -9,7 +9,7 @@ use super::observer::key;
 use super::store::Store;
 use super::world::{Starter, World};
 use super::{address, logs};
-use crate::config::{self, RunConfig};
+use crate::config::{self, CommBackend, RunConfig};
 use crate::device;
 use crate::error::{self, Told, WithHint, exit};
 use crate::ffi::driver;
@@ -59,7 +59,8 @@ pub fn meet(world: World, config: &RunConfig) -> Result<Job> {
     let timeout = Duration::from_secs_f64(config.distributed.rendezvous_timeout);
     let store = open(&world, timeout)?;
     claim(&world, &store)?;
-    let device = device_of(&world, &config.device.0);
+    let shares = config.distributed.backend == CommBackend::Gloo;
+    let device = device_of(&world, &config.device.0, shares);
     let hello = hello(&world, config, &device);
     store.set_json(&hello_key(world.rank), &hello)?;
 
@@ -182,10 +183,10 @@ fn hello(world: &World, config: &RunConfig, device: &Result<Device>) -> Hello {
     }
 }
 
-/// The card of a rank: that of its number on the node.
-fn device_of(world: &World, choice: &str) -> Result<Device> {
+/// The card of a rank: that of its number on the node. `shares`: where there are fewer, ranks share them in turn.
+fn device_of(world: &World, choice: &str, shares: bool) -> Result<Device> {
     let count = tch::Cuda::device_count().max(0) as usize;
-    let index = world.local_rank;
+    let index = if shares { world.local_rank % count.max(1) } else { world.local_rank };
     match choice {
         "cpu" => Ok(Device::Cpu),
         "auto" if count == 0 => Ok(Device::Cpu),
@@ -352,6 +353,7 @@ fn compare(hellos: &[Hello]) -> Option<Failure> {
         return Some(refuse(rank, causes, "start all ranks with the same file and overrides"));
     }
     let mut owners: HashMap<&str, usize> = HashMap::new();
+    let may_share = first.config["distributed"]["backend"] == "gloo";
     for (rank, hello) in hellos.iter().enumerate() {
         let is_cpu = |hello: &Hello| hello.device == "cpu";
         if is_cpu(hello) != is_cpu(first) {
@@ -359,11 +361,11 @@ fn compare(hellos: &[Hello]) -> Option<Failure> {
             let what = format!("{} sees no GPU, {} does", name(on_cpu), name(on_card));
             return Some(refuse(on_cpu, vec![what], "`tinyllama doctor` on that node says why"));
         }
-        let before = owners.insert(&hello.device, rank).filter(|_| !is_cpu(hello));
+        let before = owners.insert(&hello.device, rank).filter(|_| !is_cpu(hello) && !may_share);
         if let Some(before) = before {
             let what = format!("{} and {} have the same card", name(before), name(rank));
             let hint = "each needs its own: LOCAL_RANK is a worker's number on its node, and CUDA_VISIBLE_DEVICES may \
-                        hide cards";
+                        hide cards; with `distributed.backend: gloo` they may share one";
             return Some(refuse(rank, vec![what], hint));
         }
     }

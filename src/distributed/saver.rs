@@ -1,13 +1,14 @@
 //! Sharded checkpoints, written beside training.
 //!
-//! A save begins with copies of this rank's exact weights and moments in host memory; that is all that training waits
-//! for. A thread then writes the moments to this rank's own file, and passes the weights, unit by unit, to rank 0, which
+//! A save begins with copies of this rank's exact weights and moments in host memory ([`super::staging`]); that is all
+//! that training waits for. A thread then writes the moments to this rank's own file, and passes the weights, unit by unit, to rank 0, which
 //! writes the model as Hugging Face has it and gives the folder its name when every rank is through. So no rank ever
 //! has another's moments, and rank 0 needs host memory for the model, no card memory.
 //!
 //! Only the first of the replicas writes. `out_dir` must be one folder to all its ranks.
 
 use super::layout::Layout;
+use super::staging::Staging;
 use crate::checkpoint::{self, TrainState};
 use crate::error::WithHint;
 use crate::ffi::{ProcessGroup, ReduceOp};
@@ -51,39 +52,28 @@ pub struct Snapshot {
     pub keep_last: Option<usize>,
 }
 
-/// Copies of tensors in host memory.
-///
-/// # Sync
-/// The CPU waits for the card.
-pub fn to_host(tensors: Named) -> Named {
-    let copy = |t: Tensor| match t.device() {
-        Device::Cpu => t.detach().copy(),
-        _ => t.detach().to_device(Device::Cpu),
-    };
-    tensors.into_iter().map(|(name, t)| (name, copy(t))).collect()
-}
-
 /// Writes one checkpoint at a time in a thread of its own.
 pub struct Saver {
     /// The ranks that together have one copy of everything, on the host; `None`: this rank does not write.
     group: Option<Arc<ProcessGroup>>,
     /// Process id of rank 0, part of the temporary folder's name.
     leader: u32,
+    staging: Staging,
     writing: Option<JoinHandle<Result<PathBuf>>>,
 }
 
 impl Saver {
-    /// `group`: see [`Saver`]; all its ranks call this.
+    /// `group`: see [`Saver`]; all its ranks call this. `staging`: where this rank's snapshots go.
     ///
     /// # Sync
     /// The CPU waits for rank 0.
-    pub fn new(group: Option<ProcessGroup>) -> Result<Self> {
+    pub fn new(group: Option<ProcessGroup>, staging: Staging) -> Result<Self> {
         let leader = Tensor::from_slice(&[i64::from(std::process::id())]);
         if let Some(group) = &group {
             group.broadcast(&leader, 0)?.wait()?;
         }
         let leader = leader.int64_value(&[0]) as u32;
-        Ok(Self { group: group.map(Arc::new), leader, writing: None })
+        Ok(Self { group: group.map(Arc::new), leader, staging, writing: None })
     }
 
     /// Whether this rank has a part to write.
@@ -99,6 +89,30 @@ impl Saver {
     /// Whether [`Saver::wait`] would not wait.
     pub fn is_done(&self) -> bool {
         self.writing.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
+    /// Copies of this rank's exact weights and moments in host memory, for a [`Snapshot`]; none on a rank that does not
+    /// write. The checkpoint before must have been waited for.
+    ///
+    /// # Sync
+    /// The CPU waits for the card.
+    pub fn copies(
+        &mut self,
+        masters: impl IntoIterator<Item = (String, Tensor)>,
+        moments: impl IntoIterator<Item = (String, Tensor)>,
+    ) -> Result<(Named, Named)> {
+        if self.is_busy() {
+            bail!("a checkpoint was begun while another was being written");
+        }
+        if !self.writes() {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        if let Err(e) = self.staging.reuse() {
+            eprintln!("warning: {e:#}; training waits longer for copies in ordinary memory");
+        }
+        let mut used = 0;
+        let masters = self.staging.copies(&mut used, masters);
+        Ok((masters, self.staging.copies(&mut used, moments)))
     }
 
     /// Starts to write. The one before must have been waited for.

@@ -146,8 +146,8 @@ unsafe impl Sync for ProcessGroup {}
 impl ProcessGroup {
     /// Waits for all `size` ranks of the group and connects them.
     ///
-    /// `prefix` names the group: several share a store, and a name is used once. `device` is the CPU for Gloo and the
-    /// rank's own card for NCCL. `address` is the host name or IP address of this machine at which Gloo listens
+    /// `prefix` names the group: several share a store, and a name is used once. `device` is where this rank's tensors
+    /// are: a card of its own for NCCL; for Gloo the CPU, or a card, from and to which they are copied. `address` is the host name or IP address of this machine at which Gloo listens
     /// and others reach it; `None`: that of the host name. `timeout` is for the ranks to come, and then for every
     /// single operation.
     ///
@@ -167,8 +167,8 @@ impl ProcessGroup {
     ) -> Result<Self> {
         ensure!(rank < size, "rank must be below the group's size {size}, got {rank}");
         ensure!(
-            backend == Backend::of(device),
-            "{backend} does not work on {device:?}: NCCL is for CUDA cards, Gloo for the CPU"
+            backend == Backend::Gloo || device.is_cuda(),
+            "NCCL does not work on {device:?}, but between CUDA cards"
         );
         join(store, prefix, rank, size, timeout)?;
         let c_prefix = c_text(prefix)?;

@@ -360,6 +360,25 @@ impl AdamW {
         }
     }
 
+    /// The exact weights under their lit-gpt names, one after the other: with `master: split` each is a new tensor, on the
+    /// device of the weight.
+    ///
+    /// # Sync
+    /// As [`AdamW::masters`].
+    pub fn exact_weights(&self) -> impl Iterator<Item = (String, Tensor)> {
+        self.settle();
+        self.params.iter().map(|p| (p.name.clone(), p.exact()))
+    }
+
+    /// Bytes of each tensor of [`AdamW::exact_weights`] and [`AdamW::state`].
+    pub fn saved_sizes(&self) -> Vec<u64> {
+        let kind = self.exact_kind();
+        let bytes = |kind: Kind, n: usize| (n * kind.elt_size_in_bytes()) as u64;
+        let exact = self.params.iter().map(|p| bytes(kind, p.weight.numel()));
+        let state = self.state().into_iter().map(|(_, t)| bytes(t.kind(), t.numel()));
+        exact.chain(state).collect()
+    }
+
     /// The exact weights under their lit-gpt names. They share storage but for `master: split`, whose weights are
     /// put together on the CPU, so that a GPU needs room for one of them at a time.
     ///

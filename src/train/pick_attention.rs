@@ -80,15 +80,15 @@ pub fn pick_attention(
         d: model.head_size,
     };
     match device {
-        // Graphs and events are made on libtorch's current card, the first.
-        Device::Cuda(0) if is_open(config, shape) => {
-            pick(shape, 0, cache_file("attention.txt").as_deref())
+        Device::Cuda(card) if is_open(config, shape) => {
+            pick(shape, card, cache_file("attention.txt").as_deref())
         }
         _ => Ok(Picked { backend: config.attention, told: None }),
     }
 }
 
-/// [`pick_attention`] where there is a choice. Times come from `cache`, where it has them, and go there.
+/// [`pick_attention`] where there is a choice, on libtorch's current card. Times come from `cache`, where it has them,
+/// and go there.
 pub fn pick(shape: Shape, card: usize, cache: Option<&Path>) -> Result<Picked> {
     let key = key(shape, card)?;
     let known = cache.and_then(|file| look_up(&read(file), &key));
@@ -105,13 +105,20 @@ pub fn pick(shape: Shape, card: usize, cache: Option<&Path>) -> Result<Picked> {
         // Where it is ours that failed, the first step tells.
         Err(e) => (AttentionBackend::Flash, format!("ours, not compared with cuDNN's: {e:#}")),
     };
-    // What ours do not cover, such as a prompt of one token, stays libtorch's choice.
-    let switches = match backend {
-        AttentionBackend::Cudnn => AttentionBackend::Cudnn,
-        _ => AttentionBackend::Auto,
-    };
-    set_attention(switches, false)?;
+    obey(backend)?;
     Ok(Picked { backend, told: Some(told) })
+}
+
+/// Sets libtorch's switches for what was picked. What ours do not cover, such as a prompt of one token, stays
+/// libtorch's choice.
+pub fn obey(backend: AttentionBackend) -> Result<()> {
+    set_attention(
+        match backend {
+            AttentionBackend::Cudnn => AttentionBackend::Cudnn,
+            _ => AttentionBackend::Auto,
+        },
+        false,
+    )
 }
 
 fn tell(times: Times) -> String {

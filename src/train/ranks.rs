@@ -2,11 +2,13 @@
 
 use super::memory::Share;
 use super::optimizer::AdamW;
+use super::pick_attention::{self, Picked};
 use super::run::Run;
 use super::{saver, signals};
 use crate::bail_hint;
 use crate::config::{DistributedConfig, RunConfig};
-use crate::distributed::saver::{Saver, Snapshot, to_host};
+use crate::distributed::saver::{Saver, Snapshot};
+use crate::distributed::staging::Staging;
 use crate::distributed::{self, Groups, Job, Plan, Ranks};
 use crate::model::{Fp8, GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
@@ -79,6 +81,24 @@ pub fn find_resume(
     Ok(Some(path))
 }
 
+/// The kernels of attention that rank 0 picked, on all ranks: by their own clocks they might pick differently.
+///
+/// # Sync
+/// The CPU waits for rank 0.
+pub fn pick_attention(job: &Job, pick: impl FnOnce() -> Result<Picked>) -> Result<Picked> {
+    if job.rank() == 0 {
+        let picked = pick()?;
+        let told = (picked.backend, picked.told.is_some());
+        job.store().set("attention", &serde_json::to_vec(&told)?)?;
+        return Ok(picked);
+    }
+    let (backend, was_open) = serde_json::from_slice(&job.store().get("attention")?)?;
+    if was_open {
+        pick_attention::obey(backend)?;
+    }
+    Ok(Picked { backend, told: None })
+}
+
 /// What this rank keeps, for the memory plan. All ranks call this.
 ///
 /// # Sync
@@ -101,7 +121,10 @@ pub fn parallelize(job: &Job, model: &mut GPT, config: &RunConfig) -> Result<(Ra
 }
 
 /// The writer of checkpoints, with a group of its own: it works beside training.
-pub fn new_saver(job: &Job, ranks: &Ranks) -> Result<Saver> {
+///
+/// # Sync
+/// The CPU waits for the other ranks.
+pub fn new_saver(job: &Job, ranks: &Ranks, optimizer: &AdamW, config: &RunConfig) -> Result<Saver> {
     let (replica, _) = ranks.groups().replicas();
     let (_, shards) = ranks.groups().shards();
     // The first replica's ranks are those of the first node, all, or, where nothing is cut, rank 0.
@@ -110,7 +133,12 @@ pub fn new_saver(job: &Job, ranks: &Ranks) -> Result<Saver> {
     // Ranks wait there for rank 0's disk; one that dies is the watch's to find.
     let day = Some(Duration::from_secs(24 * 3600));
     let group = || job.new_group("checkpoint", &members, Device::Cpu, day);
-    Saver::new(writes.then(group).transpose()?)
+    let periodic = config.train.save_interval.is_some() && !config.optimizer.cpu_offload;
+    let staging = match job.device().is_cuda() && writes && periodic {
+        true => Staging::start(&optimizer.saved_sizes(), job.device())?,
+        false => Staging::default(),
+    };
+    Saver::new(writes.then(group).transpose()?, staging)
 }
 
 /// A line that says who keeps what.
@@ -141,14 +169,11 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
     let state = saver::train_state(run)?;
     let ranks = run.ranks.as_ref().context("a sharded save of one rank")?;
     let writer = run.saver.as_mut().context("a rank without writer")?;
-    let (mut masters, mut moments) = (Vec::new(), Vec::new());
-    if writer.writes() {
-        moments = run.optimizer.state();
-        if ranks.rank() == 0 {
-            moments.extend(run.model.fp8.iter().flat_map(Fp8::state));
-        }
-        (masters, moments) = (to_host(run.optimizer.masters()), to_host(moments));
+    let mut moments = run.optimizer.state();
+    if ranks.rank() == 0 {
+        moments.extend(run.model.fp8.iter().flat_map(Fp8::state));
     }
+    let (masters, moments) = writer.copies(run.optimizer.exact_weights(), moments)?;
     ranks.check()?; // the CPU has waited for the card: what was copied is good
     let files = run.config.tokenizer_dir.as_deref().map(Tokenizer::files);
     writer.start(Snapshot {

@@ -5,7 +5,7 @@ use super::flops::{self, FlopsPerToken};
 use super::memory::{self, Share};
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
 use super::optimizer::{AdamW, offload};
-use super::pick_attention::{Picked, pick_attention};
+use super::pick_attention::pick_attention;
 use super::ranks;
 use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
@@ -133,6 +133,9 @@ impl<'j> Run<'j> {
         let model_config = config.model()?;
         let device =
             job.map_or_else(|| device::resolve(&config.device.0), |job| Ok(job.device()))?;
+        if let Device::Cuda(card) = device {
+            ffi::cuda_set_device(card)?; // where graphs and events are made
+        }
         let sequence = config.sequence_length(&model_config);
         let plan = BatchPlan::new(config, sequence, job.map_or(1, |job| job.size() as u64))?;
         set_backends(config, device)?;
@@ -170,10 +173,10 @@ impl<'j> Run<'j> {
         let (mut loader, val) = open_data(config, &model_config, sequence, place)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
+        let pick = || pick_attention(config, &model_config, sequence, device);
         let attention = match job {
-            // Ranks that measured might choose differently.
-            Some(_) => Picked { backend: config.attention, told: None },
-            None => pick_attention(config, &model_config, sequence, device)?,
+            Some(job) => ranks::pick_attention(job, pick)?,
+            None => pick()?,
         };
         tch::manual_seed(config.seed as i64);
         let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
@@ -204,7 +207,7 @@ impl<'j> Run<'j> {
             None => (None, AdamW::new(&mut model, config.precision, &config.optimizer)?),
         };
         let saver = match (job, &ranks) {
-            (Some(job), Some(ranks)) => Some(ranks::new_saver(job, ranks)?),
+            (Some(job), Some(ranks)) => Some(ranks::new_saver(job, ranks, &optimizer, config)?),
             _ => None,
         };
         optimizer.seed = config.seed;
@@ -275,6 +278,10 @@ impl<'j> Run<'j> {
         if let (Some(job), Some(ranks)) = (self.job, &self.ranks) {
             eprintln!("ranks       {}", ranks::told(job, ranks, &self.config.distributed)?);
         }
+        let captures = self.device.is_cuda() && self.config.cuda_graph == CudaGraph::Auto;
+        if captures && self.job.is_some() {
+            eprintln!("graph       none: what travels between ranks is no part of one");
+        }
         if self.model.recomputed_blocks > 0 {
             let (again, all) = (self.model.recomputed_blocks, self.model.h.len());
             eprintln!("recompute   {again} of {all} blocks, in the backward pass");
@@ -340,10 +347,11 @@ impl<'j> Run<'j> {
         self.elapsed_before + self.started.elapsed().as_secs_f64()
     }
 
-    /// Model FLOPs utilisation at this many tokens a second: full attention, causal attention; `None` where the
-    /// device's peak is not known.
+    /// Model FLOPs utilisation at this many tokens a second over all ranks: full attention, causal attention; `None`
+    /// where the device's peak is not known.
     pub fn utilisation(&self, tokens_per_sec: f64) -> (Option<f64>, Option<f64>) {
-        let of_peak = |flops: f64| self.peak_flops.map(|peak| tokens_per_sec * flops / peak);
+        let a_rank = tokens_per_sec / self.plan.world as f64;
+        let of_peak = |flops: f64| self.peak_flops.map(|peak| a_rank * flops / peak);
         (of_peak(self.flops.full), of_peak(self.flops.causal))
     }
 

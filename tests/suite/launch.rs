@@ -278,7 +278,10 @@ fn a_master_that_does_not_answer_and_ranks_that_do_not_come_are_told_after_the_w
     assert_eq!(code, Some(1), "{stderr}");
     // Its local rank is 1: the rank with local rank 0 tells on the terminal, this one in its log.
     assert_eq!(stderr, "");
-    let words = [&format!("no store of ranks answers at 127.0.0.1:{port} within 1s")[..], "hint: is rank 0"];
+    let words = [
+        &format!("no store of ranks answers at 127.0.0.1:{port} within 1s")[..],
+        "hint: is rank 0",
+    ];
     assert_told_once(&scene.log(1), &words);
 
     let alone = scene.rank(0, 4, port, &json!({ "patience": 1 }));

@@ -323,10 +323,19 @@ fn bench_train_times_steps_and_leaves_nothing_behind() {
     let tokens = speed.as_f64().unwrap() * seconds.as_f64().unwrap();
     assert!((tokens - 128.0).abs() < 1e-6, "{report}");
     assert!(report["profile"].is_null(), "{report}");
+    assert_eq!(report["losses"].as_array().unwrap().len(), 4, "{report}");
     assert!(report["no_profile"].as_str().unwrap().contains("on the CPU"), "{report}");
     let left: Vec<_> =
         fs::read_dir(setup.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "train, val, run.yaml; found {left:?}");
+
+    let two = ["--devices", "2", "--set", "train.micro_batch_size=2", "--steps", "2", "--json"];
+    let output = bench(&two);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let got = (&report["ranks"], &report["accumulation"], &report["tokens_per_step"]);
+    assert_eq!(got, (&2.into(), &2.into(), &128.into()));
+    assert_eq!(fs::read_dir(setup.dir.path()).unwrap().count(), 3);
 
     let output = bench(&["--steps", "0"]);
     assert_eq!(output.status.code(), Some(2));

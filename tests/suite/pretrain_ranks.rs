@@ -1,5 +1,6 @@
 //! Whole runs of several processes through the program, on the CPU over Gloo.
 
+use crate::common::card;
 use crate::pretrain::{Setup, text, wait_for, weights};
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -73,6 +74,27 @@ fn processes_train_as_one_and_what_four_saved_goes_on_in_one_two_or_three() {
         let resumed = setup.run(out, &with(&more));
         assert!(resumed.status.success(), "{}", text(&resumed));
         assert_alike(&setup.losses(out), &want, out);
+    }
+}
+
+#[test]
+fn ranks_that_share_a_card_over_gloo_train_as_one_process_there() {
+    let name = "ranks_that_share_a_card_over_gloo_train_as_one_process_there";
+    let Some(_card) = card(name) else { return };
+    let setup = Setup::new();
+    let more = with(&["--set", "device=cuda", "--set", "distributed.backend=gloo"]);
+    let alone = setup.run("alone", &more);
+    assert!(alone.status.success(), "{}", text(&alone));
+    for strategy in ["full_shard", "hybrid_shard", "shard_grad_op", "ddp"] {
+        let set = format!("distributed.strategy={strategy}");
+        let two = setup.run(strategy, &[&more[..], &["--devices", "2", "--set", &set]].concat());
+        assert!(two.status.success(), "{}", text(&two));
+        assert!(text(&two).contains("2 over Gloo"), "{}", text(&two));
+        let (got, want) = (setup.losses(strategy), setup.losses("alone"));
+        assert_eq!(got.len(), want.len());
+        for (got, want) in got.iter().zip(&want) {
+            assert!((got.1 / want.1 - 1.0).abs() < 1e-5, "{strategy}: {got:?}, {want:?}");
+        }
     }
 }
 
