@@ -115,7 +115,7 @@ mod tests {
             assert_eq!(used, if staging.memory.is_some() { 128 } else { 0 });
             let _ = a.shallow_clone().fill_(0.5);
             assert!(x.ne_tensor(&a).any().int64_value(&[]) == 1, "a copy has memory of its own");
-            let _ = a.shallow_clone().copy_(x);
+            a.shallow_clone().copy_(x);
         }
     }
 

@@ -17,20 +17,34 @@ pub fn alone() -> MutexGuard<'static, ()> {
     LIBTORCH.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The GPU for this test alone, as [`alone`], with all switches as at the start of a process; `None` after saying that
-/// the test is skipped. A test that ran beside it could wait for the card while it captures a graph, which breaks the
+/// The GPU for this test alone, as [`alone`], with all switches as at the start of a process, before and after; `None`
+/// after saying that the test is skipped. A test that ran beside it could wait for the card while it captures a graph, which breaks the
 /// capture, or add to what it measures: peak memory, kernels, the CPU's waits.
-pub fn card(test: &str) -> Option<(Device, MutexGuard<'static, ()>)> {
+pub fn card(test: &str) -> Option<(Device, Card)> {
     if !Cuda::is_available() {
         eprintln!("skipped {test}: no CUDA GPU is visible");
         return None;
     }
-    let alone = alone();
-    ffi::set_math_mode(false, false).unwrap();
-    ffi::set_matmul(Matmul::Aten).unwrap();
-    let all = SdpBackends { math: true, flash: true, efficient: true, cudnn: true };
-    ffi::set_sdp_backends(all).unwrap();
-    Some((Device::Cuda(0), alone))
+    let card = Card { _alone: alone() };
+    reset_switches().unwrap();
+    Some((Device::Cuda(0), card))
+}
+
+/// A test's turn on the GPU.
+pub struct Card {
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        let _ = reset_switches(); // tests on the CPU come next
+    }
+}
+
+fn reset_switches() -> anyhow::Result<()> {
+    ffi::set_math_mode(false, false)?;
+    ffi::set_matmul(Matmul::Aten)?;
+    ffi::set_sdp_backends(SdpBackends { math: true, flash: true, efficient: true, cudnn: true })
 }
 
 /// A Llama with grouped queries, small enough for a test.
