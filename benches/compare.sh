@@ -13,15 +13,7 @@ if (($# < 3)); then
 fi
 config=$1 micro=$2 accumulation=$3 steps=50
 shift 3
-if (($#)) && [[ $1 != -- ]]; then
-  steps=$1
-  shift
-fi
-[[ ${1:-} != -- ]] || shift
-tinyllama=${TINYLLAMA:-target/release/tinyllama}
-python=${PYTHON:-.venv/bin/python}
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+source benches/common.sh
 
 # The peers first: the card is at its warmest for ours.
 for mode in eager compile; do

@@ -14,17 +14,9 @@ if (($# < 4)); then
 fi
 config=$1 cards=$2 micro=$3 accumulation=$4 steps=20
 shift 4
-if (($#)) && [[ $1 != -- ]]; then
-  steps=$1
-  shift
-fi
-[[ ${1:-} != -- ]] || shift
-tinyllama=${TINYLLAMA:-target/release/tinyllama}
-python=${PYTHON:-.venv/bin/python}
+source benches/common.sh
 # NVLink multicast can put a shared host's cards out of service.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
 
 bench() { # name, sequences a step, arguments...
   "$tinyllama" bench train "$config" --warmup 5 --steps "$steps" --json --set "train.micro_batch_size=$micro" \

@@ -244,7 +244,7 @@ impl TemporaryFolder {
         let path = std::env::temp_dir().join(format!("tinyllama-bench-{name}"));
         std::fs::create_dir_all(&path)
             .with_context(|| format!("cannot create `{}`", path.display()))?;
-        let is_ours = world.is_none_or(|world| world.launcher.is_none() && world.rank == 0);
+        let is_ours = world.is_none_or(|world| world.launcher.is_none() && world.local_rank == 0);
         Ok(Self { path, is_ours })
     }
 }

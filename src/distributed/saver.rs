@@ -1,9 +1,9 @@
 //! Sharded checkpoints, written beside training.
 //!
 //! A save begins with copies of this rank's exact weights and moments in host memory ([`super::staging`]); that is all
-//! that training waits for. A thread then writes the moments to this rank's own file, and passes the weights, unit by unit, to rank 0, which
-//! writes the model as Hugging Face has it and gives the folder its name when every rank is through. So no rank ever
-//! has another's moments, and rank 0 needs host memory for the model, no card memory.
+//! that training waits for. A thread then writes the moments to this rank's own file, and passes the weights, unit by
+//! unit, to rank 0, which writes the model as Hugging Face has it and gives the folder its name when every rank is
+//! through. So no rank ever has another's moments, and rank 0 needs host memory for the model, no card memory.
 //!
 //! Only the first of the replicas writes. `out_dir` must be one folder to all its ranks.
 

@@ -147,9 +147,9 @@ impl ProcessGroup {
     /// Waits for all `size` ranks of the group and connects them.
     ///
     /// `prefix` names the group: several share a store, and a name is used once. `device` is where this rank's tensors
-    /// are: a card of its own for NCCL; for Gloo the CPU, or a card, from and to which they are copied. `address` is the host name or IP address of this machine at which Gloo listens
-    /// and others reach it; `None`: that of the host name. `timeout` is for the ranks to come, and then for every
-    /// single operation.
+    /// are: a card of its own for NCCL; for Gloo the CPU, or a card, from and to which they are copied. `address` is the
+    /// host name or IP address of this machine at which Gloo listens and others reach it; `None`: that of the host name.
+    /// `timeout` is for the ranks to come, and then for every single operation.
     ///
     /// # Errors
     /// A rank does not come in time (the message names it, the store and the wait), a name is used twice, the backend

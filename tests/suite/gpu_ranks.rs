@@ -35,6 +35,12 @@ fn batches() -> Vec<[Batch; 2]> {
     (0..6).map(|_| [batch(), batch()]).collect()
 }
 
+/// The same tensors once more.
+fn share(batch: &Batch) -> Batch {
+    let [input, target] = [&batch.input, &batch.target].map(Tensor::shallow_clone);
+    Batch { input, target, n_targets: batch.n_targets }
+}
+
 /// What a rank ends with.
 struct Outcome {
     /// Loss and gradient norm of each step.
@@ -63,12 +69,7 @@ fn train(
     let (config, mut micro) = (TrainConfig::default(), MicroStep::new(ranks.is_none()));
     let mut numbers = vec![];
     for batches in steps {
-        let copy = |b: &&Batch| Batch {
-            input: b.input.shallow_clone(),
-            target: b.target.shallow_clone(),
-            n_targets: b.n_targets,
-        };
-        let batches: Vec<Batch> = batches.iter().map(copy).collect();
+        let batches: Vec<Batch> = batches.iter().map(|batch| share(batch)).collect();
         adamw.zero_grad();
         let ranks = ranks.as_ref();
         let out =
@@ -177,11 +178,7 @@ fn two_cards_train_over_nccl_as_one() {
                 let rank = &rank;
                 let inputs: Vec<_> = (0..2)
                     .map(|r| {
-                        let own = |step: &[Batch; 2]| Batch {
-                            input: step[r].input.shallow_clone(),
-                            target: step[r].target.shallow_clone(),
-                            n_targets: step[r].n_targets,
-                        };
+                        let own = |step: &[Batch; 2]| share(&step[r]);
                         (r, model(Device::Cuda(r), again), batches.iter().map(own).collect())
                     })
                     .collect();
