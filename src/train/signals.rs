@@ -1,11 +1,17 @@
-//! Stopping on SIGINT and SIGTERM: the first asks the loop to save and leave, a second leaves at
+//! Stopping on SIGINT and SIGTERM: the first asks the loop to save and leave, a later one leaves at
 //! once.
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::iterator::Signals;
+use signal_hook::low_level;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Signals this close together are one request: `timeout` and schedulers signal a process and then its
+/// whole group, so that it gets the same signal twice.
+const TOGETHER: Duration = Duration::from_secs(1);
 
 /// A request to stop, made by Ctrl-C (SIGINT) or by a scheduler (SIGTERM). The loop asks between
 /// steps.
@@ -15,31 +21,30 @@ pub struct StopSignal {
 }
 
 impl StopSignal {
-    /// Installs the handlers for the rest of the process.
+    /// Starts a thread that listens for the rest of the process.
     ///
-    /// With `second_ends` a second signal, of either kind, ends the process at once with [`exit_code`]: the way out
-    /// where saving hangs. Not so for one rank of several: those who started it may send the same signal twice, and kill
-    /// it in the end.
+    /// With `second_ends` another signal, of either kind and more than a second after the first, ends the
+    /// process at once with [`exit_code`]: the way out where saving hangs. Not so for one rank of several:
+    /// those who started it may send the same signal twice, and kill it in the end.
     ///
     /// # Errors
     /// Where the system refuses a handler.
     pub fn install(second_ends: bool) -> Result<StopSignal> {
+        let mut signals = Signals::new([SIGINT, SIGTERM])
+            .context("cannot install the handlers of SIGINT and SIGTERM")?;
         let signal = Arc::new(AtomicUsize::new(0));
-        let asked = Arc::new(AtomicBool::new(false));
-        for number in [SIGINT, SIGTERM] {
-            // Handlers run in this order, so the first signal finds `asked` still false.
-            let code = i32::from(exit_code(number));
-            let shutdown = match second_ends {
-                true => flag::register_conditional_shutdown(number, code, Arc::clone(&asked))
-                    .map(|_| ()),
-                false => Ok(()),
-            };
-            shutdown
-                .and_then(|()| flag::register_usize(number, Arc::clone(&signal), number as usize))
-                .and_then(|_| flag::register(number, Arc::clone(&asked)))
-                .with_context(|| format!("cannot install a handler for signal {number}"))?;
-        }
-        Ok(StopSignal { signal })
+        let stop = StopSignal { signal: Arc::clone(&signal) };
+        std::thread::spawn(move || {
+            let mut first = None;
+            for number in signals.forever() {
+                signal.store(number as usize, Ordering::Relaxed);
+                let first: Instant = *first.get_or_insert_with(Instant::now);
+                if second_ends && first.elapsed() > TOGETHER {
+                    low_level::exit(exit_code(number).into());
+                }
+            }
+        });
+        Ok(stop)
     }
 
     /// The signal that asked to stop, if one did. Costs one atomic load.
@@ -88,11 +93,14 @@ mod tests {
         let signals = std::env::var("TL_TEST_SIGNALS").unwrap_or_default();
         let stop = StopSignal::install(std::env::var_os("TL_TEST_PATIENT").is_none()).unwrap();
         assert_eq!(stop.requested(), None);
-        for signal in signals.split(',').filter_map(|s| s.parse().ok()) {
-            raise(signal).unwrap();
-            assert_eq!(stop.requested(), Some(signal));
+        for word in signals.split(',') {
+            match word.parse() {
+                Ok(signal) => raise(signal).unwrap(),
+                Err(_) => std::thread::sleep(TOGETHER + Duration::from_millis(200)),
+            }
         }
-        std::process::exit(stop.requested().unwrap_or(0)); // reached after one signal only
+        std::thread::sleep(Duration::from_millis(200)); // the listener's turn
+        std::process::exit(stop.requested().unwrap_or(0)); // not reached after a second signal
     }
 
     #[test]
@@ -102,16 +110,23 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_of_several_notes_a_second_signal_and_goes_on() {
-        let mut child = Command::new(std::env::current_exe().unwrap());
-        assert_eq!(code_of(child.env("TL_TEST_PATIENT", "1"), "15,15"), Some(SIGTERM));
+    fn signals_that_come_together_are_one_request() {
+        assert_eq!(code_after("15,15"), Some(SIGTERM));
+        assert_eq!(code_after("2,2"), Some(SIGINT));
     }
 
     #[test]
-    fn a_second_signal_of_either_kind_exits_at_once() {
-        assert_eq!(code_after("2,2"), Some(130));
-        assert_eq!(code_after("15,15"), Some(143));
-        assert_eq!(code_after("15,2"), Some(130));
+    fn a_rank_of_several_notes_a_second_signal_and_goes_on() {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let signals = "15,wait,15";
+        assert_eq!(code_of(child.env("TL_TEST_PATIENT", "1"), signals), Some(SIGTERM));
+    }
+
+    #[test]
+    fn a_later_signal_of_either_kind_exits_at_once() {
+        assert_eq!(code_after("2,wait,2"), Some(130));
+        assert_eq!(code_after("15,wait,15"), Some(143));
+        assert_eq!(code_after("15,wait,2"), Some(130));
     }
 
     #[test]
