@@ -1,6 +1,7 @@
 //! `tinyllama prepare KIND`.
 
-use crate::config::{PrepareConfig, chunk_tokens};
+use crate::config::{OnError, PrepareConfig, chunk_tokens};
+use crate::error::WithHint;
 use crate::data::prepare;
 use crate::tokenizer::Tokenizer;
 use anyhow::Result;
@@ -9,7 +10,7 @@ use std::path::PathBuf;
 /// Arguments of `prepare`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Schema of the source: text, jsonl, parquet, slimpajama, starcoder
+    /// Schema of the source: text, jsonl (and .json), csv, parquet, slimpajama, redpajama, starcoder, sft
     kind: String,
     /// File, folder or pattern, e.g. 'corpus/*.jsonl.zst'; plain, .gz or .zst
     #[arg(long)]
@@ -47,16 +48,25 @@ pub struct Args {
     /// Picks the documents of a --percentage below 1.0
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Only this subset (repeatable): a folder, of SlimPajama the redpajama_set_name of a row
+    #[arg(long = "subset", value_name = "NAME")]
+    subsets: Vec<String>,
+    /// Without this subset (repeatable)
+    #[arg(long = "exclude-subset", value_name = "NAME")]
+    exclude_subsets: Vec<String>,
+    /// What a damaged row or file does: skip-rows leaves rows out and stops at a damaged file, skip leaves out
+    /// its rest too, stop stops at the first
+    #[arg(long, default_value = "skip-rows")]
+    on_error: String,
     /// Threads; default: every core
-    #[arg(long)]
-    workers: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    workers: Option<u16>,
 }
 
 /// Runs `prepare`.
 pub fn run(args: Args) -> Result<u8> {
-    if let Some(workers) = args.workers {
-        rayon::ThreadPoolBuilder::new().num_threads(workers).build_global()?;
-    }
+    let on_error: OnError = serde_json::from_value(args.on_error.as_str().into())
+        .usage("`--on-error` is one of `skip-rows`, `skip`, `stop`")?;
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
     let manifest = prepare::prepare(
         &PrepareConfig {
@@ -72,8 +82,12 @@ pub fn run(args: Args) -> Result<u8> {
             eos: !args.no_eos,
             percentage: args.percentage,
             seed: args.seed,
+            subsets: args.subsets,
+            exclude_subsets: args.exclude_subsets,
+            on_error,
         },
         &tokenizer,
+        args.workers.map(usize::from),
     )?;
     println!("{}", serde_json::to_string(&manifest)?);
     Ok(0)

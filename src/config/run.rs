@@ -168,7 +168,8 @@ fn one() -> f64 {
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct PrepareConfig {
-    /// Schema of the source: `text`, `jsonl`, `parquet`, `slimpajama`, `starcoder`.
+    /// Schema of the source: `text`, `jsonl` (and `.json`), `csv`, `parquet`, `slimpajama`, `redpajama`, `starcoder`,
+    /// `sft` (conversations, as guanaco's text).
     pub kind: String,
     /// File, folder or glob.
     pub source: String,
@@ -201,6 +202,29 @@ pub struct PrepareConfig {
     /// Picks the documents of a `percentage` below 1.0.
     #[serde(default)]
     pub seed: u64,
+    /// Only these subsets: names of folders (StarCoderData's languages, RedPajama's parts), of SlimPajama the
+    /// `redpajama_set_name` of a row. None: all.
+    #[serde(default)]
+    pub subsets: Vec<String>,
+    /// Without these.
+    #[serde(default)]
+    pub exclude_subsets: Vec<String>,
+    /// What a damaged row or file does.
+    #[serde(default)]
+    pub on_error: OnError,
+}
+
+/// What a damaged row (no JSON, no text, no UTF-8) or file (truncated, corrupt) does to a preparation.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// Rows are left out and counted; a damaged file ends the preparation, which goes on when started again.
+    #[default]
+    SkipRows,
+    /// Rows, and the rest of damaged files, are left out and counted.
+    Skip,
+    /// The first damaged row or file ends the preparation.
+    Stop,
 }
 
 fn yes() -> bool {

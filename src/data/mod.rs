@@ -13,6 +13,7 @@ pub mod packed;
 mod permutation;
 pub mod prepare;
 pub mod validation;
+pub mod writer;
 
 pub use loader::{DataLoader, DataState, LoaderOptions};
 pub use validation::ValidationSet;

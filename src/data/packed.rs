@@ -21,9 +21,9 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-const MAGIC: &[u8; 7] = b"LITPKDS";
-const VERSION: u64 = 1;
-const HEADER: usize = 24;
+pub(super) const MAGIC: &[u8; 7] = b"LITPKDS";
+pub(super) const VERSION: u64 = 1;
+pub(super) const HEADER: usize = 24;
 /// Folders of this ending hold an unfinished preparation; no reader enters them.
 pub const UNFINISHED: &str = ".unfinished";
 
@@ -151,7 +151,7 @@ pub fn explain<T>(result: Result<T>) -> anyhow::Result<T> {
 pub type Result<T> = std::result::Result<T, PackedError>;
 
 /// For `map_err`: names the action and the file.
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PackedError {
+pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PackedError {
     let path = path.to_owned();
     move |source| PackedError::Io { action, path, source }
 }
@@ -366,87 +366,6 @@ fn collect(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Writes a split's tokens into files of `chunk` tokens, documents back to back.
-pub struct PackedWriter {
-    dir: PathBuf,
-    prefix: String,
-    chunk: usize,
-    vocab_size: usize,
-    buffer: Vec<u32>,
-    counter: u64,
-    /// Tokens written or buffered.
-    pub tokens: u64,
-}
-
-impl PackedWriter {
-    /// Files `dir/prefix_0000000000.bin` and so on; u16 tokens where `vocab_size` < 65,500, else i32. Holds
-    /// one chunk in memory, 4 bytes a token.
-    pub fn new(dir: &Path, prefix: &str, chunk: u64, vocab_size: usize) -> Self {
-        Self {
-            dir: dir.to_owned(),
-            prefix: prefix.to_owned(),
-            chunk: chunk as usize,
-            vocab_size,
-            buffer: Vec::new(),
-            counter: 0,
-            tokens: 0,
-        }
-    }
-
-    /// Appends a document, whole; it may run on into the next file.
-    pub fn add(&mut self, tokens: &[u32]) -> Result<()> {
-        let vocab_size = self.vocab_size;
-        if let Some(&got) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(PackedError::NewId { path: self.path(), got, vocab_size });
-        }
-        self.tokens += tokens.len() as u64;
-        let mut rest = tokens;
-        while self.buffer.len() + rest.len() >= self.chunk {
-            let (now, later) = rest.split_at(self.chunk - self.buffer.len());
-            self.buffer.extend_from_slice(now);
-            rest = later;
-            self.write()?;
-        }
-        self.buffer.extend_from_slice(rest);
-        Ok(())
-    }
-
-    /// Writes the short last file, whose header says its true length.
-    pub fn finish(&mut self) -> Result<()> {
-        if self.buffer.is_empty() { Ok(()) } else { self.write() }
-    }
-
-    fn path(&self) -> PathBuf {
-        self.dir.join(format!("{}_{:010}.bin", self.prefix, self.counter))
-    }
-
-    /// Writes the buffer to a temporary name, syncs, renames: a file of the final name is complete.
-    fn write(&mut self) -> Result<()> {
-        let path = self.path();
-        let temporary = path.with_extension("bin.tmp");
-        let result = (|| {
-            let mut file = BufWriter::new(File::create(&temporary)?);
-            let wide = self.vocab_size >= 65_500;
-            file.write_all(MAGIC)?;
-            file.write_all(&VERSION.to_le_bytes())?;
-            file.write_all(&[if wide { 4 } else { 8 }])?;
-            file.write_all(&(self.buffer.len() as u64).to_le_bytes())?;
-            for &token in &self.buffer {
-                match wide {
-                    true => file.write_all(&token.to_le_bytes())?,
-                    false => file.write_all(&(token as u16).to_le_bytes())?,
-                }
-            }
-            file.into_inner()?.sync_all()?;
-            std::fs::rename(&temporary, &path)
-        })();
-        result.map_err(io_error("write", &path))?;
-        self.buffer.clear();
-        self.counter += 1;
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -1,38 +1,45 @@
-//! A corpus to packed files: read rows, tokenize in parallel, write in order.
+//! A corpus to packed files: read, tokenize on every core, write in order.
 //!
 //! Whole documents are kept, each ended by the tokenizer's end-of-text id (unless told otherwise), back to
-//! back. Output is byte-identical whatever the number of threads. It is written to a temporary folder and
-//! renamed when complete, so an interrupted preparation leaves nothing behind that training would read.
+//! back. Output is byte-identical whatever the number of threads, and however often it was interrupted: it is
+//! written to a temporary folder, whose journal says after each source file how far all is, and renamed when
+//! complete. Nothing that is half written is ever read.
 //!
 //! Which documents go to validation, and which are used at all where `percentage` is below 1, is decided by a
 //! checksum of the text: copies of a document stay together, and a document stays where it is when the corpus
 //! grows. The original's `percentage` took the first files instead.
+//!
+//! Read first: [`prepare`]; then `pipeline` (who works on what), `encode` (rows to ids), `output` and `journal`.
 
+mod encode;
+mod journal;
 mod manifest;
 mod output;
+mod pipeline;
 mod progress;
 
-pub use manifest::Manifest;
+pub use manifest::{Counts, Manifest, SourceRecord};
 
-use super::documents::{self, Row, Schema};
+use super::documents::{self, Schema, Selection, Skipped};
 use super::packed::explain;
-use super::permutation::mix;
+use super::writer::{Position, TokenFormat};
 use crate::bail_hint;
-use crate::config::PrepareConfig;
+use crate::config::{OnError, PrepareConfig};
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow};
-use indicatif::ProgressBar;
+use encode::{Encoded, Work};
+use journal::{Entry, Journal};
 use output::Output;
+use pipeline::Event;
 use progress::Progress;
-use rayon::prelude::*;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
-/// Documents, and bytes of text, tokenized together; bounds the memory.
-const BATCH_DOCUMENTS: usize = 1024;
-const BATCH_BYTES: usize = 16 << 20;
-/// Bounds the writer's memory at 1 GiB.
+/// Bounds `chunk_tokens` at 1 GiB a file.
 const MAX_CHUNK_TOKENS: u64 = 1 << 28;
+/// How often the journal goes to the disk itself: what a power cut may cost.
+const SYNC_EVERY: Duration = Duration::from_secs(5);
 
 /// Runs those preparations of a configuration whose output is not there yet.
 pub fn prepare_missing(list: &[PrepareConfig], tokenizer: Option<&Tokenizer>) -> Result<()> {
@@ -40,66 +47,260 @@ pub fn prepare_missing(list: &[PrepareConfig], tokenizer: Option<&Tokenizer>) ->
         let tokenizer = tokenizer
             .ok_or_else(|| anyhow!("preparing `{}` needs a tokenizer", options.source))
             .usage("set `tokenizer_dir`")?;
-        prepare(options, tokenizer)?;
+        prepare(options, tokenizer, None)?;
     }
     Ok(())
 }
 
-/// Prepares a corpus, or finds it prepared already by the same options.
+/// Prepares a corpus, or finds it prepared already by the same options. With `workers` threads; `None`: one a
+/// core.
 ///
 /// # Errors
 /// No files, an unreadable file, no usable document; a folder that holds something else.
-pub fn prepare(options: &PrepareConfig, tokenizer: &Tokenizer) -> Result<Manifest> {
+pub fn prepare(
+    options: &PrepareConfig,
+    tokenizer: &Tokenizer,
+    workers: Option<usize>,
+) -> Result<Manifest> {
     let schema = Schema::from_name(&options.kind)?;
     check(options, tokenizer)?;
-    let files = documents::files(&options.source, schema, &options.split)?;
-    let mut manifest = Manifest::begin(options, &files, tokenizer)?;
+    let selection = Selection {
+        schema,
+        field: options.text_field.clone(),
+        subsets: options.subsets.clone(),
+        exclude_subsets: options.exclude_subsets.clone(),
+    };
+    let files = documents::files(&options.source, &selection, &options.split)?;
+    let manifest = Manifest::begin(options, &files, tokenizer)?;
     if let Some(done) = manifest.find_prepared()? {
         announce("already prepared", &done);
         return Ok(done);
     }
-    let mut train = Output::begin(&options.out, &options.split, &manifest)?;
-    let mut validation = match &options.validation_out {
-        Some(out) => Some(Output::begin(out, "validation", &manifest)?),
-        None => None,
-    };
+    let format = TokenFormat::for_vocab(tokenizer.vocab_size());
+    let work = Work { options, selection: &selection, tokenizer, format };
+    let workers = workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
 
-    let mut progress = Progress::new(manifest.files.values().sum());
-    let mut rows = all_rows(&files, schema, options.text_field.as_deref(), progress.bar());
-    loop {
-        let texts = next_batch(&mut rows, &mut manifest)?;
-        if texts.is_empty() {
-            break;
-        }
-        let tokens = tokenize(&texts, tokenizer, options)?;
-        for (text, tokens) in texts.iter().zip(&tokens) {
-            match &mut validation {
-                Some(out) if goes_to_validation(text, options.validation_fraction) => {
-                    manifest.validation_documents += 1;
-                    explain(out.writer.add(tokens))?;
-                }
-                _ => {
-                    manifest.documents += 1;
-                    explain(train.writer.add(tokens))?;
-                }
+    let mut preparation = Preparation::begin(manifest, format)?;
+    let from = preparation.go_on(&files)?;
+    let bar = preparation.progress.bar();
+    pipeline::run(&files, from, &work, workers, &bar, |file, event| match event {
+        Event::Piece(encoded) => preparation.add(&files[file], encoded),
+        Event::End { sum, damage } => {
+            if let Some(damage) = damage {
+                preparation.damaged(&files[file], damage)?;
             }
+            preparation.end_source(&files[file], sum)
         }
-        progress.add(&texts, &tokens);
-    }
-    progress.finish();
-
-    check_counts(&manifest)?;
-    manifest.outputs = train.finish()?;
-    manifest.tokens = train.writer.tokens;
-    // The training folder comes last: its manifest says that everything is there.
-    if let Some(mut validation) = validation {
-        manifest.validation_outputs = validation.finish()?;
-        manifest.validation_tokens = validation.writer.tokens;
-        validation.commit(&manifest)?;
-    }
-    train.commit(&manifest)?;
+    })?;
+    let manifest = preparation.finish()?;
     announce("prepared", &manifest);
     Ok(manifest)
+}
+
+/// A preparation while it runs.
+struct Preparation {
+    manifest: Manifest,
+    train: Output,
+    validation: Option<Output>,
+    journal: Journal,
+    progress: Progress,
+    /// Documents and tokens when the source that is being read began.
+    before: (u64, u64),
+    synced: Instant,
+}
+
+impl Preparation {
+    /// Takes the output folders.
+    ///
+    /// # Errors
+    /// They hold something else, or what another preparation began.
+    fn begin(manifest: Manifest, format: TokenFormat) -> Result<Self> {
+        let options = &manifest.options;
+        let train = Output::begin(&options.out, &options.split, &manifest, format)?;
+        let begun = train.temporary.join(output::BEGUN);
+        match Manifest::read_file(&begun)? {
+            Some(found) => manifest.must_continue(&found, &train.temporary)?,
+            None => manifest.write(&begun)?,
+        }
+        let validation = match &options.validation_out {
+            Some(out) => Some(Output::begin(out, "validation", &manifest, format)?),
+            None => None,
+        };
+        let journal = Journal::go_on(&train.temporary, &Journal::read(&train.temporary))?;
+        let progress = Progress::new(manifest.sources.values().map(|s| s.sum.bytes).sum());
+        let (before, synced) = ((0, 0), Instant::now());
+        Ok(Self { manifest, train, validation, journal, progress, before, synced })
+    }
+
+    /// Goes to the last source file after which the folders are as the journal says; the number of files that
+    /// are through.
+    ///
+    /// # Errors
+    /// One of those changed since.
+    fn go_on(&mut self, files: &[PathBuf]) -> Result<usize> {
+        let mut entries = Journal::read(&self.train.temporary);
+        entries.truncate(files.len());
+        while let Some(last) = entries.last() {
+            if self.go_to(last)? {
+                break;
+            }
+            entries.pop(); // a power cut: the disk did not get all of it
+        }
+        let Some(last) = entries.last() else {
+            for output in std::iter::once(&mut self.train).chain(&mut self.validation) {
+                explain(output.writer.go_to(Position::default(), 0))?;
+            }
+            self.journal = Journal::go_on(&self.train.temporary, &[])?;
+            return Ok(0);
+        };
+        let bytes = entries.iter().map(|entry| entry.record.sum.bytes).sum();
+        self.progress.go_on(bytes);
+        eprintln!(
+            "{:<12}after {} of {} source files: {} documents, {} tokens are there",
+            "continues", entries.len(), files.len(), last.counts.documents, last.counts.tokens
+        );
+        self.manifest.counts = last.counts.clone();
+        self.journal = Journal::go_on(&self.train.temporary, &entries)?;
+        for entry in &entries {
+            self.train.files.extend(entry.outputs.clone());
+            if let Some(validation) = &mut self.validation {
+                validation.files.extend(entry.validation_outputs.clone());
+            }
+        }
+        let n = entries.len();
+        let now = std::mem::take(&mut self.manifest.sources);
+        let mut begun = Manifest { sources: now.clone(), ..self.manifest.clone() };
+        for entry in entries {
+            begun.sources.insert(entry.source, entry.record);
+        }
+        self.manifest.sources = now;
+        self.manifest.must_continue(&begun, &self.train.temporary)?;
+        self.manifest.sources = begun.sources;
+        self.before = self.totals();
+        Ok(n)
+    }
+
+    fn go_to(&mut self, entry: &Entry) -> Result<bool> {
+        let counts = &entry.counts;
+        if let Some(validation) = &mut self.validation
+            && !explain(validation.writer.go_to(entry.validation, counts.validation_tokens))?
+        {
+            return Ok(false);
+        }
+        explain(self.train.writer.go_to(entry.train, counts.tokens))
+    }
+
+    /// Writes the documents of a piece and counts what it left out.
+    fn add(&mut self, path: &PathBuf, piece: Encoded) -> Result<()> {
+        for skipped in &piece.skipped {
+            if skipped.damaged && self.manifest.options.on_error == OnError::Stop {
+                return Err(anyhow!("`{}`, {skipped}", path.display()))
+                    .hint("correct it, or leave such rows out with `--on-error skip-rows`");
+            }
+            self.manifest.counts.skip(skipped, path);
+        }
+        let documents = piece.train.documents + piece.validation.documents;
+        explain(self.train.writer.add_bytes(&piece.train.bytes))?;
+        if let Some(validation) = &mut self.validation {
+            explain(validation.writer.add_bytes(&piece.validation.bytes))?;
+            self.manifest.counts.validation_tokens = validation.writer.tokens;
+        }
+        let tokens_before = self.totals().1;
+        let counts = &mut self.manifest.counts;
+        counts.documents += piece.train.documents;
+        counts.validation_documents += piece.validation.documents;
+        counts.tokens = self.train.writer.tokens;
+        let tokens = self.totals().1 - tokens_before.min(self.totals().1);
+        self.progress.add(documents, piece.text_bytes, tokens);
+        Ok(())
+    }
+
+    /// The rest of a source is damaged.
+    fn damaged(&mut self, path: &PathBuf, damage: anyhow::Error) -> Result<()> {
+        if self.manifest.options.on_error != OnError::Skip {
+            return Err(damage);
+        }
+        let chain: Vec<String> = damage.chain().map(ToString::to_string).collect();
+        let mut detail = chain;
+        detail.dedup();
+        let skipped = Skipped {
+            why: "damaged file, the rest of it".into(),
+            row: 0,
+            detail: detail.join(": "),
+            damaged: true,
+        };
+        self.manifest.counts.skip(&skipped, path);
+        Ok(())
+    }
+
+    /// Notes in the journal that a source is through.
+    fn end_source(&mut self, path: &PathBuf, sum: documents::SourceSum) -> Result<()> {
+        let source = path.display().to_string();
+        let expected = self.manifest.sources.get(&source).map(|record| &record.sum);
+        if expected.is_some_and(|was| (was.bytes, was.modified) != (sum.bytes, sum.modified)) {
+            bail_hint!(
+                "prepare again when nothing writes to the corpus";
+                "`{source}` changed while it was read"
+            );
+        }
+        let (documents, tokens) = self.totals();
+        let record = SourceRecord {
+            sum,
+            documents: documents - self.before.0,
+            tokens: tokens - self.before.1,
+        };
+        self.before = (documents, tokens);
+        self.manifest.sources.insert(source.clone(), record.clone());
+        let sync = self.synced.elapsed() > SYNC_EVERY;
+        let train = explain(self.train.writer.position(sync))?;
+        let outputs = self.train.writer.take_files();
+        self.train.files.extend(outputs.clone());
+        let (validation, validation_outputs) = match &mut self.validation {
+            None => Default::default(),
+            Some(validation) => {
+                let position = explain(validation.writer.position(sync))?;
+                let outputs = validation.writer.take_files();
+                validation.files.extend(outputs.clone());
+                (position, outputs)
+            }
+        };
+        let counts = self.manifest.counts.clone();
+        let entry =
+            Entry { source, record, counts, train, validation, outputs, validation_outputs };
+        self.journal.append(&entry, sync)?;
+        if sync {
+            self.synced = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// Documents and tokens of both splits.
+    fn totals(&self) -> (u64, u64) {
+        let c = &self.manifest.counts;
+        (c.documents + c.validation_documents, c.tokens + c.validation_tokens)
+    }
+
+    /// Puts both folders in their places.
+    fn finish(mut self) -> Result<Manifest> {
+        self.progress.finish();
+        if let Err(error) = check_counts(&self.manifest) {
+            self.train.discard();
+            self.validation.into_iter().for_each(Output::discard);
+            return Err(error);
+        }
+        self.train.finish()?;
+        if let Some(validation) = &mut self.validation {
+            validation.finish()?;
+            self.manifest.validation_outputs = validation.files.clone();
+        }
+        self.manifest.outputs = self.train.files.clone();
+        // The training folder comes last: its manifest says that everything is there.
+        if let Some(validation) = self.validation {
+            validation.commit(&self.manifest)?;
+        }
+        self.train.commit(&self.manifest)?;
+        Ok(self.manifest)
+    }
 }
 
 /// Options that cannot work, all at once, before anything is read.
@@ -152,103 +353,41 @@ fn check(o: &PrepareConfig, tokenizer: &Tokenizer) -> Result<()> {
         .usage("`tinyllama prepare --help` explains each option")
 }
 
-/// Rows of all files, each opened when its turn comes, with the file's index.
-fn all_rows<'a>(
-    files: &'a [PathBuf],
-    schema: Schema,
-    field: Option<&'a str>,
-    bar: ProgressBar,
-) -> impl Iterator<Item = Result<(&'a PathBuf, Row)>> {
-    files.iter().flat_map(move |path| {
-        let rows = documents::rows_with_bar(path, schema, field, &bar);
-        let rows = rows.unwrap_or_else(|e| Box::new(std::iter::once(Err(e))));
-        rows.map(move |row| Ok((path, row?)))
-    })
-}
-
-/// The next documents; none at the end. Rows left out are counted.
-fn next_batch<'a>(
-    rows: &mut impl Iterator<Item = Result<(&'a PathBuf, Row)>>,
-    manifest: &mut Manifest,
-) -> Result<Vec<String>> {
-    let (percentage, seed) = (manifest.options.percentage, manifest.options.seed);
-    let (mut texts, mut bytes) = (Vec::new(), 0);
-    while texts.len() < BATCH_DOCUMENTS && bytes < BATCH_BYTES {
-        let Some(row) = rows.next() else { break };
-        match row? {
-            (path, Row::Skipped { why, row }) => {
-                manifest.skip(why, || format!("{}, row {row}", path.display()));
-            }
-            (path, Row::Text(text)) if text.is_empty() => {
-                manifest.skip("empty".into(), || path.display().to_string());
-            }
-            (path, Row::Text(text)) if !is_used(&text, percentage, seed) => {
-                manifest.skip("beyond `percentage`".into(), || path.display().to_string());
-            }
-            (_, Row::Text(text)) => {
-                bytes += text.len();
-                texts.push(text);
-            }
-        }
-    }
-    Ok(texts)
-}
-
-fn tokenize(texts: &[String], tokenizer: &Tokenizer, o: &PrepareConfig) -> Result<Vec<Vec<u32>>> {
-    let encode = |text: &String| {
-        tokenizer.encode(text, o.bos, o.eos).with_context(|| {
-            let start: String = text.chars().take(40).collect();
-            format!("cannot tokenize the document of {} bytes that begins {start:?}", text.len())
-        })
-    };
-    texts.par_iter().map(encode).collect()
-}
-
-fn goes_to_validation(text: &str, fraction: f64) -> bool {
-    f64::from(crc32c::crc32c(text.as_bytes())) < fraction * (u32::MAX as f64 + 1.0)
-}
-
-/// Whether a document is in the share that is used; independent of [`goes_to_validation`].
-fn is_used(text: &str, percentage: f64, seed: u64) -> bool {
-    let hash = || mix(u64::from(crc32c::crc32c(text.as_bytes())) ^ mix(seed));
-    percentage >= 1.0 || (hash() as f64) < percentage * 2f64.powi(64)
-}
-
 /// Refuses an empty result, saying why it is empty.
 fn check_counts(m: &Manifest) -> Result<()> {
-    if m.documents == 0 {
-        let reasons = m.skipped.iter().map(|(why, n)| {
-            let first = m.first_skipped.get(why).map_or("", |place| place);
+    if m.counts.documents == 0 {
+        let reasons = m.counts.skipped.iter().map(|(why, n)| {
+            let first = m.counts.first_skipped.get(why).map_or("", |place| place);
             format!("\n  {n} rows skipped: {why} (first: {first})")
         });
         let reasons = reasons.collect::<String>();
         return Err(anyhow!("no document in `{}`{reasons}", m.options.source))
             .hint("check the kind of the corpus and `--text-field`");
     }
-    if m.options.validation_out.is_some() && m.validation_documents == 0 {
+    if m.options.validation_out.is_some() && m.counts.validation_documents == 0 {
         bail_hint!(
             "raise `validation_fraction`, or prepare a validation set of its own";
             "none of {} documents went to validation with `validation_fraction` {}",
-            m.documents, m.options.validation_fraction
+            m.counts.documents, m.options.validation_fraction
         );
     }
     Ok(())
 }
 
 fn announce(what: &str, m: &Manifest) {
-    let validation = match m.validation_documents {
+    let validation = match m.counts.validation_documents {
         0 => String::new(),
-        n => format!("; validation {n} documents, {} tokens", m.validation_tokens),
+        n => format!("; validation {n} documents, {} tokens", m.counts.validation_tokens),
     };
     eprintln!(
         "{what:<12}{}{}: {} documents, {} tokens{validation}",
         if what.len() < 12 { "" } else { " " },
         m.options.out.display(),
-        m.documents,
-        m.tokens,
+        m.counts.documents,
+        m.counts.tokens,
     );
-    for (why, count) in &m.skipped {
-        let first = m.first_skipped.get(why).map_or("", |place| place);
+    for (why, count) in &m.counts.skipped {
+        let first = m.counts.first_skipped.get(why).map_or("", |place| place);
         eprintln!("            {count} rows skipped: {why} (first: {first})");
     }
 }

@@ -33,11 +33,17 @@ impl Progress {
         self.bar.clone()
     }
 
-    /// Counts a batch.
-    pub fn add(&mut self, texts: &[String], tokens: &[Vec<u32>]) {
-        self.documents += texts.len() as u64;
-        self.bytes += texts.iter().map(|t| t.len() as u64).sum::<u64>();
-        self.tokens += tokens.iter().map(|t| t.len() as u64).sum::<u64>();
+    /// Source files of so many bytes are through already.
+    pub fn go_on(&mut self, source_bytes: u64) {
+        self.bar.set_position(source_bytes);
+        self.bar.reset_eta();
+    }
+
+    /// Counts documents, their bytes of text and their tokens.
+    pub fn add(&mut self, documents: u64, text_bytes: u64, tokens: u64) {
+        self.documents += documents;
+        self.bytes += text_bytes;
+        self.tokens += tokens;
         let seconds = self.started.elapsed().as_secs_f64().max(1e-3);
         let rate = |n: u64, unit: f64| n as f64 / seconds / unit;
         let line = format!(
