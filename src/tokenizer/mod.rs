@@ -13,7 +13,9 @@
 mod bpe_trainer;
 mod decode;
 mod documents;
+mod encoder;
 mod export;
+mod fast;
 mod hf;
 mod sentencepiece;
 mod sp_bpe;
@@ -22,11 +24,13 @@ mod special;
 pub mod train;
 
 pub use decode::DecodeStream;
+pub use encoder::Encoder;
 
 use crate::error::WithHint;
 use anyhow::{Context, Result};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use thiserror::Error;
 
 /// What can be wrong with a tokenizer's files or with ids.
@@ -68,6 +72,10 @@ pub struct Tokenizer {
     table: Option<decode::Detokenizer>,
     vocab: Vocab,
     special: special::Special,
+    /// The fast way to encode, where the form of the tokenizer is known.
+    fast: Option<fast::Fast>,
+    /// States of encoders that are not in use, for [`Tokenizer::encode`].
+    states: Mutex<Vec<fast::State>>,
 }
 
 enum Backend {
@@ -126,6 +134,8 @@ impl Tokenizer {
             backend: Backend::Json(Box::new(json)),
             vocab,
             special,
+            fast: None,
+            states: Mutex::default(),
         })
     }
 
@@ -137,7 +147,14 @@ impl Tokenizer {
         let own = special::Own { bos, eos, template: Vec::new(), sentencepiece: true };
         let special = special::Special::find(dir_of(file), &vocab, &own)?;
         let table = Some(model.detokenizer());
-        Ok(Self { table, backend: Backend::SentencePiece(Box::new(model)), vocab, special })
+        Ok(Self {
+            table,
+            backend: Backend::SentencePiece(Box::new(model)),
+            vocab,
+            special,
+            fast: None,
+            states: Mutex::default(),
+        })
     }
 
     /// Number of ids, added tokens included: the largest id + 1. A model's vocabulary may be padded
@@ -159,36 +176,6 @@ impl Tokenizer {
     /// Whether [`Self::encode_default`] puts bos.
     pub fn use_bos(&self) -> bool {
         self.special.use_bos
-    }
-
-    /// Ids of `text`, with bos before and eos after where asked. Neither is ever doubled, and what
-    /// a `tokenizer.json`'s post-processor would add on its own is left out.
-    ///
-    /// # Errors
-    /// Asked for a bos or eos the tokenizer does not have.
-    pub fn encode(&self, text: &str, bos: bool, eos: bool) -> Result<Vec<u32>> {
-        let mut ids = match &self.backend {
-            Backend::Json(json) => json.encode(text)?,
-            Backend::SentencePiece(model) => model.encode(text),
-        };
-        if bos {
-            let id = self.special.bos.context("this tokenizer has no bos token")?;
-            if ids.first() != Some(&id) {
-                ids.insert(0, id);
-            }
-        }
-        if eos {
-            let id = self.special.eos.context("this tokenizer has no eos token")?;
-            if ids.last() != Some(&id) {
-                ids.push(id);
-            }
-        }
-        Ok(ids)
-    }
-
-    /// Ids of `text`, with bos if the tokenizer [uses it](Self::use_bos), without eos: a prompt.
-    pub fn encode_default(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode(text, self.use_bos(), false)
     }
 
     /// Text of `ids`. Special tokens add nothing; the space Llama's tokenizers put before a text is
