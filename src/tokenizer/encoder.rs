@@ -3,7 +3,7 @@
 //! Read first: [`Encoder::encode_into`]; then `fast`, which does the work where a tokenizer's form
 //! is known, and `hf` and `sentencepiece`, the slow paths that define what is right.
 
-use super::fast::State;
+use super::fast::{Fast, State};
 use super::{Backend, Tokenizer};
 use anyhow::{Context, Result, ensure};
 use std::sync::PoisonError;
@@ -95,7 +95,7 @@ impl Tokenizer {
     /// whole, whatever follows `text`. `None` where `text` has no such place, or where this
     /// tokenizer is not known to have any.
     pub fn safe_cut(&self, text: &str) -> Option<usize> {
-        self.fast.as_ref()?.safe_cut(text)
+        self.fast()?.safe_cut(text)
     }
 
     fn with_state(&self, text: &str, part: Part) -> Result<Vec<u32>> {
@@ -125,14 +125,15 @@ impl Tokenizer {
         let start = out.len();
         out.extend(bos);
         let text_start = out.len();
-        let fast = self.fast.as_ref();
+        let fast = self.fast();
         if !fast.is_some_and(|fast| fast.encode(text, part.continued, state, out)) {
+            out.truncate(start);
             ensure!(
-                !part.continued,
+                !part.continued || fast.is_some_and(Fast::needs_no_prefix),
                 "this tokenizer cannot encode a document in parts: where it may be cut is not known"
             );
-            out.truncate(text_start);
-            out.extend(self.encode_reference(text)?);
+            let ids = self.encode_reference(text)?;
+            out.extend(bos.into_iter().chain(ids));
         }
         if bos.is_some() && out.get(text_start) == bos.as_ref() {
             out.remove(start); // a literal bos at the text's start is the one that was asked for

@@ -10,18 +10,24 @@
 //! default bos is put if `add_bos_token` says so, if the class is `LlamaTokenizer`, or (where both
 //! are silent) if the file's own post-processor puts it or the file is a SentencePiece model.
 
+mod added;
 mod bpe_trainer;
+mod compile;
+mod cuts;
 mod decode;
 mod documents;
 mod encoder;
 mod export;
 mod fast;
 mod hf;
+mod merges;
 mod sentencepiece;
 mod sp_bpe;
 mod sp_normalizer;
 mod special;
+mod splitter;
 pub mod train;
+mod word_cache;
 
 pub use decode::DecodeStream;
 pub use encoder::Encoder;
@@ -72,8 +78,6 @@ pub struct Tokenizer {
     table: Option<decode::Detokenizer>,
     vocab: Vocab,
     special: special::Special,
-    /// The fast way to encode, where the form of the tokenizer is known.
-    fast: Option<fast::Fast>,
     /// States of encoders that are not in use, for [`Tokenizer::encode`].
     states: Mutex<Vec<fast::State>>,
 }
@@ -134,7 +138,6 @@ impl Tokenizer {
             backend: Backend::Json(Box::new(json)),
             vocab,
             special,
-            fast: None,
             states: Mutex::default(),
         })
     }
@@ -152,7 +155,6 @@ impl Tokenizer {
             backend: Backend::SentencePiece(Box::new(model)),
             vocab,
             special,
-            fast: None,
             states: Mutex::default(),
         })
     }
@@ -258,6 +260,14 @@ impl Tokenizer {
             Backend::SentencePiece(model) => model.describe(),
         };
         Description { kind, normalizer, pre_tokenizer }
+    }
+
+    /// The fast way to encode, where the form of the tokenizer is known.
+    fn fast(&self) -> Option<&fast::Fast> {
+        match &self.backend {
+            Backend::Json(json) => json.fast.as_ref(),
+            Backend::SentencePiece(model) => model.fast.as_ref(),
+        }
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {
