@@ -1,8 +1,9 @@
 //! `tokenizer.json`: Hugging Face's format, run by the `tokenizers` crate.
 
-use super::TokenizerError;
 use super::decode::{Detokenizer, Invalid, Leading, Token};
+use super::fast::Fast;
 use super::sentencepiece::{byte_of, cuts_are_exact};
+use super::{TokenizerError, compile};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,6 +17,8 @@ const MAX_IDS: u32 = 1 << 24;
 /// A `tokenizer.json`.
 pub(super) struct Json {
     tokenizer: tokenizers::Tokenizer,
+    /// Its tables, if it is of a form that has them.
+    pub(super) fast: Option<Fast>,
     /// The file as it was read, for [`super::Tokenizer::write_hf`].
     pub(super) source: Vec<u8>,
 }
@@ -39,8 +42,12 @@ impl Json {
         if let Some(id) = tokenizer.get_vocab(true).into_values().find(|&id| id >= MAX_IDS) {
             return Err(broken(format!("it has token id {id}, expected ids below {MAX_IDS}")));
         }
-        cut_words(&mut tokenizer);
-        Ok(Self { tokenizer, source })
+        let added = tokenizer.get_added_tokens_decoder().into_iter().collect();
+        let fast = compile::json(&value, &tokenizer.get_vocab(false), added);
+        if fast.is_none() {
+            cut_words(&mut tokenizer);
+        }
+        Ok(Self { tokenizer, fast, source })
     }
 
     /// Ids of `text`, without what the post-processor would add.
@@ -70,10 +77,12 @@ impl Json {
         let json = serde_json::from_slice(&self.source).unwrap_or(Value::Null);
         let kind = format!("tokenizer.json, {}", names(&json["model"]));
         let no_pre_tokenizer = json["pre_tokenizer"].is_null();
-        let cut = if no_pre_tokenizer && self.tokenizer.get_pre_tokenizer().is_some() {
-            "none (cut before U+2581, same ids)".to_string()
-        } else {
-            names(&json["pre_tokenizer"])
+        let cut = match &self.fast {
+            Some(_) if no_pre_tokenizer => FREE_CUT.to_string(),
+            None if no_pre_tokenizer && self.tokenizer.get_pre_tokenizer().is_some() => {
+                "none (cut before U+2581, same ids)".to_string()
+            }
+            _ => names(&json["pre_tokenizer"]),
         };
         (kind, names(&json["normalizer"]), cut)
     }
@@ -98,9 +107,12 @@ impl Json {
     }
 }
 
-/// Llama's `tokenizer.json` has no pre-tokenizer: a whole document is one word, merged through one
-/// long queue and never cached. Where cutting before each run of U+2581 changes no id (see
-/// [`cuts_are_exact`]), such a cut is put in; `tests/suite/tokenizer.rs` compares both ways.
+/// What `tokenizer info` says of text that is cut for speed alone.
+pub(super) const FREE_CUT: &str = "none (cut where no token reaches across, same ids)";
+
+/// Without a pre-tokenizer a whole document is one word to the crate, merged through one long queue
+/// and never cached. For files that have no fast way, only: where cutting before each run of U+2581 changes no id (see
+/// [`cuts_are_exact`]), such a cut is put in.
 fn cut_words(tokenizer: &mut tokenizers::Tokenizer) {
     let ModelWrapper::BPE(bpe) = tokenizer.get_model() else {
         return;
@@ -200,7 +212,7 @@ impl Rule {
 
 /// GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the other 68 bytes
 /// for U+0100 and up, in order.
-fn byte_level_chars() -> HashMap<char, u8> {
+pub(super) fn byte_level_chars() -> HashMap<char, u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let mut stand_ins = (0x100u32..).filter_map(char::from_u32);
     let char_of = |b: u8| match printable(b) {

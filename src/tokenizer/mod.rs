@@ -10,23 +10,33 @@
 //! default bos is put if `add_bos_token` says so, if the class is `LlamaTokenizer`, or (where both
 //! are silent) if the file's own post-processor puts it or the file is a SentencePiece model.
 
+mod added;
 mod bpe_trainer;
+mod compile;
+mod cuts;
 mod decode;
 mod documents;
+mod encoder;
 mod export;
+mod fast;
 mod hf;
+mod merges;
 mod sentencepiece;
 mod sp_bpe;
 mod sp_normalizer;
 mod special;
+mod splitter;
 pub mod train;
+mod word_cache;
 
 pub use decode::DecodeStream;
+pub use encoder::Encoder;
 
 use crate::error::WithHint;
 use anyhow::{Context, Result};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use thiserror::Error;
 
 /// What can be wrong with a tokenizer's files or with ids.
@@ -68,6 +78,8 @@ pub struct Tokenizer {
     table: Option<decode::Detokenizer>,
     vocab: Vocab,
     special: special::Special,
+    /// States of encoders that are not in use, for [`Tokenizer::encode`].
+    states: Mutex<Vec<fast::State>>,
 }
 
 enum Backend {
@@ -126,6 +138,7 @@ impl Tokenizer {
             backend: Backend::Json(Box::new(json)),
             vocab,
             special,
+            states: Mutex::default(),
         })
     }
 
@@ -137,7 +150,13 @@ impl Tokenizer {
         let own = special::Own { bos, eos, template: Vec::new(), sentencepiece: true };
         let special = special::Special::find(dir_of(file), &vocab, &own)?;
         let table = Some(model.detokenizer());
-        Ok(Self { table, backend: Backend::SentencePiece(Box::new(model)), vocab, special })
+        Ok(Self {
+            table,
+            backend: Backend::SentencePiece(Box::new(model)),
+            vocab,
+            special,
+            states: Mutex::default(),
+        })
     }
 
     /// Number of ids, added tokens included: the largest id + 1. A model's vocabulary may be padded
@@ -159,36 +178,6 @@ impl Tokenizer {
     /// Whether [`Self::encode_default`] puts bos.
     pub fn use_bos(&self) -> bool {
         self.special.use_bos
-    }
-
-    /// Ids of `text`, with bos before and eos after where asked. Neither is ever doubled, and what
-    /// a `tokenizer.json`'s post-processor would add on its own is left out.
-    ///
-    /// # Errors
-    /// Asked for a bos or eos the tokenizer does not have.
-    pub fn encode(&self, text: &str, bos: bool, eos: bool) -> Result<Vec<u32>> {
-        let mut ids = match &self.backend {
-            Backend::Json(json) => json.encode(text)?,
-            Backend::SentencePiece(model) => model.encode(text),
-        };
-        if bos {
-            let id = self.special.bos.context("this tokenizer has no bos token")?;
-            if ids.first() != Some(&id) {
-                ids.insert(0, id);
-            }
-        }
-        if eos {
-            let id = self.special.eos.context("this tokenizer has no eos token")?;
-            if ids.last() != Some(&id) {
-                ids.push(id);
-            }
-        }
-        Ok(ids)
-    }
-
-    /// Ids of `text`, with bos if the tokenizer [uses it](Self::use_bos), without eos: a prompt.
-    pub fn encode_default(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode(text, self.use_bos(), false)
     }
 
     /// Text of `ids`. Special tokens add nothing; the space Llama's tokenizers put before a text is
@@ -271,6 +260,14 @@ impl Tokenizer {
             Backend::SentencePiece(model) => model.describe(),
         };
         Description { kind, normalizer, pre_tokenizer }
+    }
+
+    /// The fast way to encode, where the form of the tokenizer is known.
+    fn fast(&self) -> Option<&fast::Fast> {
+        match &self.backend {
+            Backend::Json(json) => json.fast.as_ref(),
+            Backend::SentencePiece(model) => model.fast.as_ref(),
+        }
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<()> {

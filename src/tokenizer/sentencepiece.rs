@@ -6,9 +6,11 @@
 //! `</s>` are text like any other: only [`super::Tokenizer::encode`]'s flags make their ids.
 
 use super::decode::{Detokenizer, Invalid, Leading, Token};
-use super::sp_bpe::{Merger, Piece, Work};
+use super::fast::Fast;
+use super::hf::FREE_CUT;
+use super::sp_bpe::{Merger, Piece, Work, ranks};
 use super::sp_normalizer::{CharsMap, Normalizer, SPACE, UserSymbols};
-use super::{TokenizerError, Vocab};
+use super::{TokenizerError, Vocab, compile};
 use sentencepiece_model::{
     ModelType, SentencePiece as SentencePieceProto, SentencePieceModel, Type,
 };
@@ -19,12 +21,15 @@ use std::path::Path;
 pub(super) struct SentencePiece {
     /// The parsed file, kept for the export to `tokenizer.json`.
     pub(super) model: SentencePieceModel,
+    /// Its tables, if it is plain enough for them.
+    pub(super) fast: Option<Fast>,
     normalizer: Normalizer,
     merger: Merger,
     unk: u32,
     /// Ids of `<0x00>` to `<0xFF>`; `None` without byte fallback.
     bytes: Option<[u32; 256]>,
-    /// Whether text may be merged word by word (see [`cuts_are_exact`]).
+    /// Whether the slow way may merge word by word (see [`cuts_are_exact`]); not where it is the
+    /// reference of a fast one.
     cut_words: bool,
 }
 
@@ -64,9 +69,14 @@ impl SentencePiece {
         let bytes = byte_ids(&model).map_err(broken)?;
         let unk = pieces().find(|(p, _)| p.r#type() == Type::Unknown).map(|(_, id)| id);
         let unk = unk.ok_or_else(|| broken("it has no unknown piece".into()))?;
+        let plain = normalizer.rules_are_empty() && !normalizer.remove_extra_whitespaces;
+        let fast = bytes.filter(|_| plain && normalizer.symbols.is_empty()).and_then(|bytes| {
+            compile::model(&mergeable, &ranks(&mergeable), bytes, normalizer.add_dummy_prefix)
+        });
         Ok(Self {
-            cut_words: mergeable.iter().all(|p| !p.unused && cuts_are_exact(&p.text)),
+            cut_words: fast.is_none() && mergeable.iter().all(|p| !p.unused && cuts_are_exact(&p.text)),
             merger: Merger::new(&mergeable, model.pieces().len() as u32),
+            fast,
             normalizer,
             unk,
             bytes,
@@ -74,7 +84,7 @@ impl SentencePiece {
         })
     }
 
-    /// Ids of `text`, without bos and eos.
+    /// Ids of `text`, without bos and eos: the slow way.
     pub(super) fn encode(&self, text: &str) -> Vec<u32> {
         let text = self.normalizer.normalize(text);
         let mut ids = Vec::with_capacity(text.len() / 3);
@@ -134,7 +144,11 @@ impl SentencePiece {
             spec.add_dummy_prefix(),
             spec.remove_extra_whitespaces()
         );
-        let cut = if self.cut_words { "none (cut before U+2581, same ids)" } else { "none" };
+        let cut = match &self.fast {
+            Some(_) => FREE_CUT,
+            None if self.cut_words => "none (cut before U+2581, same ids)",
+            None => "none",
+        };
         (format!("tokenizer.model, SentencePiece BPE, {fallback}"), normalizer, cut.into())
     }
 

@@ -180,7 +180,7 @@ impl Merger {
 }
 
 /// Rank of each piece: 0 for the highest score; equal scores share a rank.
-fn ranks(pieces: &[Piece]) -> Vec<u32> {
+pub(super) fn ranks(pieces: &[Piece]) -> Vec<u32> {
     let mut scores: Vec<f32> = pieces.iter().map(|p| p.score + 0.0).collect(); // -0.0 becomes 0.0
     scores.sort_by(|a, b| b.total_cmp(a));
     scores.dedup();

@@ -30,6 +30,10 @@ impl UserSymbols {
         Self { by_first_byte }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_first_byte.is_empty()
+    }
+
     /// Length in bytes and id of the longest symbol that `text` starts with.
     pub(super) fn longest(&self, text: &str) -> Option<(usize, u32)> {
         let list = self.by_first_byte.get(text.as_bytes().first()?)?;
@@ -106,6 +110,11 @@ pub(super) struct Normalizer {
 }
 
 impl Normalizer {
+    /// Whether no character is rewritten.
+    pub(super) fn rules_are_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
     /// Normalised text with every space written as U+2581; "" gives "".
     pub(super) fn normalize(&self, text: &str) -> String {
         let mut text = text;
