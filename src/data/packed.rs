@@ -14,10 +14,11 @@
 //! corpus is some 450,000 files of 4 MB: Linux lets a process map 65,530 of them and open far fewer. A file
 //! cut short under a running job is an error with its name, not the SIGBUS that ends a memory map.
 
+pub use super::writer::PackedWriter;
 use crate::error::WithHint;
 use rayon::prelude::*;
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 

@@ -91,13 +91,13 @@ pub struct PackedWriter {
 }
 
 impl PackedWriter {
-    /// Files `dir/prefix_0000000000.bin` and so on.
-    pub fn new(dir: &Path, prefix: &str, chunk: u64, format: TokenFormat) -> Self {
+    /// Files `dir/prefix_0000000000.bin` and so on, in the [format of the vocabulary](TokenFormat::for_vocab).
+    pub fn new(dir: &Path, prefix: &str, chunk: u64, vocab_size: usize) -> Self {
         Self {
             dir: dir.to_owned(),
             prefix: prefix.to_owned(),
             chunk,
-            format,
+            format: TokenFormat::for_vocab(vocab_size),
             part: None,
             at: Position::default(),
             whole: BTreeMap::new(),
@@ -266,7 +266,7 @@ mod tests {
     use super::*;
 
     fn writer(dir: &Path, vocab_size: usize) -> PackedWriter {
-        PackedWriter::new(dir, "train", 8, TokenFormat::for_vocab(vocab_size))
+        PackedWriter::new(dir, "train", 8, vocab_size)
     }
 
     fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use tch::Tensor;
-use tinyllama::config::{DataSource, PrepareConfig, chunk_tokens};
+use tinyllama::config::{DataSource, OnError, PrepareConfig, chunk_tokens};
 use tinyllama::data::packed::PackedWriter;
 use tinyllama::data::prepare::prepare;
 use tinyllama::data::{DataLoader, LoaderOptions, ValidationSet};
@@ -194,6 +194,9 @@ fn preparation(kind: &str, source: &Path, out: &Path) -> PrepareConfig {
         eos: true,
         percentage: 1.0,
         seed: 0,
+        subsets: Vec::new(),
+        exclude_subsets: Vec::new(),
+        on_error: OnError::default(),
     }
 }
 
@@ -217,16 +220,16 @@ fn preparation_is_byte_identical_whatever_the_number_of_threads() {
     let tokenizer = Tokenizer::load(&quickstart("tokenizer")).unwrap();
     let run = |threads: usize| {
         let dir = tempfile::tempdir().unwrap();
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let options = preparation("slimpajama", &quickstart("slimpajama"), dir.path());
-        let manifest = pool.install(|| prepare(&options, &tokenizer)).unwrap();
-        assert_eq!(manifest.skipped.get("RedPajamaGithub"), Some(&2));
-        assert!(manifest.documents > 100 && manifest.validation_documents > 5, "{manifest:?}");
+        let manifest = prepare(&options, &tokenizer, Some(threads)).unwrap();
+        assert_eq!(manifest.counts.skipped.get("RedPajamaGithub"), Some(&2));
+        assert!(manifest.counts.documents > 100 && manifest.counts.validation_documents > 5, "{manifest:?}");
         contents(dir.path())
     };
-    let (one, two) = (run(1), run(2));
+    let one = run(1);
     assert!(one.len() > 8);
-    assert_eq!(one, two);
+    assert_eq!(run(2), one);
+    assert_eq!(run(7), one);
 }
 
 #[test]
@@ -244,9 +247,9 @@ fn whole_documents_come_back_from_the_packed_files() {
     let source = dir.path().join("*.jsonl.zst");
     let mut options = preparation("jsonl", &source, dir.path());
     (options.validation_fraction, options.validation_out) = (0.0, None);
-    let manifest = prepare(&options, &tokenizer).unwrap();
-    assert_eq!((manifest.documents, manifest.skipped.len()), (3, 2), "{manifest:?}");
-    assert_eq!(prepare(&options, &tokenizer).unwrap(), manifest, "found prepared already");
+    let manifest = prepare(&options, &tokenizer, None).unwrap();
+    assert_eq!((manifest.counts.documents, manifest.counts.skipped.len()), (3, 2), "{manifest:?}");
+    assert_eq!(prepare(&options, &tokenizer, None).unwrap(), manifest, "found prepared already");
 
     let set = ValidationSet::open(&options.out, 1000, 1, 4096).unwrap();
     let batch = set.batches().next().unwrap().unwrap();
@@ -261,7 +264,7 @@ fn whole_documents_come_back_from_the_packed_files() {
     assert_eq!(documents, texts);
 
     options.chunk_tokens = chunk_tokens();
-    let error = prepare(&options, &tokenizer).unwrap_err().to_string();
+    let error = prepare(&options, &tokenizer, None).unwrap_err().to_string();
     assert!(error.contains("`chunk_tokens`: was 20000, now 2098176"), "{error}");
 }
 
@@ -272,16 +275,16 @@ fn sources_that_hold_nothing_usable_are_refused_with_the_reason() {
     let error = |kind: &str, source: &Path| {
         let mut options = preparation(kind, source, dir.path());
         (options.validation_fraction, options.validation_out) = (0.0, None);
-        format!("{:#}", prepare(&options, &tokenizer).unwrap_err())
+        format!("{:#}", prepare(&options, &tokenizer, None).unwrap_err())
     };
-    assert!(error("jsonl", Path::new("/no/such")).contains("no JsonLines files at `/no/such`"));
-    assert!(error("csv", dir.path()).contains("`csv` is no kind of corpus"));
+    assert!(error("jsonl", Path::new("/no/such")).contains("no jsonl files at `/no/such`"));
+    assert!(error("books", dir.path()).contains("`books` is no kind of corpus"));
     let parquet = quickstart("starcoder/python/train-00000-of-00001.parquet");
     fs::write(dir.path().join("bad.jsonl"), "{oops\n").unwrap();
     assert!(error("jsonl", dir.path()).contains("no document in"));
     let mut options = preparation("parquet", &parquet, dir.path());
     options.text_field = Some("txt".into());
-    let missing = prepare(&options, &tokenizer).unwrap_err();
+    let missing = prepare(&options, &tokenizer, None).unwrap_err();
     assert!(format!("{missing:#}").contains("has no column `txt`"), "{missing:#}");
     fs::write(dir.path().join("no.parquet"), "not parquet").unwrap();
     assert!(error("parquet", &dir.path().join("no.parquet")).contains("as Parquet"));

@@ -223,25 +223,22 @@ pub(super) fn row(line: &[u8], row: u64, selection: &Selection) -> Row {
         }
     }
     let fields = selection.fields();
-    let text = fields.iter().find_map(|field| object.get_mut(*field)).map(Value::take);
-    match text {
+    let why = || format!("no text under `{}`", fields.join("` or `"));
+    let field = fields.iter().find(|field| object.contains_key(**field));
+    match field.and_then(|field| object.get_mut(*field)).map(Value::take) {
         Some(Value::String(text)) => return Row::Text(text),
-        None if selection.schema == Schema::Sft && selection.field.is_none() => {
-            if let Some(text) = chat::text(object) {
-                return Row::Text(text);
-            }
-        }
-        _ => {}
+        Some(other) => return Skipped::damaged(why(), row, format!("it is {}", kind(&other))),
+        None => {}
     }
-    let why = format!("no text under `{}`", fields.join("` or `"));
-    let detail = match text {
-        Some(other) => format!("it is {}", kind(&other)),
+    let is_chat = selection.schema == Schema::Sft && selection.field.is_none();
+    match chat::text(object).filter(|_| is_chat) {
+        Some(text) => Row::Text(text),
         None => {
             let there: Vec<&str> = object.keys().map(String::as_str).collect();
-            format!("its fields are `{}`", there.join("`, `"))
+            let detail = format!("its fields are `{}`", there.join("`, `"));
+            Skipped::damaged(why(), row, detail)
         }
-    };
-    Skipped::damaged(why, row, detail)
+    }
 }
 
 fn kind(value: &Value) -> &'static str {

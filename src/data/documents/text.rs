@@ -4,7 +4,7 @@ use super::source::Source;
 use super::{MAX_ROW, PIECE, Piece, Row, Selection, Skipped};
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use std::io::Read;
 
 /// A text longer than this is given out in parts.

@@ -1,5 +1,6 @@
 //! `manifest.json`: what a folder of packed files was made from, and whether it is still that.
 
+use super::journal::Entry;
 use crate::config::PrepareConfig;
 use crate::data::documents::{Skipped, SourceSum};
 use crate::data::writer::OutputFile;
@@ -146,12 +147,19 @@ impl Manifest {
         Ok(Some(found))
     }
 
-    /// Refuses to go on with what another preparation began.
+    /// Refuses to go on with what another preparation began. A source that is not through may change: the
+    /// copy of a damaged file, for one.
     ///
     /// # Errors
     /// Other options, another tokenizer or other sources; the message lists which.
-    pub fn must_continue(&self, begun: &Self, at: &Path) -> Result<()> {
-        let differences = self.differences(begun)?;
+    pub(super) fn must_continue(&self, mut begun: Self, done: &[Entry], at: &Path) -> Result<()> {
+        for (name, record) in &mut begun.sources {
+            if let Some(now) = self.sources.get(name) {
+                *record = now.clone();
+            }
+        }
+        begun.sources.extend(done.iter().map(|e| (e.source.clone(), e.record.clone())));
+        let differences = self.differences(&begun)?;
         refuse(&format!("`{}` was begun otherwise", at.display()), differences)
     }
 

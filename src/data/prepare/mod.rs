@@ -27,7 +27,7 @@ use crate::bail_hint;
 use crate::config::{OnError, PrepareConfig};
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use encode::{Encoded, Work};
 use journal::{Entry, Journal};
 use output::Output;
@@ -73,6 +73,7 @@ pub fn prepare(
     let files = documents::files(&options.source, &selection, &options.split)?;
     let manifest = Manifest::begin(options, &files, tokenizer)?;
     if let Some(done) = manifest.find_prepared()? {
+        output::tidy(&options.out);
         announce("already prepared", &done);
         return Ok(done);
     }
@@ -80,7 +81,7 @@ pub fn prepare(
     let work = Work { options, selection: &selection, tokenizer, format };
     let workers = workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
 
-    let mut preparation = Preparation::begin(manifest, format)?;
+    let mut preparation = Preparation::begin(manifest)?;
     let from = preparation.go_on(&files)?;
     let bar = preparation.progress.bar();
     pipeline::run(&files, from, &work, workers, &bar, |file, event| match event {
@@ -114,19 +115,22 @@ impl Preparation {
     ///
     /// # Errors
     /// They hold something else, or what another preparation began.
-    fn begin(manifest: Manifest, format: TokenFormat) -> Result<Self> {
+    fn begin(manifest: Manifest) -> Result<Self> {
         let options = &manifest.options;
-        let train = Output::begin(&options.out, &options.split, &manifest, format)?;
+        let train = Output::begin(&options.out, &options.split, &manifest, false)?;
         let begun = train.temporary.join(output::BEGUN);
+        let done = Journal::read(&train.temporary);
         match Manifest::read_file(&begun)? {
-            Some(found) => manifest.must_continue(&found, &train.temporary)?,
-            None => manifest.write(&begun)?,
+            Some(found) if !done.is_empty() => {
+                manifest.must_continue(found, &done, &train.temporary)?;
+            }
+            _ => manifest.write(&begun)?,
         }
         let validation = match &options.validation_out {
-            Some(out) => Some(Output::begin(out, "validation", &manifest, format)?),
+            Some(out) => Some(Output::begin(out, "validation", &manifest, !done.is_empty())?),
             None => None,
         };
-        let journal = Journal::go_on(&train.temporary, &Journal::read(&train.temporary))?;
+        let journal = Journal::go_on(&train.temporary, &done)?;
         let progress = Progress::new(manifest.sources.values().map(|s| s.sum.bytes).sum());
         let (before, synced) = ((0, 0), Instant::now());
         Ok(Self { manifest, train, validation, journal, progress, before, synced })
@@ -134,9 +138,6 @@ impl Preparation {
 
     /// Goes to the last source file after which the folders are as the journal says; the number of files that
     /// are through.
-    ///
-    /// # Errors
-    /// One of those changed since.
     fn go_on(&mut self, files: &[PathBuf]) -> Result<usize> {
         let mut entries = Journal::read(&self.train.temporary);
         entries.truncate(files.len());
@@ -168,14 +169,7 @@ impl Preparation {
             }
         }
         let n = entries.len();
-        let now = std::mem::take(&mut self.manifest.sources);
-        let mut begun = Manifest { sources: now.clone(), ..self.manifest.clone() };
-        for entry in entries {
-            begun.sources.insert(entry.source, entry.record);
-        }
-        self.manifest.sources = now;
-        self.manifest.must_continue(&begun, &self.train.temporary)?;
-        self.manifest.sources = begun.sources;
+        self.manifest.sources.extend(entries.into_iter().map(|entry| (entry.source, entry.record)));
         self.before = self.totals();
         Ok(n)
     }
@@ -199,19 +193,18 @@ impl Preparation {
             }
             self.manifest.counts.skip(skipped, path);
         }
-        let documents = piece.train.documents + piece.validation.documents;
+        let before = self.totals();
         explain(self.train.writer.add_bytes(&piece.train.bytes))?;
         if let Some(validation) = &mut self.validation {
             explain(validation.writer.add_bytes(&piece.validation.bytes))?;
             self.manifest.counts.validation_tokens = validation.writer.tokens;
         }
-        let tokens_before = self.totals().1;
         let counts = &mut self.manifest.counts;
         counts.documents += piece.train.documents;
         counts.validation_documents += piece.validation.documents;
         counts.tokens = self.train.writer.tokens;
-        let tokens = self.totals().1 - tokens_before.min(self.totals().1);
-        self.progress.add(documents, piece.text_bytes, tokens);
+        let now = self.totals();
+        self.progress.add(now.0 - before.0, piece.text_bytes, now.1 - before.1);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use super::journal;
 use super::manifest::{self, Manifest};
 use crate::bail_hint;
 use crate::data::packed::{UNFINISHED, explain};
-use crate::data::writer::{OutputFile, PackedWriter, TokenFormat};
+use crate::data::writer::{OutputFile, PackedWriter};
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -29,7 +29,8 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// Begins a folder of files `prefix_*.bin`, or takes an unfinished one up as it is.
+    /// Begins a folder of files `prefix_*.bin`, or takes an unfinished one up as it is. With `take_back` also
+    /// a finished one: of two folders the second may have been left unfinished.
     ///
     /// # Errors
     /// The folder holds something else; another process is writing it.
@@ -37,12 +38,14 @@ impl Output {
         out: &Path,
         prefix: &str,
         manifest: &Manifest,
-        format: TokenFormat,
+        take_back: bool,
     ) -> Result<Self> {
         check_free(out, &manifest.options.out)?;
-        let mut name = out.file_name().unwrap_or_default().to_os_string();
-        name.push(UNFINISHED);
-        let temporary = out.with_file_name(name);
+        let temporary = unfinished(out);
+        if take_back && !temporary.exists() && Manifest::read(out)?.is_some() {
+            fs::rename(out, &temporary)
+                .with_context(|| format!("cannot rename `{}`", out.display()))?;
+        }
         let lock = fs::create_dir_all(&temporary)
             .and_then(|()| File::create(temporary.join(LOCK)))
             .with_context(|| format!("cannot write into `{}`", temporary.display()))?;
@@ -54,7 +57,7 @@ impl Output {
             );
         }
         let chunk = manifest.options.chunk_tokens;
-        let writer = PackedWriter::new(&temporary, prefix, chunk, format);
+        let writer = PackedWriter::new(&temporary, prefix, chunk, manifest.vocab_size);
         Ok(Self { out: out.into(), temporary, _lock: lock, writer, files: BTreeMap::new() })
     }
 
@@ -68,18 +71,31 @@ impl Output {
     /// Puts the folder in its place.
     pub(super) fn commit(self, manifest: &Manifest) -> Result<()> {
         manifest.write(&self.temporary.join(manifest::FILE_NAME))?;
-        for name in [LOCK, BEGUN, journal::FILE_NAME] {
-            fs::remove_file(self.temporary.join(name)).ok();
-        }
         remove_own(&self.out)?;
         fs::rename(&self.temporary, &self.out).with_context(|| {
             format!("cannot rename `{}` to `{}`", self.temporary.display(), self.out.display())
-        })
+        })?;
+        tidy(&self.out);
+        Ok(())
     }
 
     /// Removes the unfinished folder.
     pub(super) fn discard(self) {
         fs::remove_dir_all(&self.temporary).ok();
+    }
+}
+
+/// `OUT.unfinished`.
+fn unfinished(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_os_string();
+    name.push(UNFINISHED);
+    out.with_file_name(name)
+}
+
+/// Removes from a finished folder what only an unfinished one needs.
+pub(super) fn tidy(out: &Path) {
+    for name in [LOCK, BEGUN, journal::FILE_NAME] {
+        fs::remove_file(out.join(name)).ok();
     }
 }
 
@@ -107,6 +123,7 @@ fn remove_own(out: &Path) -> Result<()> {
         let files = found.outputs.keys().chain(found.validation_outputs.keys());
         files.for_each(|name| drop(fs::remove_file(out.join(name))));
         fs::remove_file(out.join(manifest::FILE_NAME)).ok();
+        tidy(out);
     }
     if out.exists() {
         fs::remove_dir(out).with_context(|| format!("cannot replace `{}`", out.display()))?;
