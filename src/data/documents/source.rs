@@ -80,7 +80,6 @@ impl Source {
     /// Its bytes without compression: hashed and counted as they are read.
     pub(super) fn bytes(&self) -> Result<Box<dyn Read + Send>> {
         let file = self.file()?;
-        *self.hash() = Hash { stat: self.hash().stat, ..Hash::default() };
         decompress(Hashing { file, source: self.clone() }).with_context(|| self.cannot("read"))
     }
 
