@@ -3,4 +3,5 @@
 pub mod comm;
 pub mod kernels;
 pub mod profile;
+pub mod tokenizer;
 pub mod train;

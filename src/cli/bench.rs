@@ -3,9 +3,10 @@
 use crate::bench::comm;
 use crate::bench::kernels::{self, Report, Unit};
 use crate::bench::profile::{Family, Profile};
-use crate::bench::train;
+use crate::bench::{tokenizer, train};
 use crate::distributed::{self, World, rendezvous};
 use crate::error::{WithHint, exit};
+use crate::tokenizer::Tokenizer;
 use crate::{config, device, guard};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
@@ -29,6 +30,34 @@ enum Kind {
     /// Bandwidth of all-gather and reduce-scatter between ranks, as nccl-tests define it: threads of
     /// this machine, over Gloo on the CPU or NCCL with a card each
     Comm(CommArgs),
+    /// Encoding speed of a tokenizer on real files, beside the slow way that defines its ids, and
+    /// whether the ids are the same
+    Tokenizer(TokenizerArgs),
+}
+
+#[derive(clap::Args)]
+struct TokenizerArgs {
+    /// Folder with tokenizer.json or tokenizer.model, or one of these files
+    #[arg(long, value_name = "PATH")]
+    tokenizer: PathBuf,
+    /// Files of documents: .jsonl, .parquet, or text (a file is a document); .gz and .zst too
+    #[arg(long = "input", value_name = "FILE", required = true, num_args = 1..)]
+    inputs: Vec<PathBuf>,
+    /// Key or column of the text
+    #[arg(long, value_name = "NAME")]
+    text_field: Option<String>,
+    /// Encoders at work, each in a thread
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    threads: usize,
+    /// Timed passes over each file, after one that fills the caches
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
+    passes: usize,
+    /// Leave out the slow way, which takes most of the time
+    #[arg(long)]
+    no_reference: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(clap::Args)]
@@ -123,6 +152,7 @@ pub fn run(args: Args) -> Result<u8> {
         Kind::Kernels(args) => run_kernels(args)?,
         Kind::Train(args) => return run_train(args),
         Kind::Comm(args) => run_comm(args)?,
+        Kind::Tokenizer(args) => return run_tokenizer(&args),
     }
     Ok(exit::OK)
 }
@@ -253,6 +283,61 @@ fn run_comm(args: CommArgs) -> Result<()> {
     }
     println!("algbw = bytes / time, busbw = algbw (ranks - 1) / ranks, both GB/s");
     Ok(())
+}
+
+fn run_tokenizer(args: &TokenizerArgs) -> Result<u8> {
+    let options = tokenizer::Options {
+        inputs: &args.inputs,
+        field: args.text_field.as_deref(),
+        threads: args.threads,
+        passes: args.passes,
+        reference: !args.no_reference,
+    };
+    let report = tokenizer::run(&Tokenizer::load(&args.tokenizer)?, &options)?;
+    let differ = |file: &tokenizer::FileReport| {
+        file.reference.as_ref().map_or(0, |slow| slow.documents_that_differ)
+    };
+    let differ: usize = report.files.iter().map(differ).sum();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print_tokenizer(&report);
+    }
+    if differ > 0 {
+        return Err(anyhow!("the fast way gave other ids than the slow one in {differ} documents"))
+            .hint("this is a bug: please report it with the tokenizer and the text");
+    }
+    Ok(exit::OK)
+}
+
+fn print_tokenizer(r: &tokenizer::Report) {
+    println!(
+        "{}, {} ids; {} threads, median of {} passes; speeds a thread",
+        r.tokenizer, r.vocab_size, r.threads, r.passes
+    );
+    println!(
+        "  {:<28} {:>9} {:>11} {:>8} {:>10} {:>10} {:>7} {:>9}",
+        "", "documents", "tokens", "MB/s", "Mtok/s", "first pass", "slow", "ids"
+    );
+    for file in &r.files {
+        let million = |seconds: f64| file.tokens as f64 / seconds / 1e6;
+        let name = file.file.file_name().unwrap_or_default().to_string_lossy();
+        let (slow, ids) = match &file.reference {
+            None => ("-".into(), "-"),
+            Some(slow) if slow.documents_that_differ == 0 => {
+                (format!("{:.2}", slow.tokens_per_sec / 1e6), "the same")
+            }
+            Some(slow) => (format!("{:.2}", slow.tokens_per_sec / 1e6), "DIFFER"),
+        };
+        println!(
+            "  {name:<28} {:>9} {:>11} {:>8.1} {:>10.2} {:>10.2} {slow:>7} {ids:>9}",
+            file.documents,
+            file.tokens,
+            file.mb_per_sec_core,
+            file.tokens_per_sec_core / 1e6,
+            million(file.first_pass_seconds * r.threads as f64),
+        );
+    }
 }
 
 /// The table of where the time goes; `step_seconds` is a step's without the profiler.

@@ -55,7 +55,9 @@ pub(super) fn json(
             let chars = byte_level_chars();
             let mut whole = HashMap::new();
             if ignore_merges {
-                let bytes = |token: &str| token.chars().map(|c| chars.get(&c).copied()).collect::<Option<_>>();
+                let bytes = |token: &str| {
+                    token.chars().map(|c| chars.get(&c).copied()).collect::<Option<_>>()
+                };
                 whole = vocab.iter().filter_map(|(t, &id)| Some((bytes(t)?, id))).collect();
             }
             let mut ids = [u32::MAX; 256];
@@ -260,9 +262,7 @@ fn byte_tokens(vocab: &HashMap<String, u32>) -> Option<[u32; 256]> {
 }
 
 /// The tokens of one character.
-fn single<'t>(
-    tokens: impl Iterator<Item = (&'t str, u32)>,
-) -> impl Iterator<Item = (char, u32)> {
+fn single<'t>(tokens: impl Iterator<Item = (&'t str, u32)>) -> impl Iterator<Item = (char, u32)> {
     tokens.filter_map(|(token, id)| {
         let mut chars = token.chars();
         let c = chars.next()?;

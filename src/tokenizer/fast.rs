@@ -21,6 +21,18 @@ pub(super) struct State {
     scratch: String,
 }
 
+impl State {
+    /// After a word of millions of characters its buffers are not kept.
+    fn give_back(&mut self) {
+        if self.work.symbols.capacity().max(self.scratch.capacity()) > LARGE {
+            (self.work, self.scratch) = Default::default();
+        }
+    }
+}
+
+/// Symbols, or bytes of text, whose buffers an encoder keeps.
+const LARGE: usize = 1 << 18;
+
 /// A tokenizer in tables.
 pub(super) struct Fast {
     pub(super) merges: Merges,
@@ -125,6 +137,7 @@ impl Fast {
             }
         });
         out.end();
+        state.give_back();
         true
     }
 

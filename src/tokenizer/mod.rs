@@ -15,7 +15,7 @@ mod bpe_trainer;
 mod compile;
 mod cuts;
 mod decode;
-mod documents;
+pub(crate) mod documents;
 mod encoder;
 mod export;
 mod fast;

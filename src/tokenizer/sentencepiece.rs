@@ -74,7 +74,8 @@ impl SentencePiece {
             compile::model(&mergeable, &ranks(&mergeable), bytes, normalizer.add_dummy_prefix)
         });
         Ok(Self {
-            cut_words: fast.is_none() && mergeable.iter().all(|p| !p.unused && cuts_are_exact(&p.text)),
+            cut_words: fast.is_none()
+                && mergeable.iter().all(|p| !p.unused && cuts_are_exact(&p.text)),
             merger: Merger::new(&mergeable, model.pieces().len() as u32),
             fast,
             normalizer,

@@ -38,23 +38,25 @@ impl<'a> Ids<'a> {
     #[inline]
     fn push_short(&mut self, ids: [u32; SHORT_IDS], count: usize) {
         if self.len + SHORT_IDS > self.ids.len() {
-            self.grow();
+            self.grow(SHORT_IDS);
         }
         self.ids[self.len..self.len + SHORT_IDS].copy_from_slice(&ids);
         self.len += count;
     }
 
     #[cold]
-    fn grow(&mut self) {
-        let more = (self.ids.len() / 2).clamp(1 << 10, 1 << 20);
-        self.ids.resize(self.ids.len() + more, 0);
+    fn grow(&mut self, more: usize) {
+        let spare = (self.ids.len() / 2).clamp(1 << 10, 1 << 20);
+        self.ids.resize(self.ids.len() + more + spare, 0);
     }
 
     /// Appends any number of ids.
     pub(super) fn extend(&mut self, ids: &[u32]) {
-        self.ids.truncate(self.len);
-        self.ids.extend_from_slice(ids);
-        self.len = self.ids.len();
+        if self.len + ids.len() > self.ids.len() {
+            self.grow(ids.len());
+        }
+        self.ids[self.len..self.len + ids.len()].copy_from_slice(ids);
+        self.len += ids.len();
     }
 
     /// Cuts off the zeros behind the last id.
@@ -259,7 +261,7 @@ mod tests {
     fn a_full_cache_forgets_and_gives_the_same_ids() {
         let mut cache = WordCache::default();
         cache.warm_up();
-        let (mut got, mut expected) = (Vec::new(), Vec::new());
+        let (mut got, mut expected) = (Vec::new(), Vec::<u32>::new());
         for round in 0..3 {
             let mut out = Ids::new(&mut got);
             for number in 0..40_000u64 {
