@@ -19,6 +19,7 @@ mod low_memory;
 mod metrics;
 mod model;
 mod ops;
+mod order;
 mod packed;
 mod prepare;
 mod presets;
