@@ -1,6 +1,7 @@
 //! One file a verb: arguments in, one library call, an exit code out.
 
 mod bench;
+mod bench_data;
 mod config;
 mod doctor;
 mod generate;
