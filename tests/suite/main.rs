@@ -13,6 +13,7 @@ mod golden_train;
 mod gpu;
 mod gpu_ranks;
 mod gpu_step;
+mod inspect;
 mod kernels;
 mod launch;
 mod low_memory;
