@@ -32,6 +32,7 @@ for set in model init train tokenizer generate; do
   "$python" scripts/golden/compare.py "tests/golden/$set" "$out/golden/$set"
 done
 "$python" scripts/golden/packed.py --check
+"$python" scripts/golden/reader.py --check
 "$python" scripts/golden/schedule.py --check
 "$python" scripts/golden/tensorboard_check.py --check-golden
 

@@ -1,6 +1,7 @@
 //! Measurements, each beside a peer in the same minutes.
 
 pub mod comm;
+pub mod data;
 pub mod kernels;
 pub mod profile;
 pub mod tokenizer;

@@ -27,6 +27,8 @@ enum Kind {
     /// Tokens a second, utilisation and memory of a run's configuration, on its own data, and where
     /// the time of a step goes
     Train(TrainArgs),
+    /// Tokens a second and CPU time of reading alone, from memory maps and from files opened for each block
+    Data(super::bench_data::Args),
     /// Bandwidth of all-gather and reduce-scatter between ranks, as nccl-tests define it: threads of
     /// this machine, over Gloo on the CPU or NCCL with a card each
     Comm(CommArgs),
@@ -150,6 +152,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 pub fn run(args: Args) -> Result<u8> {
     match args.kind {
         Kind::Kernels(args) => run_kernels(args)?,
+        Kind::Data(args) => super::bench_data::run(args)?,
         Kind::Train(args) => return run_train(args),
         Kind::Comm(args) => run_comm(args)?,
         Kind::Tokenizer(args) => return run_tokenizer(&args),

@@ -75,6 +75,11 @@ fn check(path: &std::path::Path, sets: &[String], world: u64) -> Result<()> {
     if let (Some(steps), Some(tokens)) = (plan.total_steps, plan.total_tokens()) {
         eprintln!("length  {} steps = {} tokens", with_commas(steps), with_commas(tokens));
     }
+    if let Some(n) = config.data.epochs {
+        eprintln!(
+            "length  until a source is through {n} epoch(s), which shows when its files are read"
+        );
+    }
     Ok(())
 }
 

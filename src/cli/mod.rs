@@ -1,9 +1,11 @@
 //! One file a verb: arguments in, one library call, an exit code out.
 
 mod bench;
+mod bench_data;
 mod config;
 mod doctor;
 mod generate;
+mod inspect;
 mod prepare;
 mod pretrain;
 mod score;
@@ -28,6 +30,8 @@ pub enum Verb {
     Pretrain(pretrain::Args),
     /// Tokenize a corpus into packed files that training reads
     Prepare(prepare::Args),
+    /// Say what a packed dataset holds, show samples, verify every byte
+    Inspect(inspect::Args),
     /// Train a tokenizer, encode, decode, show what a tokenizer is
     Tokenizer(tokenizer::Args),
     /// Continue a prompt with a trained model
@@ -47,6 +51,7 @@ pub fn run(cli: Cli) -> Result<u8> {
     match cli.verb {
         Verb::Pretrain(args) => pretrain::run(args),
         Verb::Prepare(args) => prepare::run(args),
+        Verb::Inspect(args) => inspect::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),
         Verb::Generate(args) => generate::run(args),
         Verb::Score(args) => score::run(args),

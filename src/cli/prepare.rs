@@ -1,8 +1,8 @@
 //! `tinyllama prepare KIND`.
 
 use crate::config::{OnError, PrepareConfig, chunk_tokens};
-use crate::error::WithHint;
 use crate::data::prepare;
+use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
 use anyhow::Result;
 use std::path::PathBuf;

@@ -83,6 +83,11 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     if let Some(steps) = plan.total_steps {
         println!("length    {steps} steps");
     }
+    if let Some(n) = config.data.epochs {
+        println!(
+            "length    until a source is through {n} epoch(s), which shows when its files are read"
+        );
+    }
     let micro = config.train.micro_batch_size;
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let again = memory::Recompute::of(config, model.n_layer);

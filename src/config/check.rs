@@ -31,7 +31,7 @@ impl Schema {
         let mut node = &self.root;
         let mut path = String::new();
         for key in keys {
-            let at = self.non_null(node);
+            let at = self.container(node);
             if let (Some(items), Ok(_)) = (at.get("items"), key.parse::<usize>()) {
                 node = items;
                 path = join(&path, key);
@@ -60,10 +60,20 @@ impl Schema {
         let node = self.resolve(node);
         let options = node.get("anyOf").and_then(Value::as_array);
         let value = |n: &&Value| n.get("type").and_then(Value::as_str) != Some("null");
-        match options.and_then(|o| o.iter().find(value)) {
-            Some(option) if options.is_some_and(|o| o.len() == 2) => self.resolve(option),
+        let mut values = options.into_iter().flatten().filter(value);
+        match (values.next(), values.next()) {
+            (Some(option), None) => self.resolve(option),
             _ => node,
         }
+    }
+
+    /// The schema of the value where it has keys or positions below it, if it ever has.
+    pub fn container<'a>(&'a self, node: &'a Value) -> &'a Value {
+        let node = self.non_null(node);
+        let options = node.get("anyOf").and_then(Value::as_array);
+        let options = options.into_iter().flatten().map(|option| self.resolve(option));
+        let below = |n: &&Value| n.get("items").is_some() || n.get("properties").is_some();
+        options.into_iter().find(below).unwrap_or(node)
     }
 }
 

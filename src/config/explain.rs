@@ -47,6 +47,7 @@ fn collect(path: &str, node: &Value, defaults: &Value, schema: &Schema, out: &mu
             choices: choice_docs(target),
             path: path.clone(),
         });
+        let target = schema.container(target);
         let items = target.get("items").map(|items| schema.resolve(items));
         match items.filter(|items| items.get("properties").is_some()) {
             Some(items) => collect(&format!("{path}.N"), items, &Value::Null, schema, out),

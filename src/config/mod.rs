@@ -7,11 +7,13 @@ mod explain;
 mod load;
 mod run;
 mod validate;
+mod weight;
 
 pub use explain::{Key, explain, keys};
 pub use load::{diff, load, parse, save_resolved, to_yaml};
 pub use run::*;
 pub use validate::{BatchPlan, with_commas};
+pub use weight::{Weight, WeightPoint};
 
 /// Everything that is wrong with a configuration, found before anything is allocated.
 #[derive(Debug, thiserror::Error)]

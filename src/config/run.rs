@@ -1,5 +1,6 @@
 //! The structs of a run's YAML. Keys are litgpt's where litgpt has them.
 
+use super::weight::Weight;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -141,6 +142,11 @@ pub enum CudaGraph {
 pub struct DataConfig {
     /// Weighted sources, e.g. `[{path: data/packed/slim, weight: 0.69}]`. Each sample is drawn from one.
     pub train: Vec<DataSource>,
+    /// In which order samples come.
+    pub order: DataOrder,
+    /// End the run before a source would begin its epoch N+1, whichever is first; `null`: read on, each epoch in
+    /// another order. With several sources the others are then not read to their end.
+    pub epochs: Option<u64>,
     /// Packed files for validation; read in order, the same every time.
     pub val: Option<PathBuf>,
     /// Micro-batches read ahead by the background thread.
@@ -155,9 +161,23 @@ pub struct DataConfig {
 pub struct DataSource {
     /// Folder of packed `.bin` files (or a file prefix: `data/packed/train_slim`).
     pub path: PathBuf,
-    /// Share of samples drawn from it; weights are normalised to sum 1.
-    #[serde(default = "one")]
-    pub weight: f64,
+    /// Share of samples drawn from it; weights are normalised to sum 1. A list of points
+    /// `[{tokens: 0, weight: 1.0}, {tokens: 1.5T, weight: 0.6}]` changes it in straight lines between them.
+    #[serde(default)]
+    pub weight: Weight,
+}
+
+/// Orders of samples.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataOrder {
+    /// One seeded shuffle over all blocks of all files of a source, epoch by epoch: each block once, the same samples in
+    /// a step for any number of ranks.
+    #[default]
+    Global,
+    /// The order of lit-gpt and TinyLlama to the sample, for reproducing their runs: windows of 8 files a rank, files
+    /// after the last whole window never read. It depends on the number of ranks.
+    LitGpt,
 }
 
 fn one() -> f64 {
@@ -541,7 +561,14 @@ impl Default for RunConfig {
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { train: Vec::new(), val: None, prefetch: 8, prepare: Vec::new() }
+        Self {
+            train: Vec::new(),
+            order: DataOrder::Global,
+            epochs: None,
+            val: None,
+            prefetch: 8,
+            prepare: Vec::new(),
+        }
     }
 }
 

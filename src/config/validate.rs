@@ -1,5 +1,7 @@
 //! What is wrong with a well-typed configuration, and the arithmetic that follows from a right one.
 
+mod data;
+
 use super::check::{self, Schema};
 use super::{
     ActivationCheckpointing, AttentionBackend, ConfigError, LrSchedule, MasterFormat, Precision,
@@ -137,7 +139,7 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_optimizer(config, &mut problems);
     check_optimizer_formats(config, &mut problems);
     check_offload(config, &mut problems);
-    check_data(config, &mut problems);
+    data::check(config, &mut problems);
     if let Some(gib) = config.memory_limit.filter(|gib| !(*gib > 0.0 && gib.is_finite())) {
         problems.push(format!("`memory_limit`: must be above 0 GiB, or null, got {gib}"));
     }
@@ -269,18 +271,18 @@ fn check_ranks(config: &RunConfig, problems: &mut Vec<String>) {
 
 fn check_length(config: &RunConfig, problems: &mut Vec<String>) {
     let t = &config.train;
-    if t.max_tokens.is_none() && t.max_steps.is_none() && t.max_time.is_none() {
+    let known = t.max_tokens.is_some() || t.max_steps.is_some() || config.data.epochs.is_some();
+    if !known && t.max_time.is_none() {
         problems.push(
-            "`train`: nothing stops the run; set `train.max_steps`, `train.max_tokens` or \
-             `train.max_time`"
+            "`train`: nothing stops the run; set `train.max_steps`, `train.max_tokens`, \
+             `train.max_time` or `data.epochs`"
                 .into(),
         );
     }
-    let known = t.max_tokens.is_some() || t.max_steps.is_some();
     if t.lr_schedule != LrSchedule::Constant && !known && t.max_time.is_some() {
         problems.push(
-            "`train.lr_schedule`: `cosine` and `wsd` need a known length; set `train.max_steps` or \
-             `train.max_tokens` beside `train.max_time`, or use `constant`"
+            "`train.lr_schedule`: `cosine` and `wsd` need a known length; set `train.max_steps`, \
+             `train.max_tokens` or `data.epochs` beside `train.max_time`, or use `constant`"
                 .into(),
         );
     }
@@ -389,44 +391,6 @@ fn check_offload(config: &RunConfig, problems: &mut Vec<String>) {
     }
 }
 
-fn check_data(config: &RunConfig, problems: &mut Vec<String>) {
-    let sources = &config.data.train;
-    if sources.is_empty() {
-        problems.push("`data.train`: needs at least one source `{path, weight}`".into());
-    }
-    for (i, source) in sources.iter().enumerate() {
-        if !(source.weight > 0.0 && source.weight.is_finite()) {
-            problems
-                .push(format!("`data.train.{i}.weight`: must be above 0, got {}", source.weight));
-        }
-    }
-    for (i, p) in config.data.prepare.iter().enumerate() {
-        if p.chunk_tokens == 0 {
-            problems.push(format!("`data.prepare.{i}.chunk_tokens`: must be at least 1, got 0"));
-        }
-        if !(0.0..1.0).contains(&p.validation_fraction) {
-            problems.push(format!(
-                "`data.prepare.{i}.validation_fraction`: must be in [0, 1), got {}",
-                p.validation_fraction
-            ));
-        }
-        if (p.validation_fraction > 0.0) != p.validation_out.is_some() {
-            problems.push(format!(
-                "`data.prepare.{i}`: `validation_fraction` and `validation_out` go together"
-            ));
-        }
-        if !(p.percentage > 0.0 && p.percentage <= 1.0) {
-            problems.push(format!(
-                "`data.prepare.{i}.percentage`: must be above 0 and at most 1.0 (all), got {}",
-                p.percentage
-            ));
-        }
-        if config.tokenizer_dir.is_none() {
-            problems.push(format!("`data.prepare.{i}`: preparing needs `tokenizer_dir`"));
-        }
-    }
-}
-
 /// The arithmetic of a step, from the actual world size.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BatchPlan {
@@ -470,6 +434,16 @@ impl BatchPlan {
         let total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
         let accumulation = global / unit;
         Ok(Self { world, micro, accumulation, global, tokens_per_step, total_steps })
+    }
+
+    /// Bounds the run by the global samples that its data give, in whole steps. Whether that makes it shorter.
+    pub fn limit_samples(&mut self, samples: u64) -> bool {
+        let steps = samples / self.global;
+        let shorter = self.total_steps.is_none_or(|total| steps < total);
+        if shorter {
+            self.total_steps = Some(steps);
+        }
+        shorter
     }
 
     /// Tokens of the whole run, where its length is known.

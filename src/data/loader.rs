@@ -1,18 +1,14 @@
-//! Training batches: a weighted mixture of packed sets, shuffled, sharded, read ahead.
-//!
-//! Global sample k is a function of the seed and k alone: a hash of (seed, k) draws the source by weight; the
-//! j-th sample of a source is block `permutation(seed, source, epoch)(j mod n)` of epoch `j / n`. Rank r of W
-//! takes the samples k = r mod W, so every world size trains on the same sequences in each step, and no two
-//! ranks on the same one. The cursor is k and one counter a source: restored in constant time.
+//! Training batches: a weighted mixture of packed sets, in the order that `data.order` says ([`order`]), read ahead.
 
 use super::Batch;
-use super::packed::{self, PackedSet};
-use super::permutation::{Permutation, mix};
-use crate::bail_hint;
-use crate::config::DataSource;
+use super::order::{End, Order, Walk};
+use super::packed::{self, Access, PackedSet};
+use crate::config::{DataOrder, DataSource, with_commas};
 use crate::error::WithHint;
+use crate::train::progress::count;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
@@ -23,6 +19,8 @@ use tch::Tensor;
 pub struct LoaderOptions {
     /// Weighted sources.
     pub sources: Vec<DataSource>,
+    /// In which order their samples come.
+    pub order: DataOrder,
     /// B
     pub micro_batch_size: usize,
     /// T
@@ -37,33 +35,35 @@ pub struct LoaderOptions {
     pub vocab_size: usize,
     /// Batches read ahead.
     pub prefetch: usize,
+    /// How files are read.
+    pub access: Access,
 }
 
-/// Where a loader stands: after the last batch that `next` gave out. Every rank's is the same, and it holds
-/// for any world size and micro-batch.
+/// Where a loader stands: after the last batch that `next` gave out. Every rank's is the same. In the order `global` it
+/// holds for any world size and micro-batch, in `lit-gpt` for any micro-batch.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 pub struct DataState {
     /// Global samples consumed by all ranks.
     pub sample: u64,
     /// Samples drawn from each source.
     pub drawn: Vec<u64>,
-    /// Blocks of each source, to notice that the data changed.
+    /// Blocks of an epoch of each source, to notice that the data changed.
     pub blocks: Vec<u64>,
     /// T, which the blocks depend on.
     pub block_size: usize,
     /// Seed of the order.
     pub seed: u64,
-}
-
-/// One source: its blocks of T+1 tokens.
-struct Source {
-    set: PackedSet,
-    weight: f64,
-    blocks: u64,
+    /// The order.
+    #[serde(default)]
+    pub order: DataOrder,
+    /// W, where the order depends on it.
+    #[serde(default)]
+    pub world: Option<usize>,
 }
 
 struct Shared {
-    sources: Vec<Source>,
+    sets: Vec<PackedSet>,
+    order: Order,
     options: LoaderOptions,
 }
 
@@ -78,20 +78,24 @@ impl DataLoader {
     /// Opens the sources and starts reading ahead.
     ///
     /// # Errors
-    /// A missing or damaged file; a source shorter than one block of T+1 tokens; weights that are no shares.
+    /// A missing or damaged file; a source that has too little for the order; weights that are no shares.
     pub fn train(options: LoaderOptions) -> Result<Self> {
         let o = &options;
         ensure!(o.micro_batch_size > 0 && o.block_size > 0, "a batch of no tokens: {o:?}");
         ensure!(o.rank < o.world, "rank {} of {} ranks", o.rank, o.world);
-        let sources = open_sources(o)?;
+        let open = |s: &DataSource| packed::explain(PackedSet::open_by(&s.path, o.access));
+        let sets = o.sources.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let order = Order::new(o, &sets)?;
         let state = DataState {
             sample: 0,
-            drawn: vec![0; sources.len()],
-            blocks: sources.iter().map(|s| s.blocks).collect(),
+            drawn: vec![0; sets.len()],
+            blocks: order.blocks(),
             block_size: o.block_size,
             seed: o.seed,
+            order: o.order,
+            world: (o.order == DataOrder::LitGpt).then_some(o.world),
         };
-        let shared = Arc::new(Shared { sources, options });
+        let shared = Arc::new(Shared { sets, order, options });
         let ahead = ReadAhead::start(shared.clone(), state.clone());
         Ok(Self { shared, state, ahead })
     }
@@ -114,16 +118,69 @@ impl DataLoader {
         self.state.clone()
     }
 
-    /// Goes to a cursor in constant time.
+    /// The epoch of each source that its last sample was of, from 1; 0 before its first sample.
+    pub fn epochs(&self) -> Vec<u64> {
+        let drawn_and_blocks = self.state.drawn.iter().zip(&self.state.blocks);
+        drawn_and_blocks.map(|(drawn, blocks)| drawn.div_ceil(*blocks)).collect()
+    }
+
+    /// Where some source would begin epoch `epochs + 1`; `None`: not within `at_most` global samples.
+    pub fn end(&self, epochs: u64, at_most: u64) -> Option<End> {
+        self.shared.order.end(epochs, at_most)
+    }
+
+    /// A source by name: the last part of its path.
+    pub fn name(&self, source: usize) -> String {
+        let path: &Path = &self.shared.options.sources[source].path;
+        path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+    }
+
+    /// A line for each source, and one for what its order leaves out.
+    pub fn describe(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (i, (set, source)) in
+            self.shared.sets.iter().zip(&self.shared.options.sources).enumerate()
+        {
+            let name = self.name(i);
+            lines.push(format!(
+                "{name}: {} file(s), {} tokens, {} blocks of {}, weight {}{}",
+                with_commas(set.n_files() as u64),
+                count(set.len() as f64),
+                with_commas(self.state.blocks[i]),
+                with_commas(self.state.block_size as u64 + 1),
+                source.weight,
+                match set.access() {
+                    Access::Mapped => "",
+                    Access::Opened => "; too many files to map, opened for each block",
+                }
+            ));
+            if let Some((unread, all)) = self.shared.order.unread(i)
+                && unread > 0
+            {
+                lines.push(format!(
+                    "{name}: {unread} of {all} files are never read, as lit-gpt never read them"
+                ));
+            }
+        }
+        lines
+    }
+
+    /// Goes to a cursor: in constant time in the order `global`, by replaying draws alone in `lit-gpt`
+    /// (0.7 s for 1e8 samples of a rank).
     ///
     /// # Errors
-    /// The sources, the sequence length or the seed are not those of the cursor: it would point elsewhere.
+    /// The sources, the sequence length, the seed or the order are not those of the cursor: it would point elsewhere.
     pub fn restore(&mut self, state: &DataState) -> Result<()> {
-        let identity = |s: &DataState| (s.blocks.clone(), s.block_size, s.seed);
+        let identity = |s: &DataState| (s.blocks.clone(), s.block_size, s.seed, s.order, s.world);
         if identity(state) != identity(&self.state) || state.drawn.len() != state.blocks.len() {
             let show = |s: &DataState| {
-                let (blocks, block_size, seed) = identity(s);
-                format!("{blocks:?} blocks of {block_size} by source, seed {seed}")
+                let ranks = s.world.map_or(String::new(), |n| format!(" on {n} rank(s)"));
+                let order = match s.order {
+                    DataOrder::Global => String::new(),
+                    DataOrder::LitGpt => format!(", order lit-gpt{ranks}"),
+                };
+                let (blocks, t, seed) = (&s.blocks, s.block_size, s.seed);
+                format!("{blocks:?} blocks of {t} by source, seed {seed}{order}")
             };
             return Err(anyhow!(
                 "the training data changed: expected {}, got {}",
@@ -131,34 +188,14 @@ impl DataLoader {
                 show(&self.state)
             ))
             .hint(
-                "resume with the run's data, `max_seq_length` and `seed`, or start a new run from \
-                 its weights",
+                "resume with the run's data, `data.order`, `max_seq_length` and `seed` (and ranks, in the order \
+                 `lit-gpt`), or start a new run from its weights",
             );
         }
         self.state = state.clone();
         self.ahead = ReadAhead::start(self.shared.clone(), state.clone());
         Ok(())
     }
-}
-
-fn open_sources(o: &LoaderOptions) -> Result<Vec<Source>> {
-    let total: f64 = o.sources.iter().map(|s| s.weight).sum();
-    let are_shares = o.sources.iter().all(|s| s.weight >= 0.0) && total > 0.0 && total.is_finite();
-    ensure!(are_shares, "weights must be 0 or more and some above: {:?}", o.sources);
-    let mut sources = Vec::new();
-    for source in &o.sources {
-        let set = packed::explain(PackedSet::open(&source.path))?;
-        let blocks = set.len() / (o.block_size as u64 + 1);
-        if blocks == 0 {
-            bail_hint!(
-                "prepare more text, or lower `train.max_seq_length`";
-                "`{}` has {} tokens, a training sequence needs {}",
-                source.path.display(), set.len(), o.block_size + 1
-            );
-        }
-        sources.push(Source { set, weight: source.weight / total, blocks });
-    }
-    Ok(sources)
 }
 
 /// A thread that reads batches until its receiver is gone or one fails.
@@ -171,8 +208,10 @@ impl ReadAhead {
     fn start(shared: Arc<Shared>, mut state: DataState) -> Self {
         let (sender, receiver) = sync_channel(shared.options.prefetch.max(1));
         let thread = std::thread::spawn(move || {
+            let mut walk = shared.order.walk(&state);
+            let mut rows = Rows::default();
             loop {
-                let batch = shared.read_batch(&mut state);
+                let batch = shared.read_batch(&mut walk, &mut state, &mut rows);
                 let failed = batch.is_err();
                 if sender.send(batch.map(|b| (b, state.clone()))).is_err() || failed {
                     return;
@@ -193,49 +232,37 @@ impl Drop for ReadAhead {
     }
 }
 
+/// Memory that batches are put together in, kept from batch to batch.
+#[derive(Default)]
+struct Rows {
+    /// T+1 tokens
+    block: Vec<i64>,
+    /// B x T
+    input: Vec<i64>,
+    /// B x T
+    target: Vec<i64>,
+}
+
 impl Shared {
     /// Walks B x W global samples and reads this rank's B.
-    fn read_batch(&self, state: &mut DataState) -> Result<Batch> {
+    fn read_batch(&self, walk: &mut Walk, state: &mut DataState, rows: &mut Rows) -> Result<Batch> {
         let o = &self.options;
         let (b, t) = (o.micro_batch_size, o.block_size);
-        let mut tokens = Vec::with_capacity(b * (t + 1));
-        for i in 0..b * o.world {
-            let source = self.draw(state.sample);
-            if i % o.world == o.rank {
-                tokens.extend(self.read_block(source, state.drawn[source])?);
-            }
-            state.sample += 1;
-            state.drawn[source] += 1;
+        rows.input.clear();
+        rows.target.clear();
+        for _ in 0..b {
+            let (source, from) = walk.next(state);
+            rows.block.clear();
+            let set = &self.sets[source];
+            packed::explain(set.read_into(from, t as u64 + 1, o.vocab_size, &mut rows.block))?;
+            rows.input.extend_from_slice(&rows.block[..t]);
+            rows.target.extend_from_slice(&rows.block[1..]);
         }
         let (b, t) = (b as i64, t as i64);
-        let tokens = Tensor::from_slice(&tokens).view([b, t + 1]); // (B, T+1)
         Ok(Batch {
-            input: tokens.narrow(1, 0, t).contiguous(),  // (B, T)
-            target: tokens.narrow(1, 1, t).contiguous(), // (B, T)
+            input: Tensor::from_slice(&rows.input).view([b, t]), // (B, T)
+            target: Tensor::from_slice(&rows.target).view([b, t]), // (B, T)
             n_targets: b * t,
         })
-    }
-
-    /// The source of global sample k.
-    fn draw(&self, k: u64) -> usize {
-        let hash = mix(mix(self.options.seed) ^ mix(k));
-        let mut x = (hash >> 11) as f64 / (1u64 << 53) as f64; // uniform in [0, 1)
-        for (i, source) in self.sources.iter().enumerate() {
-            if x < source.weight {
-                return i;
-            }
-            x -= source.weight;
-        }
-        self.sources.len() - 1
-    }
-
-    /// The T+1 tokens of the j-th sample of a source.
-    fn read_block(&self, source: usize, j: u64) -> Result<Vec<i64>> {
-        let (o, s) = (&self.options, &self.sources[source]);
-        let (epoch, i) = (j / s.blocks, j % s.blocks);
-        let key = mix(mix(mix(o.seed) ^ source as u64) ^ epoch);
-        let block = Permutation::new(s.blocks, key).at(i);
-        let size = o.block_size as u64 + 1;
-        packed::explain(s.set.read(block * size, size, o.vocab_size))
     }
 }

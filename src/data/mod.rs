@@ -5,10 +5,12 @@
 //! original's very blocks at T = 2048. What the original loses is read here: it cuts within each file and
 //! drops the rest of it, shuffles within windows of 8 files, never reads the files after the last whole
 //! window, and fails on fewer than 8 a rank. Here an epoch of a set is all its blocks in one seeded order,
-//! and at most T tokens at the end of the stream stay out.
+//! and at most T tokens at the end of the stream stay out. The original's order can be had too ([`order`]).
 
 pub mod documents;
+pub mod inspect;
 pub mod loader;
+pub mod order;
 pub mod packed;
 mod permutation;
 pub mod prepare;

@@ -62,11 +62,12 @@ impl ValidationSet {
     fn read(&self, first: u64, end: u64) -> Result<Batch> {
         let (b, t) = ((end - first) as i64, self.block_size as i64);
         let (mut input, mut target, mut n_targets) = (Vec::new(), Vec::new(), 0);
+        let mut tokens = Vec::new();
         for row in first..end {
             let from = row * self.block_size;
             let n = (self.n_targets() - from).min(self.block_size);
-            let tokens = self.set.read(from, n + 1, self.vocab_size);
-            let tokens = packed::explain(tokens)?;
+            tokens.clear();
+            packed::explain(self.set.read_into(from, n + 1, self.vocab_size, &mut tokens))?;
             let padding = (self.block_size - n) as usize;
             input.extend(&tokens[..n as usize]);
             input.extend(std::iter::repeat_n(0, padding));

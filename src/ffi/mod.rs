@@ -7,6 +7,7 @@ mod gradients;
 mod graph;
 mod hooks;
 mod kernels;
+mod mmap;
 mod offload;
 mod process_group;
 pub mod profile;
@@ -17,6 +18,7 @@ pub use gradients::*;
 pub use graph::*;
 pub use hooks::{Call, on_gradient};
 pub use kernels::*;
+pub use mmap::map_file;
 pub use offload::{HostLink, page_locked};
 pub use process_group::*;
 pub use recompute::{Part, recompute};
@@ -237,10 +239,4 @@ pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Tensor {
     // SAFETY: sizes were just compared; the regions are distinct allocations.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), t.data_ptr() as *mut u8, size) };
     t
-}
-
-/// Maps a file read-only.
-pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
-    // SAFETY: the usual caveat of memory maps: another process must not truncate the file meanwhile.
-    unsafe { memmap2::Mmap::map(file) }
 }

@@ -18,12 +18,14 @@ pub fn documents(path: &Path, field: Option<&str>) -> Result<Texts> {
     let schema = Schema::of_file(path);
     let rows =
         rows(path, schema, field).hint("name a file of text, .jsonl, .jsonl.zst or .parquet")?;
-    Ok(Box::new(rows.into_iter().filter_map(move |row| match row {
-        Row::Text(text) => Some(Ok(text)),
-        Row::Skipped(_) if schema == Schema::Parquet => None, // a null
-        Row::Skipped(skipped) => Some(
-            Err(anyhow!("{name}: {skipped}"))
-                .usage("name the key that holds the text with `--text-field`"),
-        ),
+    Ok(Box::new(rows.into_iter().filter_map(move |row| {
+        match row {
+            Row::Text(text) => Some(Ok(text)),
+            Row::Skipped(_) if schema == Schema::Parquet => None, // a null
+            Row::Skipped(skipped) => Some(
+                Err(anyhow!("{name}: {skipped}"))
+                    .usage("name the key that holds the text with `--text-field`"),
+            ),
+        }
     })))
 }

@@ -2,6 +2,7 @@
 
 mod append;
 mod backends;
+mod data;
 pub mod flops;
 pub mod memory;
 pub mod metrics;

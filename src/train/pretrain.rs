@@ -14,7 +14,7 @@ use anyhow::{Result, anyhow};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Trains until `max_steps`, `max_tokens` or `max_time`, or a signal. Returns the exit code: 0, or
+/// Trains until `max_steps`, `max_tokens`, `max_time`, the end of the data's epochs, or a signal. Returns the exit code: 0, or
 /// 130/143 where SIGINT/SIGTERM stopped it; both after a checkpoint was written. `job`: as one of several ranks, which all
 /// call this.
 ///
@@ -166,6 +166,9 @@ fn close_log(run: &mut Run) -> Result<()> {
 
 /// Final validation and checkpoint, loss curve, sample, and what to do next.
 fn finish(run: &mut Run) -> Result<u8> {
+    if let Some(why) = run.out_of_data().map(str::to_owned) {
+        run.note(&format!("data        at an end after step {}: {why}", run.progress.step));
+    }
     if run.config.eval.final_validation {
         run.validate(None)?;
     }

@@ -9,16 +9,16 @@ use super::pick_attention::pick_attention;
 use super::ranks;
 use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
-use super::{saver, validate};
+use super::{data, saver, validate};
 use crate::config::{
     ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Resume, RunConfig,
 };
-use crate::data::{DataLoader, LoaderOptions, ValidationSet, prepare};
+use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
 use crate::distributed::{Job, Ranks};
 use crate::error::WithHint;
 use crate::ffi::ReadBack;
-use crate::model::{Fp8, GPT, ModelConfig};
+use crate::model::{Fp8, GPT};
 use crate::tokenizer::Tokenizer;
 use crate::{bail_hint, checkpoint, config, device, ffi, guard, model};
 use anyhow::{Context, Result, anyhow};
@@ -118,6 +118,10 @@ pub struct Run<'j> {
     pub micro: MicroStep,
     /// Newest checkpoint written or read.
     pub last_checkpoint: Option<PathBuf>,
+    /// Why the data end the run, where they do.
+    ends_with: Option<String>,
+    /// Of each source, by its last sample.
+    epochs: Vec<u64>,
     flops: FlopsPerToken,
     attention_told: Option<String>,
     peak_flops: Option<f64>,
@@ -137,7 +141,7 @@ impl<'j> Run<'j> {
             ffi::cuda_set_device(card)?; // where graphs and events are made
         }
         let sequence = config.sequence_length(&model_config);
-        let plan = BatchPlan::new(config, sequence, job.map_or(1, |job| job.size() as u64))?;
+        let mut plan = BatchPlan::new(config, sequence, job.map_or(1, |job| job.size() as u64))?;
         set_backends(config, device)?;
         if config.precision == Precision::Fp8Mixed {
             model::require_fp8(&model_config, device)?; // before data is prepared
@@ -170,7 +174,8 @@ impl<'j> Run<'j> {
             None => prepare()?,
         }
         let place = job.map_or((0, 1), |job| (job.rank(), job.size()));
-        let (mut loader, val) = open_data(config, &model_config, sequence, place)?;
+        let (mut loader, val) = data::open(config, &model_config, sequence, place)?;
+        let ends_with = data::end_with(config, &mut plan, &loader)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
         let pick = || pick_attention(config, &model_config, sequence, device);
@@ -249,6 +254,7 @@ impl<'j> Run<'j> {
             device,
             model,
             optimizer,
+            epochs: loader.epochs(),
             loader,
             val,
             tokenizer: tokenizer.map(Arc::new),
@@ -258,6 +264,7 @@ impl<'j> Run<'j> {
             saver,
             progress,
             micro,
+            ends_with,
             flops,
             attention_told: attention.told,
         };
@@ -289,8 +296,13 @@ impl<'j> Run<'j> {
         if self.config.optimizer.cpu_offload {
             eprintln!("offload     exact weights and moments on the host, streamed once a step");
         }
-        if let Some(steps) = self.plan.total_steps {
-            eprintln!("length      {steps} steps");
+        for line in self.loader.describe() {
+            eprintln!("data        {line}");
+        }
+        match (self.plan.total_steps, &self.ends_with) {
+            (Some(steps), Some(why)) => eprintln!("length      {steps} steps, then {why}"),
+            (Some(steps), None) => eprintln!("length      {steps} steps"),
+            _ => {}
         }
         if let Some(told) = &self.attention_told {
             eprintln!("attention   {told}");
@@ -321,6 +333,12 @@ impl<'j> Run<'j> {
     /// Whether `train.max_time` has passed on this rank.
     pub fn time_is_up(&self) -> bool {
         self.config.train.max_time.is_some_and(|limit| self.elapsed() >= limit)
+    }
+
+    /// Why the run is at its end, where its data are.
+    pub fn out_of_data(&self) -> Option<&str> {
+        let why = self.ends_with.as_deref();
+        why.filter(|_| self.plan.total_steps.is_some_and(|n| self.progress.step >= n))
     }
 
     /// A line for the user.
@@ -367,13 +385,14 @@ impl<'j> Run<'j> {
     /// # Sync
     /// None on a GPU with fused kernels, but where a CUDA graph is captured or a matrix product is searched.
     pub fn launch_step(&mut self) -> Result<LaunchedStep> {
-        let train = &self.config.train;
         let step = self.progress.step + 1;
-        let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
         self.tick("reading data");
         let batches =
             (0..self.plan.accumulation).map(|_| self.loader.next()).collect::<Result<Vec<_>>>()?;
+        self.note_epochs(step);
         self.tick("the step");
+        let train = &self.config.train;
+        let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
         let (model, optimizer, micro) = (&self.model, &mut self.optimizer, &mut self.micro);
         let ranks = self.ranks.as_ref();
         let numbers = guard::catch("the training step", self.device, super::LOWER, || {
@@ -392,6 +411,20 @@ impl<'j> Run<'j> {
         self.progress.tokens += self.plan.tokens_per_step;
         self.progress.elapsed = self.elapsed();
         Ok(LaunchedStep { progress: self.progress, lr, numbers })
+    }
+
+    /// Says which sources began another epoch with the batches of a step.
+    fn note_epochs(&mut self, step: u64) {
+        let before = std::mem::replace(&mut self.epochs, self.loader.epochs());
+        for (source, before) in before.into_iter().enumerate() {
+            let epoch = self.epochs[source];
+            if epoch > before.max(1) {
+                let name = self.loader.name(source);
+                self.note(&format!(
+                    "data        {name} begins epoch {epoch} in step {step}, in another order"
+                ));
+            }
+        }
     }
 
     /// Logs a step that took `seconds`.
@@ -452,29 +485,6 @@ fn open_log(config: &RunConfig, plan: &BatchPlan, resumed: Option<u64>) -> Resul
     config::save_resolved(config, &config.out_dir.join("config.yaml"))?;
     let totals = Totals { steps: plan.total_steps, tokens: plan.total_tokens() };
     RunLog::open(&config.out_dir, resumed, totals, false)
-}
-
-fn open_data(
-    config: &RunConfig,
-    model: &ModelConfig,
-    sequence: i64,
-    (rank, world): (usize, usize),
-) -> Result<(DataLoader, Option<ValidationSet>)> {
-    let micro_batch_size = config.train.micro_batch_size as usize;
-    let vocab_size = model.padded_vocab_size as usize;
-    let loader = DataLoader::train(LoaderOptions {
-        sources: config.data.train.clone(),
-        micro_batch_size,
-        block_size: sequence as usize,
-        rank,
-        world,
-        seed: config.seed,
-        vocab_size,
-        prefetch: config.data.prefetch,
-    })?;
-    let open =
-        |path: &PathBuf| ValidationSet::open(path, sequence as usize, micro_batch_size, vocab_size);
-    Ok((loader, config.data.val.as_ref().map(open).transpose()?))
 }
 
 /// The checkpoint to resume from, by `resume:`; refuses to mix a new run into an old one's folder.

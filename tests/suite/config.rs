@@ -128,9 +128,73 @@ fn numbers_may_be_written_as_people_write_them() {
         assert_eq!(c.train.max_tokens, Some(want), "{text}");
     }
     let c = parse(BASE, &["train.max_norm=1", "resume=true", "data.train.0.weight=2"]);
-    assert_eq!((c.train.max_norm, c.data.train[0].weight), (Some(1.0), 2.0));
+    assert_eq!((c.train.max_norm, c.data.train[0].weight.constant()), (Some(1.0), Some(2.0)));
     let half = problems(BASE, &["train.max_steps=1.5"]);
     assert!(half[0].contains("`train.max_steps`: expected an integer"), "{half:?}");
+}
+
+#[test]
+fn weights_may_change_between_token_counts_and_what_cannot_be_is_told() {
+    let text =
+        |weights: &str| format!("data: {{train: [{weights}]}}\ntrain: {{max_steps: 3000}}\n");
+    let schedule = text(
+        "{path: a, weight: [{tokens: 0, weight: 1}, {tokens: 1.5T, weight: 0.6}]},
+         {path: b, weight: [{tokens: 1.5e12, weight: 0}, {tokens: 1_800_000_000_000, weight: 0.4}]}",
+    );
+    let c = parse(&schedule, &["data.order=global", "data.train.1.weight.1.tokens=2T"]);
+    let at = |source: usize, tokens| c.data.train[source].weight.at(tokens);
+    assert_eq!((at(0, 750_000_000_000), at(0, 3_000_000_000_000)), (0.8, 0.6));
+    assert_eq!((at(1, 1_750_000_000_000), at(1, 2_000_000_000_000)), (0.2, 0.4));
+    assert_eq!(parse(&config::to_yaml(&c).unwrap(), &[]), c);
+    let points = "data.train.N.weight.N.tokens";
+    assert_eq!(config::explain("data.train.0.weight.1.tokens").unwrap()[0].path, points);
+
+    let refused = [
+        (
+            text("{path: a, weight: [{tokens: 5, weight: 1}, {tokens: 5, weight: -1}]}"),
+            vec![
+                "`data.train.0.weight.1.weight`: must be at least 0, got -1",
+                "`data.train.0.weight.1.tokens`: must be above the point before, 5, got 5",
+            ],
+        ),
+        (
+            text("{path: a, weight: [{tokens: 0, weight: 1}, {tokens: 9, weight: 0}]}"),
+            vec![
+                "`data.train`: weights must be 0 or more and one above 0 at any time; after 9 tokens they are 0",
+            ],
+        ),
+        (
+            text("{path: a, weight: [{tokens: 0, wight: 1}]}"),
+            vec![
+                "`data.train.0.weight.0.weight`: missing",
+                "`data.train.0.weight.0.wight`: unknown key; did you mean `data.train.0.weight.0.weight`?",
+            ],
+        ),
+        (
+            text("{path: a, weight: much}"),
+            vec!["`data.train.0.weight`: expected a number or a list, got `much`"],
+        ),
+    ];
+    for (text, want) in refused {
+        assert_eq!(problems(&text, &[]), want);
+    }
+    let lit_gpt = problems(&schedule, &["data.order=lit-gpt", "data.epochs=0"]);
+    assert_eq!(lit_gpt.len(), 3, "{lit_gpt:?}");
+    assert!(lit_gpt[0].ends_with("takes one number, got a list of points"), "{lit_gpt:?}");
+    assert!(lit_gpt[2].starts_with("`data.epochs`: must be at least 1, or null"), "{lit_gpt:?}");
+    let word = problems(BASE, &["data.order=litgpt"]);
+    assert!(word[0].ends_with("did you mean `lit-gpt`?"), "{word:?}");
+}
+
+#[test]
+fn epochs_alone_end_a_run() {
+    let c = parse("data: {train: [{path: x}], epochs: 2}", &[]);
+    assert_eq!((c.data.epochs, c.train.max_steps), (Some(2), None));
+    let mut plan = BatchPlan::new(&c, 2048, 1).unwrap();
+    assert!(plan.limit_samples(5 * 512 + 511));
+    assert_eq!(plan.total_steps, Some(5));
+    assert!(!plan.limit_samples(6 * 512));
+    assert_eq!(plan.total_steps, Some(5));
 }
 
 #[test]
@@ -363,7 +427,7 @@ proptest! {
         (c.out_dir, c.resume, c.seed) = (out.into(), Resume::Text(resume), seed);
         (c.optimizer.lr, c.optimizer.eps, c.train.min_lr) = (lr, eps, lr / 10.0);
         (c.train.max_steps, c.train.max_time, c.train.sample_prompt) = (Some(steps), time, prompt);
-        c.data.train = vec![DataSource { path: "x".into(), weight }];
+        c.data.train = vec![DataSource { path: "x".into(), weight: weight.into() }];
         let text = config::to_yaml(&c).unwrap();
         prop_assert_eq!(config::parse(&text, &[]).unwrap(), c, "{}", text);
     }

@@ -5,8 +5,8 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use tch::Tensor;
-use tinyllama::config::{DataSource, OnError, PrepareConfig, chunk_tokens};
-use tinyllama::data::packed::PackedWriter;
+use tinyllama::config::{DataOrder, DataSource, OnError, PrepareConfig, chunk_tokens};
+use tinyllama::data::packed::{Access, PackedWriter};
 use tinyllama::data::prepare::prepare;
 use tinyllama::data::{DataLoader, LoaderOptions, ValidationSet};
 use tinyllama::tokenizer::Tokenizer;
@@ -25,8 +25,10 @@ fn packed(dir: &Path, name: &str, first: u32, n: u32) -> PathBuf {
 }
 
 fn options(sources: &[(&Path, f64)], rank: usize, world: usize) -> LoaderOptions {
-    let source =
-        |(path, weight): &(&Path, f64)| DataSource { path: path.to_path_buf(), weight: *weight };
+    let source = |(path, weight): &(&Path, f64)| DataSource {
+        path: path.to_path_buf(),
+        weight: (*weight).into(),
+    };
     LoaderOptions {
         sources: sources.iter().map(source).collect(),
         micro_batch_size: 2,
@@ -36,6 +38,8 @@ fn options(sources: &[(&Path, f64)], rank: usize, world: usize) -> LoaderOptions
         seed: 5,
         vocab_size: 60_000,
         prefetch: 3,
+        order: DataOrder::Global,
+        access: Access::Mapped,
     }
 }
 
@@ -223,7 +227,10 @@ fn preparation_is_byte_identical_whatever_the_number_of_threads() {
         let options = preparation("slimpajama", &quickstart("slimpajama"), dir.path());
         let manifest = prepare(&options, &tokenizer, Some(threads)).unwrap();
         assert_eq!(manifest.counts.skipped.get("RedPajamaGithub"), Some(&2));
-        assert!(manifest.counts.documents > 100 && manifest.counts.validation_documents > 5, "{manifest:?}");
+        assert!(
+            manifest.counts.documents > 100 && manifest.counts.validation_documents > 5,
+            "{manifest:?}"
+        );
         contents(dir.path())
     };
     let one = run(1);

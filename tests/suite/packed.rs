@@ -5,8 +5,8 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use tinyllama::config::DataSource;
-use tinyllama::data::packed::{PackedError, PackedSet, PackedWriter};
+use tinyllama::config::{DataOrder, DataSource};
+use tinyllama::data::packed::{Access, PackedError, PackedSet, PackedWriter};
 use tinyllama::data::{DataLoader, LoaderOptions, ValidationSet};
 
 const ANY_ID: usize = 1 << 41;
@@ -164,9 +164,13 @@ impl Sizes {
     }
 
     fn loader(&self, dir: &Path, rank: usize, world: usize) -> DataLoader {
+        DataLoader::train(self.options(dir, rank, world)).unwrap()
+    }
+
+    fn options(&self, dir: &Path, rank: usize, world: usize) -> LoaderOptions {
         let sources = (0..self.tokens.len())
-            .map(|i| DataSource { path: dir.join(i.to_string()), weight: 1.0 + i as f64 });
-        DataLoader::train(LoaderOptions {
+            .map(|i| DataSource { path: dir.join(i.to_string()), weight: (1.0 + i as f64).into() });
+        LoaderOptions {
             sources: sources.collect(),
             micro_batch_size: self.micro_batch,
             block_size: self.t,
@@ -175,8 +179,9 @@ impl Sizes {
             seed: self.seed,
             vocab_size: 5000,
             prefetch: 2,
-        })
-        .unwrap()
+            order: DataOrder::Global,
+            access: Access::Mapped,
+        }
     }
 
     fn blocks(&self) -> Vec<u64> {
@@ -306,16 +311,30 @@ fn a_cursor_of_another_seed_length_or_corpus_is_refused() {
 }
 
 #[test]
-fn a_file_that_goes_away_under_a_running_job_is_an_error_that_names_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let sizes = Sizes { t: 7, micro_batch: 2, tokens: vec![100], chunk: 30, seed: 1 };
-    sizes.write(dir.path());
-    let mut loader = sizes.loader(dir.path(), 0, 1);
-    rows(&mut loader);
-    let file = dir.path().join("0/train_0000000001.bin");
-    fs::write(&file, b"LITPKDS").unwrap();
-    let error = (0..30).find_map(|_| loader.next().err()).unwrap();
-    assert!(format!("{error:#}").contains("cannot read `"), "{error:#}");
-    assert!(format!("{error:#}").contains("train_0000000001.bin"), "{error:#}");
-    assert!(loader.next().unwrap_err().to_string().contains("the data thread ended"));
+fn a_file_that_is_cut_or_goes_away_under_a_running_job_is_an_error_that_names_it() {
+    let cut = "expected 84 bytes as when it was opened, got 7; was it cut";
+    for (access, removed, want) in [
+        (Access::Mapped, false, cut),
+        (Access::Opened, false, "cannot read `"),
+        (Access::Mapped, true, "cannot read `"),
+        (Access::Opened, true, "cannot open `"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let sizes = Sizes { t: 7, micro_batch: 2, tokens: vec![100], chunk: 30, seed: 1 };
+        sizes.write(dir.path());
+        let options = LoaderOptions { access, ..sizes.options(dir.path(), 0, 1) };
+        let mut loader = DataLoader::train(options).unwrap();
+        rows(&mut loader);
+        // Until the thread has read ahead and waits: it must not be in the map while the file is cut.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let file = dir.path().join("0/train_0000000001.bin");
+        match removed {
+            true => fs::remove_file(&file).unwrap(),
+            false => fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(7).unwrap(),
+        }
+        let error = (0..30).find_map(|_| loader.next().err()).unwrap();
+        assert!(format!("{error:#}").contains(want), "{error:#}");
+        assert!(format!("{error:#}").contains("train_0000000001.bin"), "{error:#}");
+        assert!(loader.next().unwrap_err().to_string().contains("the data thread ended"));
+    }
 }

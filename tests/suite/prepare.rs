@@ -162,7 +162,8 @@ fn broken_rows_are_counted_by_reason_and_only_then_fatal_when_all_are_broken() {
     assert_eq!(documents(&out), ["kept", "no newline at the end"]);
     let skipped: Vec<(&str, u64)> =
         manifest.counts.skipped.iter().map(|(why, n)| (why.as_str(), *n)).collect();
-    let want = [("no JSON", 1), ("no JSON object", 1), ("no text under `text`", 2), ("not UTF-8", 1)];
+    let want =
+        [("no JSON", 1), ("no JSON object", 1), ("no text under `text`", 2), ("not UTF-8", 1)];
     assert_eq!(skipped, want);
 
     let mut by_field = options("jsonl", &source, &dir.path().join("by_field"));
@@ -412,7 +413,9 @@ fn a_damaged_row_or_file_is_named_and_skipped_or_stops_as_asked() {
     let source = dir.path().join("texts");
     fs::create_dir(&source).unwrap();
     jsonl(&source.join("a.jsonl"), ["first"]);
-    let lines: String = (0..20_000).map(|i| json!({ "text": format!("{i} {}", i * i) }).to_string() + "\n").collect();
+    let lines: String = (0..20_000)
+        .map(|i| json!({ "text": format!("{i} {}", i * i) }).to_string() + "\n")
+        .collect();
     write_zst(&source.join("b.jsonl.zst"), lines.as_bytes());
     let bytes = fs::read(source.join("b.jsonl.zst")).unwrap();
     fs::write(source.join("b.jsonl.zst"), &bytes[..bytes.len() / 2]).unwrap();
@@ -479,7 +482,8 @@ fn killed_ten_times_a_preparation_ends_with_the_same_bytes() {
     let source = dir.path().join("texts");
     fs::create_dir(&source).unwrap();
     for file in 0..40 {
-        let text = |i: usize| format!("file {file} row {i}: ") + &"some words of it ".repeat(i % 97);
+        let text =
+            |i: usize| format!("file {file} row {i}: ") + &"some words of it ".repeat(i % 97);
         jsonl(&source.join(format!("{file:02}.jsonl")), (0..300).map(text));
     }
     let command = |out: &Path, workers: usize| {
@@ -503,7 +507,9 @@ fn killed_ten_times_a_preparation_ends_with_the_same_bytes() {
         if child.wait().unwrap().success() {
             break;
         }
-        assert!(!out.join("train/manifest.json").exists() || out.join("val/manifest.json").exists());
+        assert!(
+            !out.join("train/manifest.json").exists() || out.join("val/manifest.json").exists()
+        );
         kills += 1;
         assert!(kills < 200, "it never ends");
     }
@@ -512,7 +518,8 @@ fn killed_ten_times_a_preparation_ends_with_the_same_bytes() {
         let (mut got, mut want) = (folder(&out.join(split)), folder(&straight.join(split)));
         // The manifest names the folders, which differ.
         let manifest = |files: &mut std::collections::BTreeMap<String, Vec<u8>>| {
-            let mut json: Value = serde_json::from_slice(&files.remove("manifest.json").unwrap()).unwrap();
+            let mut json: Value =
+                serde_json::from_slice(&files.remove("manifest.json").unwrap()).unwrap();
             json["options"].take();
             json
         };
@@ -544,5 +551,12 @@ fn a_long_text_is_encoded_in_parts_with_the_ids_of_the_whole() {
     fs::write(&source, &bytes).unwrap();
     let error = prepare(&options("text", &source, &dir.path().join("o")), &tokenizer, None);
     let error = format!("{:#}", error.unwrap_err());
-    assert!(error.contains(&format!("not UTF-8 (first: {}, row 1: at byte {}", source.display(), end - 1)), "{error}");
+    assert!(
+        error.contains(&format!(
+            "not UTF-8 (first: {}, row 1: at byte {}",
+            source.display(),
+            end - 1
+        )),
+        "{error}"
+    );
 }

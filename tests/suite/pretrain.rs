@@ -387,3 +387,76 @@ fn a_dry_run_prints_arithmetic_and_memory_and_writes_nothing() {
     let (code, _, err) = dry(&config, &["--set", "train.micro_batch_size=3"]);
     assert_eq!(code, Some(2), "{err}");
 }
+
+#[test]
+fn a_run_ends_with_the_epochs_of_its_data_and_says_which_begin() {
+    let s = Setup::new(); // 4,000 tokens are 235 blocks of 17, 29 steps of 8 and 3 samples
+    let quick = ["--set", "eval.interval=null", "--set", "train.save_interval=20"];
+    let with = |more: &[&'static str]| [&quick[..], more].concat();
+    let one = s.run("one", &with(&["--set", "data.epochs=1", "--set", "train.max_steps=500"]));
+    let told = text(&one);
+    assert!(one.status.success(), "{told}");
+    assert!(
+        told.contains("data        train: 4 file(s), 4.00k tokens, 235 blocks of 17, weight 1")
+    );
+    assert!(told.contains("length      29 steps, then `train` is through 1 epoch(s)"), "{told}");
+    assert!(told.contains("data        at an end after step 29: `train` is through 1"), "{told}");
+    let rows = s.losses("one");
+    assert_eq!(rows.len(), 29);
+    assert!((rows[28].3 - 1e-4).abs() < 1e-12, "the rate ends at min_lr: {:?}", rows[28]);
+
+    let epochs = ["--set", "data.epochs=3", "--set", "train.max_steps=40"];
+    let longer = s.run("longer", &with(&epochs));
+    let told = text(&longer);
+    assert!(told.contains("length      40 steps\n"), "{told}");
+    assert!(
+        told.contains("data        train begins epoch 2 in step 30, in another order"),
+        "{told}"
+    );
+    assert!(!told.contains("at an end"), "{told}");
+
+    let none =
+        s.run("none", &with(&["--set", "data.epochs=1", "--set", "train.global_batch_size=240"]));
+    assert_eq!(none.status.code(), Some(2));
+    let told = text(&none);
+    assert!(told.contains("through 1 epoch(s) after 235 samples, a step takes 240"), "{told}");
+    let warmup = [
+        "--set",
+        "data.epochs=1",
+        "--set",
+        "train.max_steps=500",
+        "--set",
+        "train.lr_warmup_steps=30",
+    ];
+    let told = text(&s.run("warmup", &with(&warmup)));
+    assert!(told.contains("`train.lr_warmup_steps`: 30 is longer than the run of 29"), "{told}");
+}
+
+#[test]
+fn a_run_in_lit_gpts_order_resumes_to_the_same_losses_and_refuses_too_few_files() {
+    let s = Setup::new();
+    let few = s.run("few", &["--set", "data.order=lit-gpt"]);
+    assert_eq!(few.status.code(), Some(1));
+    let told = text(&few);
+    assert!(
+        told.contains("has 4 files; `data.order: lit-gpt` needs at least 8 a rank, 8 for 1"),
+        "{told}"
+    );
+    assert!(told.contains("hint: use `data.order: global`"), "{told}");
+
+    let path = s.path("many");
+    fs::create_dir(&path).unwrap();
+    let mut writer = tinyllama::data::packed::PackedWriter::new(&path, "train", 200, 90);
+    writer.add(&(0..3800u32).map(|i| (i * i / 7 + i) % 90).collect::<Vec<_>>()).unwrap();
+    writer.finish().unwrap();
+    let many = format!("data.train.0.path={}", path.display());
+    let more = ["--set", "data.order=lit-gpt", "--set", &many];
+    let straight = s.run("straight", &more);
+    let told = text(&straight);
+    assert!(straight.status.success(), "{told}");
+    assert!(told.contains("3 of 19 files are never read, as lit-gpt never read them"), "{told}");
+    let from = s.path("straight/step-00000010").display().to_string();
+    let resumed = s.run("resumed", &[&more[..], &["--resume", &from]].concat());
+    assert!(resumed.status.success(), "{}", text(&resumed));
+    assert_eq!(s.losses("straight")[10..], s.losses("resumed"));
+}

@@ -277,3 +277,18 @@ fn two_nodes_of_two_ranks_train_as_one_process_and_resume() {
     let rest: Steps = want.into_iter().filter(|step| step.0 > 10).collect();
     assert_alike(&setup.losses("resumed"), &rest, "two nodes, resumed with full_shard");
 }
+
+#[test]
+fn ranks_agree_on_where_their_data_end() {
+    let setup = Setup::new(); // 235 blocks, 19 steps of 12
+    let set = ["--set", "data.epochs=1", "--set", "train.max_steps=100", "--devices", "2"];
+    let two = setup.run("two", &with(&set));
+    let told = text(&two);
+    assert!(two.status.success(), "{told}");
+    assert_eq!(setup.losses("two").len(), 19);
+    assert_eq!(
+        told.matches("at an end after step 19: `train` is through 1 epoch").count(),
+        1,
+        "{told}"
+    );
+}

@@ -139,7 +139,8 @@ impl Values {
                 return Ok(Some(Piece::Lines { bytes, first }));
             }
             if let Some(e) = broken {
-                let place = format!("{} after row {}", self.blocks.source.cannot("read"), self.blocks.rows);
+                let place =
+                    format!("{} after row {}", self.blocks.source.cannot("read"), self.blocks.rows);
                 self.blocks.buffer.clear();
                 self.blocks.end = Some(Ok(()));
                 return Err(e).context(place).hint("expected JSON objects or one array of them");

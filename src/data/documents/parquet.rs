@@ -34,9 +34,8 @@ impl Column {
             .hint("a file cut short has no footer: copy it again, or leave it out")?;
         let schema = file.metadata().file_metadata().schema_descr_ptr();
         let fields = selection.fields();
-        let is = |name: &str| {
-            schema.columns().iter().position(|column| column.path().parts() == [name])
-        };
+        let is =
+            |name: &str| schema.columns().iter().position(|column| column.path().parts() == [name]);
         let Some((column, name)) = fields.iter().find_map(|name| Some((is(name)?, *name))) else {
             let there = schema.root_schema().get_fields().iter();
             let there: Vec<&str> = there.map(|field| field.name()).collect();

@@ -48,7 +48,9 @@ impl<'a> Parts<'a> {
                 }
                 if let Some(row) = check_utf8(self.source.bytes_unseen()?).transpose() {
                     self.state = State::End;
-                    return row.with_context(|| self.source.cannot("read")).map(|row| Some(Piece::Rows(vec![row])));
+                    return row
+                        .with_context(|| self.source.cannot("read"))
+                        .map(|row| Some(Piece::Rows(vec![row])));
                 }
                 self.part(None)
             }
@@ -242,7 +244,10 @@ mod tests {
     fn utf8_is_checked_across_the_borders_of_blocks() {
         let good = "\u{1f999}".repeat(PIECE / 2 + 3);
         assert_eq!(check_utf8(&good.as_bytes()[..]).unwrap(), None);
-        assert_eq!(check_utf8(&good.as_bytes()[..good.len() - 1]).unwrap(), Some(not_utf8(good.len() as u64 - 4)));
+        assert_eq!(
+            check_utf8(&good.as_bytes()[..good.len() - 1]).unwrap(),
+            Some(not_utf8(good.len() as u64 - 4))
+        );
         let mut bad = good.into_bytes();
         bad[PIECE + 1] = b'a';
         assert_eq!(check_utf8(&bad[..]).unwrap(), Some(not_utf8(PIECE as u64)));

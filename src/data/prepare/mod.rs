@@ -79,7 +79,8 @@ pub fn prepare(
     }
     let format = TokenFormat::for_vocab(tokenizer.vocab_size());
     let work = Work { options, selection: &selection, tokenizer, format };
-    let workers = workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let workers =
+        workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
 
     let mut preparation = Preparation::begin(manifest)?;
     let from = preparation.go_on(&files)?;
@@ -158,7 +159,11 @@ impl Preparation {
         self.progress.go_on(bytes);
         eprintln!(
             "{:<12}after {} of {} source files: {} documents, {} tokens are there",
-            "continues", entries.len(), files.len(), last.counts.documents, last.counts.tokens
+            "continues",
+            entries.len(),
+            files.len(),
+            last.counts.documents,
+            last.counts.tokens
         );
         self.manifest.counts = last.counts.clone();
         self.journal = Journal::go_on(&self.train.temporary, &entries)?;

@@ -1,0 +1,156 @@
+//! `tinyllama inspect PATH`.
+
+use super::generate::{is_broken_pipe, write_stdout};
+use crate::config::with_commas;
+use crate::data::inspect::{self, Options, Report};
+use crate::error::{WithHint, exit};
+use crate::tokenizer::Tokenizer;
+use crate::train::progress::{bytes, count};
+use anyhow::{Result, anyhow};
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// Arguments of `inspect`.
+#[derive(clap::Args)]
+#[command(after_help = "Exits with 1 where a file is bad, after a list of the bad ones.")]
+pub struct Args {
+    /// Folder of packed `.bin` files, or the prefix of some: data/packed/slim, FOLDER/train_star
+    path: PathBuf,
+    /// Tokens of a training sequence; a block has one more
+    #[arg(long, value_name = "T", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..1 << 32))]
+    block_size: u64,
+    /// Folder with tokenizer.json or tokenizer.model: decodes samples, counts documents by their end
+    #[arg(long, value_name = "DIR")]
+    tokenizer: Option<PathBuf>,
+    /// Blocks at random places to show the beginnings of
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    samples: usize,
+    /// Picks those blocks
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Read every file wholly: sizes, ids in the vocabulary, the manifest's checksums
+    #[arg(long)]
+    verify: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `inspect`.
+pub fn run(args: Args) -> Result<u8> {
+    require_dataset(&args.path)?;
+    let tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
+    let report = inspect::inspect(Options {
+        path: &args.path,
+        block_size: args.block_size,
+        tokenizer: tokenizer.as_ref(),
+        samples: args.samples,
+        seed: args.seed,
+        verify: args.verify,
+        progress: !args.json,
+    })?;
+    let output = match args.json {
+        true => serde_json::to_string_pretty(&report)? + "\n",
+        false => text(&report)?,
+    };
+    match write_stdout(&output) {
+        Err(e) if !is_broken_pipe(&e) => return Err(e),
+        _ => {}
+    }
+    Ok(if report.bad.is_empty() { exit::OK } else { exit::FAILED })
+}
+
+/// Refuses what is no packed dataset, saying what it is instead.
+fn require_dataset(path: &Path) -> Result<()> {
+    if path.join("config.json").is_file() || path.join("model.safetensors").is_file() {
+        return Err(anyhow!(
+            "`{}` is a checkpoint; `inspect` looks into packed datasets",
+            path.display()
+        ))
+        .usage("try `tinyllama generate` or `tinyllama score` with `--checkpoint`");
+    }
+    if inspect::is_dataset(path)? {
+        return Ok(());
+    }
+    Err(anyhow!(
+        "`{}` is no packed dataset: expected `.bin` files that begin with `LITPKDS`",
+        path.display()
+    ))
+    .usage("name the folder that `tinyllama prepare` wrote, or the prefix of its files")
+}
+
+fn text(r: &Report) -> Result<String> {
+    let mut out = String::new();
+    let [least, most] = r.file_tokens;
+    let each = match least == most {
+        true => format!("{} tokens each", with_commas(most)),
+        false => format!("{} to {} tokens each", with_commas(least), with_commas(most)),
+    };
+    writeln!(out, "{}", r.path.display())?;
+    writeln!(
+        out,
+        "files       {} of {}, {each}",
+        with_commas(r.files as u64),
+        r.dtypes.join(", ")
+    )?;
+    writeln!(out, "size        {}, {} tokens", bytes(r.bytes), with_commas(r.tokens))?;
+    let rest = r.tokens % (r.block_size + 1);
+    writeln!(
+        out,
+        "blocks      {} of {} tokens; {rest} at the end stay out",
+        with_commas(r.blocks),
+        with_commas(r.block_size + 1)
+    )?;
+    match (r.documents, r.documents_by) {
+        (Some(n), Some(by)) => {
+            let mean = r.tokens as f64 / n.max(1) as f64;
+            writeln!(
+                out,
+                "documents   {} by {by}, {} tokens each on average",
+                with_commas(n),
+                count(mean.round())
+            )?;
+        }
+        _ => writeln!(out, "documents   not known; `--tokenizer` counts them")?,
+    }
+    let fill = match r.filled_files {
+        0 => "no file ends in a run of one id".to_owned(),
+        n => format!(
+            "{} tokens at the ends of {n} file(s) repeat one id",
+            with_commas(r.fill_tokens)
+        ),
+    };
+    writeln!(out, "fill        {:.2} % of the tokens; {fill}", 100.0 * r.filled)?;
+    for m in &r.manifests {
+        let or = |x: &Option<String>| x.clone().unwrap_or_else(|| "?".into());
+        let vocab = m.vocab_size.map_or("?".into(), with_commas);
+        writeln!(
+            out,
+            "manifest    {}: {} from `{}`, a tokenizer of {vocab} ids, {} rows skipped",
+            m.folder.display(),
+            or(&m.kind),
+            or(&m.source),
+            with_commas(m.skipped)
+        )?;
+    }
+    if let Some(v) = &r.verified {
+        let ids = v.vocab_size.map_or("unknown vocabulary".to_owned(), |n| {
+            format!("ids below {}", with_commas(n as u64))
+        });
+        writeln!(out, "verified    {} file(s): {ids}, {} checksum(s)", v.files, v.checksums)?;
+    }
+    for sample in &r.samples {
+        let shown = match &sample.text {
+            Some(text) => format!("{text:?}"),
+            None => format!("{:?}", sample.ids),
+        };
+        writeln!(out, "block {:<6}{shown}", sample.block)?;
+    }
+    if !r.bad.is_empty() {
+        writeln!(out, "bad         {} file(s):", r.bad.len())?;
+    }
+    for bad in &r.bad {
+        writeln!(out, "  {}: {}", bad.path.display(), bad.problem)?;
+    }
+    Ok(out)
+}

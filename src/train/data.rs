@@ -1,0 +1,68 @@
+//! The data of a run: opened, told of, and where they end.
+
+use crate::config::{BatchPlan, RunConfig};
+use crate::data::packed::Access;
+use crate::data::{DataLoader, LoaderOptions, ValidationSet};
+use crate::error::WithHint;
+use crate::model::ModelConfig;
+use anyhow::{Result, anyhow};
+use std::path::PathBuf;
+
+/// Training batches of one rank, and the validation set.
+pub fn open(
+    config: &RunConfig,
+    model: &ModelConfig,
+    sequence: i64,
+    (rank, world): (usize, usize),
+) -> Result<(DataLoader, Option<ValidationSet>)> {
+    let micro_batch_size = config.train.micro_batch_size as usize;
+    let vocab_size = model.padded_vocab_size as usize;
+    let loader = DataLoader::train(LoaderOptions {
+        sources: config.data.train.clone(),
+        order: config.data.order,
+        micro_batch_size,
+        block_size: sequence as usize,
+        rank,
+        world,
+        seed: config.seed,
+        vocab_size,
+        prefetch: config.data.prefetch,
+        access: Access::Mapped,
+    })?;
+    let open =
+        |path: &PathBuf| ValidationSet::open(path, sequence as usize, micro_batch_size, vocab_size);
+    Ok((loader, config.data.val.as_ref().map(open).transpose()?))
+}
+
+/// Ends the run at the last whole step before a source would begin epoch `data.epochs` + 1, and says why; `None` where
+/// it ends before that anyway. The same on all ranks: it follows from the configuration and the files alone.
+///
+/// # Errors
+/// That leaves no step, or none after the warmup.
+pub fn end_with(
+    config: &RunConfig,
+    plan: &mut BatchPlan,
+    loader: &DataLoader,
+) -> Result<Option<String>> {
+    let Some(epochs) = config.data.epochs else { return Ok(None) };
+    let at_most = plan.total_steps.map_or(u64::MAX, |steps| steps.saturating_mul(plan.global));
+    let Some(end) = loader.end(epochs, at_most) else { return Ok(None) };
+    plan.limit_samples(end.samples);
+    let (name, steps) = (loader.name(end.source), plan.total_steps.unwrap_or(0));
+    if steps == 0 {
+        let samples = end.samples;
+        return Err(anyhow!(
+            "`data.epochs`: `{name}` is through {epochs} epoch(s) after {samples} samples, a step takes {}",
+            plan.global
+        ))
+        .usage("prepare more text, lower `train.global_batch_size`, or leave `data.epochs` out");
+    }
+    let warmup = config.train.lr_warmup_steps;
+    if warmup > steps {
+        return Err(anyhow!(
+            "`train.lr_warmup_steps`: {warmup} is longer than the run of {steps} (`data.epochs`: {epochs})"
+        ))
+        .usage("lower it, prepare more text, or raise `data.epochs`");
+    }
+    Ok(Some(format!("`{name}` is through {epochs} epoch(s) (`data.epochs`)")))
+}
