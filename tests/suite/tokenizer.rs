@@ -440,7 +440,7 @@ fn the_command_line_says_what_is_wrong_and_what_to_do() {
     let no_key = ["train", "--vocab-size", "300", "--input", text, "--out", out];
     let (code, _, stderr) = cli(&no_key, "");
     assert_eq!(code, 2);
-    assert!(stderr.contains("no text under `text` (first at line 2)"), "{stderr}");
+    assert!(stderr.contains("row 2: no text under `text` (its fields are `"), "{stderr}");
     assert!(stderr.contains("--text-field"), "{stderr}");
     let missing = ["train", "--vocab-size", "300", "--input", "none.txt", "--out", out];
     let (code, _, stderr) = cli(&missing, "");
