@@ -12,6 +12,7 @@
 #![warn(missing_docs)]
 
 pub mod bench;
+mod cache;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -147,19 +147,25 @@ pub struct DataConfig {
     /// End the run before a source would begin its epoch N+1, whichever is first; `null`: read on, each epoch in
     /// another order. With several sources the others are then not read to their end.
     pub epochs: Option<u64>,
-    /// Packed files for validation; read in order, the same every time.
+    /// Packed files for validation, or raw text as in `train`; read in order, the same every time.
     pub val: Option<PathBuf>,
     /// Micro-batches read ahead by the background thread.
     pub prefetch: usize,
     /// Run these preparations first where their output is missing (what `tinyllama prepare` does).
     pub prepare: Vec<PrepareConfig>,
+    /// Key or column of the text of raw sources; `null`: `text`, or `content` in Parquet.
+    pub text_field: Option<String>,
+    /// Where raw sources are kept as packed files; `null`: `~/.cache/tinyllama/data`.
+    pub cache_dir: Option<PathBuf>,
 }
 
 /// One weighted source of a mixture.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct DataSource {
-    /// Folder of packed `.bin` files (or a file prefix: `data/packed/train_slim`).
+    /// Folder of packed `.bin` files (or a file prefix: `data/packed/train_slim`). Or raw text: a file, a folder or a
+    /// pattern such as `corpus/*.jsonl.zst` of `.txt`, `.jsonl`, `.json`, `.csv` or `.parquet`; it is prepared once, with
+    /// the tokenizer of `tokenizer_dir`, and kept in `data.cache_dir`.
     pub path: PathBuf,
     /// Share of samples drawn from it; weights are normalised to sum 1. A list of points
     /// `[{tokens: 0, weight: 1.0}, {tokens: 1.5T, weight: 0.6}]` changes it in straight lines between them.
@@ -245,6 +251,29 @@ pub enum OnError {
     Skip,
     /// The first damaged row or file ends the preparation.
     Stop,
+}
+
+impl PrepareConfig {
+    /// A preparation with the defaults of `tinyllama prepare`.
+    pub fn new(kind: &str, source: String, out: &std::path::Path) -> Self {
+        Self {
+            kind: kind.into(),
+            source,
+            out: out.into(),
+            split: train_split(),
+            validation_fraction: 0.0,
+            validation_out: None,
+            chunk_tokens: chunk_tokens(),
+            text_field: None,
+            bos: false,
+            eos: true,
+            percentage: 1.0,
+            seed: 0,
+            subsets: Vec::new(),
+            exclude_subsets: Vec::new(),
+            on_error: OnError::default(),
+        }
+    }
 }
 
 fn yes() -> bool {
@@ -568,6 +597,8 @@ impl Default for DataConfig {
             val: None,
             prefetch: 8,
             prepare: Vec::new(),
+            text_field: None,
+            cache_dir: None,
         }
     }
 }

@@ -38,10 +38,5 @@ pub fn set_attention(attention: AttentionBackend, deterministic: bool) -> Result
 
 /// Where something that was chosen by measurement is kept from run to run; `None` where the system names no place.
 pub fn cache_file(name: &str) -> Option<PathBuf> {
-    let folder = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
-    let folder = folder.join("tinyllama");
-    std::fs::create_dir_all(&folder).ok()?;
-    Some(folder.join(name))
+    Some(crate::cache::folder()?.join(name))
 }

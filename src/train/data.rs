@@ -1,6 +1,6 @@
 //! The data of a run: opened, told of, and where they end.
 
-use crate::config::{BatchPlan, RunConfig};
+use crate::config::{BatchPlan, DataConfig, RunConfig};
 use crate::data::packed::Access;
 use crate::data::{DataLoader, LoaderOptions, ValidationSet};
 use crate::error::WithHint;
@@ -8,9 +8,11 @@ use crate::model::ModelConfig;
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
-/// Training batches of one rank, and the validation set.
+/// Training batches of one rank, and the validation set. `packed` is the run's `data` with packed files alone
+/// ([`crate::data::prepare::with_raw_prepared`]).
 pub fn open(
     config: &RunConfig,
+    packed: &DataConfig,
     model: &ModelConfig,
     sequence: i64,
     (rank, world): (usize, usize),
@@ -18,7 +20,7 @@ pub fn open(
     let micro_batch_size = config.train.micro_batch_size as usize;
     let vocab_size = model.padded_vocab_size as usize;
     let loader = DataLoader::train(LoaderOptions {
-        sources: config.data.train.clone(),
+        sources: packed.train.clone(),
         order: config.data.order,
         micro_batch_size,
         block_size: sequence as usize,
@@ -31,7 +33,7 @@ pub fn open(
     })?;
     let open =
         |path: &PathBuf| ValidationSet::open(path, sequence as usize, micro_batch_size, vocab_size);
-    Ok((loader, config.data.val.as_ref().map(open).transpose()?))
+    Ok((loader, packed.val.as_ref().map(open).transpose()?))
 }
 
 /// Ends the run at the last whole step before a source would begin epoch `data.epochs` + 1, and says why; `None` where

@@ -168,13 +168,19 @@ impl<'j> Run<'j> {
         if let Some(tokenizer) = &tokenizer {
             crate::generate::check_vocabulary(tokenizer, &model_config)?;
         }
-        let prepare = || prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref());
+        let prepare_listed =
+            || prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref());
+        let prepare_raw = || prepare::with_raw_prepared(&config.data, tokenizer.as_ref());
         match job {
-            Some(job) => ranks::one_after_another(job, prepare)?,
-            None => prepare()?,
+            Some(job) => ranks::one_after_another(job, || {
+                prepare_listed()?;
+                prepare_raw().map(drop)
+            })?,
+            None => prepare_listed()?,
         }
+        let packed = prepare_raw()?;
         let place = job.map_or((0, 1), |job| (job.rank(), job.size()));
-        let (mut loader, val) = data::open(config, &model_config, sequence, place)?;
+        let (mut loader, val) = data::open(config, &packed, &model_config, sequence, place)?;
         let ends_with = data::end_with(config, &mut plan, &loader)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.

@@ -460,3 +460,41 @@ fn a_run_in_lit_gpts_order_resumes_to_the_same_losses_and_refuses_too_few_files(
     assert!(resumed.status.success(), "{}", text(&resumed));
     assert_eq!(s.losses("straight")[10..], s.losses("resumed"));
 }
+
+#[test]
+fn raw_text_in_the_yaml_is_prepared_once_into_a_cache_and_trained_on() {
+    let setup = Setup::new();
+    let rows = |n: usize, salt: usize| {
+        let text = |i: usize| format!("Row {i} of the corpus says {} times hello.", i * salt);
+        let line = |i: usize| serde_json::json!({ "body": text(i) }).to_string() + "\n";
+        (0..n).map(line).collect::<String>()
+    };
+    fs::write(setup.path("mine.jsonl"), rows(300, 3)).unwrap();
+    fs::write(setup.path("val.jsonl"), rows(20, 5)).unwrap();
+    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/quickstart/tokenizer");
+    let set = |key: &str, value: String| ["--set".to_owned(), format!("{key}={value}")];
+    let path = |name: &str| setup.path(name).display().to_string();
+    let sets = [
+        set("data.train", format!("[{{path: {}}}]", path("mine.jsonl"))),
+        set("data.val", path("val.jsonl")),
+        set("data.text_field", "body".into()),
+        set("data.cache_dir", path("cache")),
+        set("tokenizer_dir", tokenizer.display().to_string()),
+        set("model_config.vocab_size", "4096".into()),
+        set("train.max_steps", "3".into()),
+    ]
+    .concat();
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let first = setup.run("out", &sets);
+    assert!(first.status.success(), "{}", text(&first));
+    assert!(text(&first).contains("prepared    "), "{}", text(&first));
+    let cached = || fs::read_dir(setup.path("cache")).unwrap().count();
+    assert_eq!(cached(), 2);
+    let again = setup.run("again", &sets);
+    assert!(text(&again).contains("already prepared"), "{}", text(&again));
+    assert_eq!(setup.losses("out"), setup.losses("again"));
+    assert_eq!(cached(), 2);
+    fs::write(setup.path("mine.jsonl"), rows(300, 7)).unwrap();
+    assert!(setup.run("other", &sets).status.success());
+    assert_eq!(cached(), 3, "another content, another folder");
+}

@@ -235,7 +235,7 @@ fn damage(dir: &Path, outputs: &BTreeMap<String, OutputFile>) -> Vec<String> {
 }
 
 /// Hash of every token by its id and of the ids of a fixed text with prose, code, digits and several scripts.
-fn fingerprint(tokenizer: &Tokenizer) -> Result<String> {
+pub(super) fn fingerprint(tokenizer: &Tokenizer) -> Result<String> {
     const PROBE: &str = "The quick brown foxes weren't jumping over 1,234.5 lazy dogs in 1999. \
         My fellow citizens: the government recommends further international legislation.\n\n\
         def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    raise NotImplementedError\n\

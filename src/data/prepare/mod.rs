@@ -17,8 +17,10 @@ mod manifest;
 mod output;
 mod pipeline;
 mod progress;
+mod raw;
 
 pub use manifest::{Counts, Manifest, SourceRecord};
+pub use raw::with_raw_prepared;
 
 use super::documents::{self, Schema, Selection, Skipped};
 use super::packed::explain;
