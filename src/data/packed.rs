@@ -13,7 +13,7 @@
 //! Reading maps the files of a set ([`Access::Mapped`]). Linux lets a process map 65,530 files, so sets of more than
 //! 32,768 (the published corpus is some 450,000 files of 4 MB) are opened, read and closed for each block
 //! ([`Access::Opened`]); `bench data` times both. In both ways a file that was cut short under a running job is an error
-//! with its name: each read from a map asks for the file's size before (6 of a block's 16 us). What remains: a file cut
+//! with its name: each read from a map asks for the file's size before (2 to 6 us). What remains: a file cut
 //! in the microseconds after that, or a disk that fails, ends the process by SIGBUS where the file is mapped.
 
 mod error;

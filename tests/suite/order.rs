@@ -269,7 +269,7 @@ proptest! {
             prop_assert_eq!(loader.state().blocks, vec![(epoch * world) as u64]);
         }
         prop_assert_eq!(seen.len(), epoch * world);
-        let at_block = |first: &i64| *first as u64 % chunk % (t as u64 + 1) == 0;
+        let at_block = |first: &i64| (*first as u64 % chunk).is_multiple_of(t as u64 + 1);
         prop_assert!(seen.iter().all(at_block));
     }
 

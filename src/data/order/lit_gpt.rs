@@ -11,7 +11,7 @@
 //! The sequences of a step therefore depend on the number of ranks. Where the original fails (fewer than 8 files a rank)
 //! or reads on by the first file's size (files that differ), this refuses.
 //!
-//! A position is restored by drawing what was drawn and dropping it, reading nothing: 0.7 s for 1e8 samples of a rank.
+//! A position is restored by drawing what was drawn and dropping it, reading nothing: a second for 1e8 samples of a rank.
 
 use super::super::packed::PackedSet;
 use super::super::{DataState, LoaderOptions};

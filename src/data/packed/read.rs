@@ -287,6 +287,24 @@ impl PackedSet {
         FileInfo { path, dtype: *dtype, len: *len, start: self.starts[i] }
     }
 
+    /// Asks the system to bring tokens `from .. from + n` of mapped files into memory, and does not wait.
+    pub fn prefetch(&self, from: u64, n: u64) {
+        let (mut from, end) = (from, (from + n).min(self.len()));
+        let mut at = self.starts.partition_point(|&start| start <= from) - 1;
+        while from < end {
+            let stop = end.min(self.starts[at + 1]);
+            let (file, start) = (&self.files[at], self.starts[at]);
+            if let Some(map) = &file.map {
+                let size = file.dtype.size();
+                let (offset, bytes) =
+                    ((from - start) as usize * size, (stop - from) as usize * size);
+                map.advise_range(Advice::WillNeed, HEADER + offset, bytes).ok(); // only advice
+            }
+            from = stop;
+            at += 1;
+        }
+    }
+
     /// Tokens `from .. from + n` of the stream, across file borders. The range must lie in the stream.
     pub fn read(&self, from: u64, n: u64, vocab_size: usize) -> Result<Vec<i64>> {
         let mut out = Vec::with_capacity(n as usize);
