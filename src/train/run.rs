@@ -168,8 +168,7 @@ impl<'j> Run<'j> {
         if let Some(tokenizer) = &tokenizer {
             crate::generate::check_vocabulary(tokenizer, &model_config)?;
         }
-        let prepare_listed =
-            || prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref());
+        let prepare_listed = || prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref());
         let prepare_raw = || prepare::with_raw_prepared(&config.data, tokenizer.as_ref());
         match job {
             Some(job) => ranks::one_after_another(job, || {

@@ -560,3 +560,50 @@ fn a_long_text_is_encoded_in_parts_with_the_ids_of_the_whole() {
         "{error}"
     );
 }
+
+#[test]
+fn a_full_disk_ends_a_preparation_which_goes_on_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, disk) = (dir.path().join("texts"), dir.path().join("disk"));
+    fs::create_dir_all(&source).unwrap();
+    fs::create_dir(&disk).unwrap();
+    for file in 0..8 {
+        let text =
+            |i: usize| format!("file {file} row {i}: ") + &"other words again ".repeat(i % 50);
+        jsonl(&source.join(format!("{file}.jsonl")), (0..300).map(text));
+    }
+    let mount = |more: &str| {
+        let mut command = std::process::Command::new("mount");
+        let command = command.args(["-t", "tmpfs", "-o", more, "tmpfs"]).arg(&disk);
+        command.output().is_ok_and(|output| output.status.success())
+    };
+    if !mount("size=120k") {
+        eprintln!("skipped: this user may not mount a small file system");
+        return;
+    }
+    let more = ["--chunk-tokens", "8000", "--workers", "2"];
+    let full = cli("jsonl", &source, &disk.join("out"), &more);
+    let room = mount("remount,size=64m");
+    let done = cli("jsonl", &source, &disk.join("out"), &more);
+    let got = if room { documents(&disk.join("out")).len() } else { 0 };
+    std::process::Command::new("umount").arg(&disk).status().unwrap();
+    assert_eq!(full.0, 1, "{}", full.2);
+    assert!(full.2.contains("cannot write `") && full.2.contains("hint: "), "{}", full.2);
+    assert!(full.2.contains("No space left"), "{}", full.2);
+    assert!(room && done.0 == 0, "{}", done.2);
+    assert_eq!(got, 2400);
+}
+
+#[test]
+fn a_source_that_changed_since_is_told_even_at_the_same_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("x.txt");
+    fs::write(&source, "one text").unwrap();
+    let o = options("text", &source, &dir.path().join("out"));
+    let first = prepare(&o, &tokenizer(), None).unwrap();
+    fs::write(&source, "one text").unwrap(); // touched: read again, and found the same
+    assert_eq!(prepare(&o, &tokenizer(), None).unwrap(), first);
+    fs::write(&source, "two text").unwrap();
+    let error = prepare(&o, &tokenizer(), None).unwrap_err().to_string();
+    assert!(error.contains("x.txt`: has changed, at the same size"), "{error}");
+}

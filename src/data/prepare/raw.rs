@@ -49,7 +49,9 @@ fn raw_schema(path: &Path) -> Result<Option<Schema>> {
         .into_iter()
         .filter(|schema| {
             let files = documents::files(&source, &Selection::all(*schema, None), "train");
-            files.is_ok_and(|files| files.iter().any(|f| path.is_dir() || Schema::of_file(f) == *schema))
+            files.is_ok_and(|files| {
+                files.iter().any(|f| path.is_dir() || Schema::of_file(f) == *schema)
+            })
         })
         .collect();
     match found[..] {
