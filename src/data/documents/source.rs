@@ -73,8 +73,9 @@ impl Source {
 
     /// The file itself, for formats that are not read from front to end.
     pub(super) fn file(&self) -> Result<File> {
+        let file = File::open(&self.path).with_context(|| self.cannot("open"))?;
         self.hash().stat = Some(SourceSum::stat(&self.path)?);
-        File::open(&self.path).with_context(|| self.cannot("open"))
+        Ok(file)
     }
 
     /// Its bytes without compression: hashed and counted as they are read.
