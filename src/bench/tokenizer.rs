@@ -6,7 +6,7 @@ use crate::tokenizer::{Encoder, Tokenizer};
 use anyhow::{Context, Result, anyhow};
 use flate2::Crc;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -93,7 +93,7 @@ pub fn run(tokenizer: &Tokenizer, options: &Options) -> Result<Report> {
     })
 }
 
-fn run_file(tokenizer: &Tokenizer, file: &PathBuf, options: &Options) -> Result<FileReport> {
+fn run_file(tokenizer: &Tokenizer, file: &Path, options: &Options) -> Result<FileReport> {
     let texts: Vec<String> = documents(file, options.field)?.collect::<Result<_>>()?;
     let bytes = texts.iter().map(String::len).sum();
     if bytes == 0 {
@@ -115,7 +115,7 @@ fn run_file(tokenizer: &Tokenizer, file: &PathBuf, options: &Options) -> Result<
     let tokens: usize = ids.iter().map(Vec::len).sum();
     let core_seconds = seconds * options.threads as f64;
     Ok(FileReport {
-        file: file.clone(),
+        file: file.to_path_buf(),
         documents: texts.len(),
         bytes,
         tokens,

@@ -80,7 +80,7 @@ pub(super) fn json(
                 words.cut_before_spaces();
             }
             let symbols = Chars::new(single(vocab.iter().map(|(t, &id)| (t.as_str(), id))), bytes);
-            (Symbols::Chars(Box::new(symbols)), Words::Cut(words), HashMap::new())
+            (Symbols::Chars(Box::new(symbols)), Words::Cut(Box::new(words)), HashMap::new())
         }
     };
     let ranked = merges.iter().zip(0..).map(|(merge, rank)| (merge.pair, [rank, merge.id]));
@@ -122,7 +122,7 @@ pub(super) fn model(
     Some(Fast {
         merges: Merges::new(pairs.into_iter()),
         symbols: Symbols::Chars(Box::new(symbols)),
-        words: Words::Cut(Neighbours::new(texts())),
+        words: Words::Cut(Box::new(Neighbours::new(texts()))),
         prefix: if dummy_prefix { Prefix::Always } else { Prefix::Never },
         added: Added::none(),
         nfc: false,

@@ -62,7 +62,7 @@ pub(super) struct Chars {
 
 /// How text is cut.
 pub(super) enum Words {
-    Cut(Neighbours),
+    Cut(Box<Neighbours>),
     Split(Splitter),
 }
 

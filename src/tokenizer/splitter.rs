@@ -1,5 +1,5 @@
 //! The patterns by which GPT-2's and Llama 3's tokenizers cut text into words, without a regex
-//! engine. `tests/suite/tokenizer/fast.rs` compares every rule with the engine that defines it.
+//! engine. The tests compare every character and mixed texts with the engine that defines them.
 
 use regex_syntax::hir::{Class as HirClass, HirKind};
 use std::sync::LazyLock;
@@ -238,6 +238,11 @@ fn ranges(class: &str) -> Vec<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use tokenizers::pre_tokenizers::digits::Digits;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::tokenizer::SplitDelimiterBehavior;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
     fn words<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
         let (mut words, mut at) = (Vec::new(), 0);
@@ -269,6 +274,61 @@ mod tests {
             words(&llama3, text),
             ["It", "'S", " (", "ab", ")", " ", "123", "4", ";\r\n\n", "  \n", " ", " x", "\u{a0}y"]
         );
+    }
+
+    /// Words by the crate and its regex engine.
+    fn words_of_the_crate(pattern: &str, lone_digits: bool, text: &str) -> Vec<String> {
+        let pattern = SplitPattern::Regex(pattern.into());
+        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap();
+        let mut words = PreTokenizedString::from(text);
+        if lone_digits {
+            Digits::new(true).pre_tokenize(&mut words).unwrap();
+        }
+        split.pre_tokenize(&mut words).unwrap();
+        let words = words.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
+        words.into_iter().map(|(word, ..)| word.to_string()).collect()
+    }
+
+    fn patterns() -> [(String, bool); 4] {
+        let llama3 = |digits: &str| [LLAMA3[0], digits, LLAMA3[1]].concat();
+        [(GPT2.into(), false), (GPT2.into(), true), (llama3("{1,3}"), false), (llama3(""), false)]
+    }
+
+    fn compare(text: &str) {
+        for (pattern, lone_digits) in patterns() {
+            let splitter = Splitter::of(&pattern, lone_digits).unwrap();
+            let expected = words_of_the_crate(&pattern, lone_digits, text);
+            assert_eq!(words(&splitter, text), expected, "{pattern} {lone_digits} {text:?}");
+        }
+    }
+
+    #[test]
+    fn every_character_is_cut_as_the_engine_cuts_it() {
+        let chars: Vec<char> = ('\0'..=char::MAX).filter(|&c| c < '\u{33500}').collect();
+        for some in chars.chunks(1 << 12) {
+            let text: String = some.iter().flat_map(|&c| ['x', c, ' ', c, '1', c, '\n']).collect();
+            compare(&text);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: 2000, failure_persistence: None, ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn texts_are_cut_as_the_engine_cuts_them(
+            parts in prop::collection::vec(prop_oneof![
+                4 => prop::sample::select(vec![
+                    " ", "  ", "\n", "\r\n", "\t", "a", "Bc", "\u{e9}", "\u{301}", "1", "23", "4567", "\u{661}", "'",
+                    "'s", "'S", "'\u{17f}", "'re", "'LL", "'v", "!", "--", "\u{a0}", "\u{3000}", "\u{85}", "\u{4e2d}", "\u{2160}",
+                    "\u{1f600}", "\0", "\u{200d}",
+                ]).prop_map(String::from),
+                1 => any::<String>(),
+            ], 0..12)
+        ) {
+            compare(&parts.concat());
+        }
     }
 
     #[test]

@@ -306,6 +306,26 @@ fn in_parts(name: &str, tokenizer: &Tokenizer, text: &str, random: &mut dyn FnMu
     assert_eq!(got, whole, "{name}: {text:?} cut at {cuts:?}");
 }
 
+#[test]
+fn the_benchmark_tells_speeds_and_that_ids_agree() {
+    let model = golden("llama.model");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/tokenizer/fast.rs");
+    let out = assert_cmd::Command::cargo_bin("tinyllama")
+        .unwrap()
+        .args(["bench", "tokenizer", "--json", "--passes", "1", "--threads", "2", "--tokenizer"])
+        .arg(&model)
+        .arg("--input")
+        .arg(&file)
+        .assert()
+        .success();
+    let report: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
+    let row = &report["files"][0];
+    let ids = Tokenizer::load(&model).unwrap().encode(include_str!("fast.rs"), false, false);
+    assert_eq!(row["tokens"], ids.unwrap().len());
+    assert_eq!(row["reference"]["documents_that_differ"], 0);
+    assert!(row["tokens_per_sec_core"].as_f64().unwrap() > 0.0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 400, failure_persistence: None, ..ProptestConfig::default()
