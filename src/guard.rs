@@ -1,7 +1,7 @@
 //! Turns a panic into an error for the user. tch's plain operations unwrap libtorch's errors, so this is
 //! how "shapes do not match" or "out of memory" is told, and the net under everything else.
 
-use crate::error::WithHint;
+use crate::error::{Told, WithHint};
 use crate::ffi;
 use anyhow::{Context, Result, anyhow};
 use std::any::Any;
@@ -9,6 +9,9 @@ use std::cell::{Cell, RefCell};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 use tch::Device;
+
+/// Exit code of a program that wrote into a closed pipe, as a shell gives it (128 + SIGPIPE).
+const CLOSED_PIPE: u8 = 141;
 
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
@@ -29,10 +32,13 @@ pub fn catch<T>(
     let outer = GUARDED.replace(true);
     let outcome = panic::catch_unwind(AssertUnwindSafe(f));
     GUARDED.set(outer);
-    match outcome {
+    match outcome.map_err(|payload| payload_text(payload.as_ref())) {
         Ok(result) => result,
-        Err(payload) => from_panic(&payload_text(payload.as_ref()), device, lower)
-            .with_context(|| format!("{what} failed")),
+        // `tinyllama .. | head`: nobody reads on, and that is no failure to tell of.
+        Err(text) if text.starts_with("failed printing to stdout") => {
+            Err(Told { line: String::new(), code: CLOSED_PIPE }.into())
+        }
+        Err(text) => from_panic(&text, device, lower).with_context(|| format!("{what} failed")),
     }
 }
 

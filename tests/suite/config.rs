@@ -466,3 +466,14 @@ fn fp8_and_memory_limits_that_cannot_work_are_refused() {
     let reason = tinyllama::model::fp8_obstacle(&model, tch::Device::Cpu).unwrap();
     assert!(reason.is_some_and(|reason| reason.contains("needs a CUDA card")));
 }
+
+#[test]
+fn a_reader_that_stops_early_is_no_failure_to_tell_of() {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tinyllama"));
+    command.args(["config", "explain"]).stdout(std::process::Stdio::piped());
+    let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(141));
+}
