@@ -39,7 +39,7 @@ impl Column {
         let Some((column, name)) = fields.iter().find_map(|name| Some((is(name)?, *name))) else {
             let there = schema.root_schema().get_fields().iter();
             let there: Vec<&str> = there.map(|field| field.name()).collect();
-            return Err(no_column(source, &fields, &there.join("`, `")));
+            return no_column(source, &fields, &there.join("`, `"));
         };
         let descriptor = schema.column(column);
         if descriptor.physical_type() != Type::BYTE_ARRAY {

@@ -162,7 +162,7 @@ impl Csv {
         let fields = selection.fields();
         let Some(column) = fields.iter().find_map(|f| names.iter().position(|name| name == f))
         else {
-            return Err(no_column(source, &fields, &names.join("`, `")));
+            return no_column(source, &fields, &names.join("`, `"));
         };
         let name = names[column].to_string();
         Ok(Self { source: source.clone(), reader, column, name, rows: 0, failed: false })
@@ -211,15 +211,10 @@ impl Iterator for Csv {
 }
 
 /// The error of a file without the column that holds the text.
-pub(super) fn no_column(source: &Source, wanted: &[&str], there: &str) -> anyhow::Error {
+pub(super) fn no_column<T>(source: &Source, wanted: &[&str], there: &str) -> Result<T> {
     let missing = wanted.join("` or `");
-    let error = anyhow!("`{}` has no column `{missing}`", source.path().display());
-    match Err::<(), _>(error)
+    Err(anyhow!("`{}` has no column `{missing}`", source.path().display()))
         .usage(format!("its columns are `{there}`; name one with `--text-field`"))
-    {
-        Err(e) => e,
-        Ok(()) => unreachable!(),
-    }
 }
 
 #[cfg(test)]
@@ -243,7 +238,7 @@ mod tests {
     #[test]
     fn utf8_is_checked_across_the_borders_of_blocks() {
         let good = "\u{1f999}".repeat(PIECE / 2 + 3);
-        assert_eq!(check_utf8(&good.as_bytes()[..]).unwrap(), None);
+        assert_eq!(check_utf8(good.as_bytes()).unwrap(), None);
         assert_eq!(
             check_utf8(&good.as_bytes()[..good.len() - 1]).unwrap(),
             Some(not_utf8(good.len() as u64 - 4))

@@ -35,7 +35,7 @@ use journal::{Entry, Journal};
 use output::Output;
 use pipeline::Event;
 use progress::Progress;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Bounds `chunk_tokens` at 1 GiB a file.
@@ -192,7 +192,7 @@ impl Preparation {
     }
 
     /// Writes the documents of a piece and counts what it left out.
-    fn add(&mut self, path: &PathBuf, piece: Encoded) -> Result<()> {
+    fn add(&mut self, path: &Path, piece: Encoded) -> Result<()> {
         for skipped in &piece.skipped {
             if skipped.damaged && self.manifest.options.on_error == OnError::Stop {
                 return Err(anyhow!("`{}`, {skipped}", path.display()))
@@ -216,12 +216,11 @@ impl Preparation {
     }
 
     /// The rest of a source is damaged.
-    fn damaged(&mut self, path: &PathBuf, damage: anyhow::Error) -> Result<()> {
+    fn damaged(&mut self, path: &Path, damage: anyhow::Error) -> Result<()> {
         if self.manifest.options.on_error != OnError::Skip {
             return Err(damage);
         }
-        let chain: Vec<String> = damage.chain().map(ToString::to_string).collect();
-        let mut detail = chain;
+        let mut detail: Vec<String> = damage.chain().map(ToString::to_string).collect();
         detail.dedup();
         let skipped = Skipped {
             why: "damaged file, the rest of it".into(),
@@ -234,7 +233,7 @@ impl Preparation {
     }
 
     /// Notes in the journal that a source is through.
-    fn end_source(&mut self, path: &PathBuf, sum: documents::SourceSum) -> Result<()> {
+    fn end_source(&mut self, path: &Path, sum: documents::SourceSum) -> Result<()> {
         let source = path.display().to_string();
         let expected = self.manifest.sources.get(&source).map(|record| &record.sum);
         if expected.is_some_and(|was| (was.bytes, was.modified) != (sum.bytes, sum.modified)) {

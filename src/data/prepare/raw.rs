@@ -105,7 +105,7 @@ fn options(schema: Schema, source: String, out: &Path, data: &DataConfig) -> Pre
 fn name_of(path: &Path) -> String {
     let is_plain = |part: &str| !part.contains('*');
     let parts = path.iter().map(|part| part.to_string_lossy().into_owned());
-    let last = parts.filter(|part| is_plain(part) && part != "/").last().unwrap_or_default();
+    let last = parts.filter(|part| is_plain(part) && part != "/").next_back().unwrap_or_default();
     last.split('.').next().unwrap_or_default().to_owned()
 }
 
