@@ -104,8 +104,8 @@ fn options(schema: Schema, source: String, out: &Path, data: &DataConfig) -> Pre
 /// A name for people: of the file or folder, or what a pattern begins with.
 fn name_of(path: &Path) -> String {
     let is_plain = |part: &str| !part.contains('*');
-    let parts = path.iter().map(|part| part.to_string_lossy().into_owned());
-    let last = parts.filter(|part| is_plain(part) && part != "/").next_back().unwrap_or_default();
+    let mut parts = path.iter().map(|part| part.to_string_lossy().into_owned());
+    let last = parts.rfind(|part| is_plain(part) && part != "/").unwrap_or_default();
     last.split('.').next().unwrap_or_default().to_owned()
 }
 
