@@ -37,7 +37,6 @@ struct Group {
   const bool nccl;
   const at::Device device;  // of the tensors
   const Milliseconds timeout;
-  std::mutex issuing;  // libtorch's groups are not made for two threads
   std::atomic<bool> finished{false}, broken{false};
 
   Group(std::shared_ptr<TcpStore> s, BackendPtr b, bool n, at::Device d, Milliseconds t)
@@ -45,10 +44,14 @@ struct Group {
   ~Group();
   int rank() const { return backend->getRank(); }
   int size() const { return backend->getSize(); }
+  std::mutex& issuing();
   void wait(c10d::Work& work);
   void abort();
   void check();
   void finish();
+
+ private:
+  std::mutex own_;
 };
 
 // A started operation: its tensors stay alive, also where it is never waited for.
@@ -58,6 +61,15 @@ struct Work {
   std::vector<Tensor> tensors;
   std::function<void()> then;
 };
+
+// Held while an operation is started: libtorch's groups are not made for two threads. The Gloo groups of a process
+// share one mutex, as each of them notes its operations in the process's only c10d::FlightRecorder, and libtorch 2.11
+// looks a group up there before it takes the recorder's lock: two ranks in threads broke its map once in nine runs.
+// Starting never waits for another rank with Gloo; with NCCL it may, so there each group has its own.
+std::mutex& Group::issuing() {
+  static std::mutex gloo;
+  return nccl ? own_ : gloo;
+}
 
 Group::~Group() {
   if (finished) return;
@@ -111,7 +123,7 @@ void Group::check() {
 
 void Group::finish() {
   check();
-  std::lock_guard<std::mutex> lock(issuing);
+  std::lock_guard<std::mutex> lock(issuing());
   finished = true;
   if (nccl) backend->shutdown();
 }
@@ -174,7 +186,7 @@ template <typename Start>
 WorkPtr start(Group& g, const Tensor& t, Start start) {
   g.check();
   if (t.numel() == 0) return {};
-  std::lock_guard<std::mutex> lock(g.issuing);
+  std::lock_guard<std::mutex> lock(g.issuing());
   return start(*g.backend);
 }
 
@@ -263,7 +275,7 @@ void barrier(Group& g) {
   options.device = g.nccl ? g.device : at::Device(at::kCPU);
   WorkPtr work;
   {
-    std::lock_guard<std::mutex> lock(g.issuing);
+    std::lock_guard<std::mutex> lock(g.issuing());
     work = g.backend->barrier(options);
   }
   if (g.nccl)
