@@ -5,12 +5,14 @@
 pub mod check;
 mod explain;
 mod load;
+mod prepare;
 mod run;
 mod validate;
 mod weight;
 
 pub use explain::{Key, explain, keys};
 pub use load::{diff, load, parse, save_resolved, to_yaml};
+pub use prepare::{OnError, PrepareConfig, chunk_tokens};
 pub use run::*;
 pub use validate::{BatchPlan, with_commas};
 pub use weight::{Weight, WeightPoint};

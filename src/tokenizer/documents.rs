@@ -18,14 +18,15 @@ pub fn documents(path: &Path, field: Option<&str>) -> Result<Texts> {
     let schema = Schema::of_file(path);
     let rows =
         rows(path, schema, field).hint("name a file of text, .jsonl, .jsonl.zst or .parquet")?;
-    Ok(Box::new(rows.into_iter().filter_map(move |row| {
+    Ok(Box::new(rows.filter_map(move |row| {
         match row {
-            Row::Text(text) => Some(Ok(text)),
-            Row::Skipped(_) if schema == Schema::Parquet => None, // a null
-            Row::Skipped(skipped) => Some(
+            Ok(Row::Text(text)) => Some(Ok(text)),
+            Ok(Row::Skipped(_)) if schema == Schema::Parquet => None, // a null
+            Ok(Row::Skipped(skipped)) => Some(
                 Err(anyhow!("{name}: {skipped}"))
                     .usage("name the key that holds the text with `--text-field`"),
             ),
+            Err(e) => Some(Err(e)),
         }
     })))
 }

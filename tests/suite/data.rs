@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use tch::Tensor;
-use tinyllama::config::{DataOrder, DataSource, OnError, PrepareConfig, chunk_tokens};
+use tinyllama::config::{DataOrder, DataSource, PrepareConfig, chunk_tokens};
 use tinyllama::data::packed::{Access, PackedWriter};
 use tinyllama::data::prepare::prepare;
 use tinyllama::data::{DataLoader, LoaderOptions, ValidationSet};
@@ -186,21 +186,10 @@ fn quickstart(path: &str) -> PathBuf {
 
 fn preparation(kind: &str, source: &Path, out: &Path) -> PrepareConfig {
     PrepareConfig {
-        kind: kind.into(),
-        source: source.display().to_string(),
-        out: out.join("train"),
-        split: "train".into(),
         validation_fraction: 0.1,
         validation_out: Some(out.join("validation")),
         chunk_tokens: 20_000,
-        text_field: None,
-        bos: false,
-        eos: true,
-        percentage: 1.0,
-        seed: 0,
-        subsets: Vec::new(),
-        exclude_subsets: Vec::new(),
-        on_error: OnError::default(),
+        ..PrepareConfig::new(kind, source.display().to_string(), &out.join("train"))
     }
 }
 

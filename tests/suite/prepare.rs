@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tinyllama::config::{OnError, PrepareConfig, chunk_tokens};
+use tinyllama::config::PrepareConfig;
 use tinyllama::data::packed::PackedSet;
 use tinyllama::data::prepare::{Manifest, prepare};
 use tinyllama::tokenizer::Tokenizer;
@@ -23,23 +23,7 @@ fn tokenizer() -> Tokenizer {
 }
 
 fn options(kind: &str, source: &Path, out: &Path) -> PrepareConfig {
-    PrepareConfig {
-        kind: kind.into(),
-        source: source.display().to_string(),
-        out: out.to_owned(),
-        split: "train".into(),
-        validation_fraction: 0.0,
-        validation_out: None,
-        chunk_tokens: chunk_tokens(),
-        text_field: None,
-        bos: false,
-        eos: true,
-        percentage: 1.0,
-        seed: 0,
-        subsets: Vec::new(),
-        exclude_subsets: Vec::new(),
-        on_error: OnError::default(),
-    }
+    PrepareConfig::new(kind, source.display().to_string(), out)
 }
 
 /// The documents in a folder of packed files.

@@ -262,7 +262,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, bytes).unwrap();
-        super::super::rows(&path, Schema::of_file(&path), None)
+        super::super::rows(&path, Schema::of_file(&path), None)?.collect()
     }
 
     fn text(text: &str) -> Row {

@@ -354,7 +354,7 @@ impl<'a> Reader<'a> {
     /// An unreadable file; a Parquet or CSV file without the column (its columns are named).
     pub fn open(
         source: Source,
-        selection: &'a Selection,
+        selection: &Selection,
         tokenizer: Option<&'a Tokenizer>,
     ) -> Result<Self> {
         let pieces: Box<dyn Iterator<Item = _> + Send> =
@@ -398,17 +398,26 @@ pub fn rows_of(piece: Piece, selection: &Selection, mut take: impl FnMut(Row)) {
     }
 }
 
-/// All rows of one file, a long text as one.
+/// All rows of one file, a long text as one; a piece at a time is in memory.
 ///
 /// # Errors
 /// As [`Reader::open`]; a damaged file. A row without a text - broken JSON, another type, no UTF-8 - is a
 /// skipped row.
-pub fn rows(path: &Path, schema: Schema, field: Option<&str>) -> Result<Vec<Row>> {
-    let (selection, mut rows) = (Selection::all(schema, field), Vec::new());
-    for piece in Reader::open(Source::new(path), &selection, None)? {
-        rows_of(piece?, &selection, |row| rows.push(row));
-    }
-    Ok(rows)
+pub fn rows(
+    path: &Path,
+    schema: Schema,
+    field: Option<&str>,
+) -> Result<impl Iterator<Item = Result<Row>> + use<>> {
+    let selection = Selection::all(schema, field);
+    let reader = Reader::open(Source::new(path), &selection, None)?;
+    Ok(reader.flat_map(move |piece| {
+        let mut rows = Vec::new();
+        match piece {
+            Ok(piece) => rows_of(piece, &selection, |row| rows.push(Ok(row))),
+            Err(e) => rows.push(Err(e)),
+        }
+        rows
+    }))
 }
 
 #[cfg(test)]

@@ -116,7 +116,7 @@ impl Source {
             let mut file = File::open(&self.path).with_context(|| self.cannot("open"))?;
             io::copy(&mut file, &mut sha256).with_context(|| self.cannot("read"))?;
         }
-        let sha256 = sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = format!("{:x}", sha256.finalize());
         Ok(SourceSum { bytes: stat.0, sha256, modified: stat.1 })
     }
 

@@ -42,7 +42,9 @@ impl<'a> Parts<'a> {
             State::Start => {
                 self.read_more(LONG)?;
                 if (self.buffer.len() as u64) < LONG || self.tokenizer.is_none() {
-                    self.read_more(MAX_ROW as u64)?;
+                    if self.read_more(MAX_ROW as u64)? {
+                        return self.too_long();
+                    }
                     self.state = State::End;
                     return Ok(Some(whole(std::mem::take(&mut self.buffer))));
                 }
@@ -70,12 +72,7 @@ impl<'a> Parts<'a> {
             };
             let Some(cut) = cut else {
                 if self.buffer.len() > MAX_ROW {
-                    return Err(anyhow!(
-                        "`{}`: {} MiB of text without a place to cut it",
-                        self.source.path().display(),
-                        MAX_ROW >> 20
-                    ))
-                    .hint("split the file, or use another tokenizer");
+                    return self.too_long();
                 }
                 continue;
             };
@@ -85,6 +82,12 @@ impl<'a> Parts<'a> {
             self.state = if at_end { State::End } else { State::Within(this) };
             return Ok(Some(Piece::Part { text, first: key.is_none(), last: at_end, key: this }));
         }
+    }
+
+    fn too_long(&self) -> Result<Option<Piece>> {
+        let (path, limit) = (self.source.path().display(), MAX_ROW >> 20);
+        Err(anyhow!("`{path}`: more than {limit} MiB of text in one piece"))
+            .hint("split the file; with most tokenizers `prepare` takes a text of any length")
     }
 
     /// Reads up to `n` bytes more; `false` where the file ended before them.
@@ -228,10 +231,11 @@ mod tests {
         let path = dir.path().join("x.csv");
         let csv = "id,text\n1,\"a, \"\"b\"\"\nc\"\n2\n3,d\r\n";
         std::fs::write(&path, csv).unwrap();
-        let got = rows(&path, Schema::Csv, None).unwrap();
+        let got: Result<Vec<Row>> = rows(&path, Schema::Csv, None).unwrap().collect();
+        let got = got.unwrap();
         let skipped = Skipped::damaged("no text under `text`", 2, "it has 1 fields");
         assert_eq!(got, [Row::Text("a, \"b\"\nc".into()), skipped, Row::Text("d".into())]);
-        let error = rows(&path, Schema::Csv, Some("body")).unwrap_err().to_string();
+        let error = rows(&path, Schema::Csv, Some("body")).err().unwrap().to_string();
         assert!(error.contains("has no column `body`"), "{error}");
     }
 

@@ -67,6 +67,11 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// Documents and tokens of both splits.
+    pub fn totals(&self) -> (u64, u64) {
+        (self.documents + self.validation_documents, self.tokens + self.validation_tokens)
+    }
+
     /// Counts a row left out.
     pub fn skip(&mut self, skipped: &Skipped, path: &Path) {
         let count = self.skipped.entry(skipped.why.clone()).or_default();
@@ -248,5 +253,5 @@ pub(super) fn fingerprint(tokenizer: &Tokenizer) -> Result<String> {
     }
     let ids = tokenizer.encode(PROBE, false, false).context("cannot tokenize a sample text")?;
     ids.iter().for_each(|id| sha256.update(id.to_le_bytes()));
-    Ok(sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(format!("{:x}", sha256.finalize()))
 }

@@ -35,7 +35,7 @@ use journal::{Entry, Journal};
 use output::Output;
 use pipeline::Event;
 use progress::Progress;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Bounds `chunk_tokens` at 1 GiB a file.
@@ -84,8 +84,7 @@ pub fn prepare(
     let workers =
         workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
 
-    let mut preparation = Preparation::begin(manifest)?;
-    let from = preparation.go_on(&files)?;
+    let (mut preparation, from) = Preparation::begin(manifest)?;
     let bar = preparation.progress.bar();
     pipeline::run(&files, from, &work, workers, &bar, |file, event| match event {
         Event::Piece(encoded) => preparation.add(&files[file], encoded),
@@ -114,81 +113,50 @@ struct Preparation {
 }
 
 impl Preparation {
-    /// Takes the output folders.
+    /// Takes the output folders, as they were after the last of these source files that is through; how many
+    /// those are.
     ///
     /// # Errors
-    /// They hold something else, or what another preparation began.
-    fn begin(manifest: Manifest) -> Result<Self> {
+    /// The folders hold something else, or what another preparation began.
+    fn begin(mut manifest: Manifest) -> Result<(Self, usize)> {
         let options = &manifest.options;
-        let train = Output::begin(&options.out, &options.split, &manifest, false)?;
+        let mut train = Output::begin(&options.out, &options.split, &manifest, false)?;
         let begun = train.temporary.join(output::BEGUN);
-        let done = Journal::read(&train.temporary);
+        let mut done = Journal::read(&train.temporary);
         match Manifest::read_file(&begun)? {
             Some(found) if !done.is_empty() => {
                 manifest.must_continue(found, &done, &train.temporary)?;
             }
             _ => manifest.write(&begun)?,
         }
-        let validation = match &options.validation_out {
+        let mut validation = match &options.validation_out {
             Some(out) => Some(Output::begin(out, "validation", &manifest, !done.is_empty())?),
             None => None,
         };
+        while !go_to(&mut train, validation.as_mut(), done.last())? {
+            done.pop(); // a power cut: the disk did not get all of it
+        }
         let journal = Journal::go_on(&train.temporary, &done)?;
         let progress = Progress::new(manifest.sources.values().map(|s| s.sum.bytes).sum());
-        let (before, synced) = ((0, 0), Instant::now());
-        Ok(Self { manifest, train, validation, journal, progress, before, synced })
-    }
-
-    /// Goes to the last source file after which the folders are as the journal says; the number of files that
-    /// are through.
-    fn go_on(&mut self, files: &[PathBuf]) -> Result<usize> {
-        let mut entries = Journal::read(&self.train.temporary);
-        entries.truncate(files.len());
-        while let Some(last) = entries.last() {
-            if self.go_to(last)? {
-                break;
-            }
-            entries.pop(); // a power cut: the disk did not get all of it
+        let (n_files, n_done) = (manifest.sources.len(), done.len());
+        if let Some(last) = done.last() {
+            let (documents, tokens) = last.counts.totals();
+            eprintln!(
+                "{:<12}after {n_done} of {n_files} source files: {documents} documents, {tokens} tokens are there",
+                "continues"
+            );
+            progress.go_on(done.iter().map(|entry| entry.record.sum.bytes).sum());
+            manifest.counts = last.counts.clone();
         }
-        let Some(last) = entries.last() else {
-            for output in std::iter::once(&mut self.train).chain(&mut self.validation) {
-                explain(output.writer.go_to(Position::default(), 0))?;
+        for entry in done {
+            train.files.extend(entry.outputs);
+            if let Some(validation) = &mut validation {
+                validation.files.extend(entry.validation_outputs);
             }
-            self.journal = Journal::go_on(&self.train.temporary, &[])?;
-            return Ok(0);
-        };
-        let bytes = entries.iter().map(|entry| entry.record.sum.bytes).sum();
-        self.progress.go_on(bytes);
-        eprintln!(
-            "{:<12}after {} of {} source files: {} documents, {} tokens are there",
-            "continues",
-            entries.len(),
-            files.len(),
-            last.counts.documents,
-            last.counts.tokens
-        );
-        self.manifest.counts = last.counts.clone();
-        self.journal = Journal::go_on(&self.train.temporary, &entries)?;
-        for entry in &entries {
-            self.train.files.extend(entry.outputs.clone());
-            if let Some(validation) = &mut self.validation {
-                validation.files.extend(entry.validation_outputs.clone());
-            }
+            manifest.sources.insert(entry.source, entry.record);
         }
-        let n = entries.len();
-        self.manifest.sources.extend(entries.into_iter().map(|entry| (entry.source, entry.record)));
-        self.before = self.totals();
-        Ok(n)
-    }
-
-    fn go_to(&mut self, entry: &Entry) -> Result<bool> {
-        let counts = &entry.counts;
-        if let Some(validation) = &mut self.validation
-            && !explain(validation.writer.go_to(entry.validation, counts.validation_tokens))?
-        {
-            return Ok(false);
-        }
-        explain(self.train.writer.go_to(entry.train, counts.tokens))
+        let (before, synced) = (manifest.counts.totals(), Instant::now());
+        Ok((Self { manifest, train, validation, journal, progress, before, synced }, n_done))
     }
 
     /// Writes the documents of a piece and counts what it left out.
@@ -200,7 +168,7 @@ impl Preparation {
             }
             self.manifest.counts.skip(skipped, path);
         }
-        let before = self.totals();
+        let before = self.manifest.counts.totals();
         explain(self.train.writer.add_bytes(&piece.train.bytes))?;
         if let Some(validation) = &mut self.validation {
             explain(validation.writer.add_bytes(&piece.validation.bytes))?;
@@ -210,7 +178,7 @@ impl Preparation {
         counts.documents += piece.train.documents;
         counts.validation_documents += piece.validation.documents;
         counts.tokens = self.train.writer.tokens;
-        let now = self.totals();
+        let now = self.manifest.counts.totals();
         self.progress.add(now.0 - before.0, piece.text_bytes, now.1 - before.1);
         Ok(())
     }
@@ -242,7 +210,7 @@ impl Preparation {
                 "`{source}` changed while it was read"
             );
         }
-        let (documents, tokens) = self.totals();
+        let (documents, tokens) = self.manifest.counts.totals();
         let record = SourceRecord {
             sum,
             documents: documents - self.before.0,
@@ -273,12 +241,6 @@ impl Preparation {
         Ok(())
     }
 
-    /// Documents and tokens of both splits.
-    fn totals(&self) -> (u64, u64) {
-        let c = &self.manifest.counts;
-        (c.documents + c.validation_documents, c.tokens + c.validation_tokens)
-    }
-
     /// Puts both folders in their places.
     fn finish(mut self) -> Result<Manifest> {
         self.progress.finish();
@@ -300,6 +262,20 @@ impl Preparation {
         self.train.commit(&self.manifest)?;
         Ok(self.manifest)
     }
+}
+
+/// Takes both folders back to where they were after an entry of the journal, or to their beginning; `false` where
+/// they do not hold what they held then.
+fn go_to(train: &mut Output, validation: Option<&mut Output>, to: Option<&Entry>) -> Result<bool> {
+    let none = (Position::default(), 0);
+    if let Some(validation) = validation {
+        let (at, tokens) = to.map_or(none, |e| (e.validation, e.counts.validation_tokens));
+        if !explain(validation.writer.go_to(at, tokens))? {
+            return Ok(false);
+        }
+    }
+    let (at, tokens) = to.map_or(none, |e| (e.train, e.counts.tokens));
+    explain(train.writer.go_to(at, tokens))
 }
 
 /// Options that cannot work, all at once, before anything is read.

@@ -34,7 +34,7 @@ impl Progress {
     }
 
     /// Source files of so many bytes are through already.
-    pub fn go_on(&mut self, source_bytes: u64) {
+    pub fn go_on(&self, source_bytes: u64) {
         self.bar.set_position(source_bytes);
         self.bar.reset_eta();
     }

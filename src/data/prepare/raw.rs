@@ -88,8 +88,8 @@ fn prepared(
         add(&file.to_string_lossy());
         add(&hash);
     }
-    let key: String = sha256.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    let out = cache_dir(data)?.join(format!("{}-{key}", name_of(path)));
+    let key = format!("{:x}", sha256.finalize());
+    let out = cache_dir(data)?.join(format!("{}-{}", name_of(path), &key[..16]));
     prepare(&options(schema, source, &out, data), tokenizer, None)?;
     Ok(out)
 }
