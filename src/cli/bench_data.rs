@@ -2,8 +2,9 @@
 
 use crate::bench::data::{self, Report};
 use crate::config::{self, DataOrder, DataSource, Weight};
-use crate::data::LoaderOptions;
 use crate::data::packed::Access;
+use crate::data::{Borders, LoaderOptions};
+use crate::tokenizer::Tokenizer;
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -46,6 +47,10 @@ fn options(args: &Args) -> Result<LoaderOptions> {
     if let Some(path) = &args.config {
         let config = config::load(path, &args.sets)?;
         let model = config.model()?;
+        let tokenizer = match (config.data.document_mask, &config.tokenizer_dir) {
+            (true, Some(dir)) => Some(Tokenizer::load(dir)?),
+            _ => None,
+        };
         return Ok(LoaderOptions {
             sources: config.data.train.clone(),
             order: config.data.order,
@@ -57,6 +62,7 @@ fn options(args: &Args) -> Result<LoaderOptions> {
             vocab_size: model.padded_vocab_size as usize,
             prefetch: config.data.prefetch,
             access: Access::Mapped,
+            borders: tokenizer.as_ref().map(Borders::of).transpose()?,
         });
     }
     let path = args.path.clone().unwrap_or_default();
@@ -71,6 +77,7 @@ fn options(args: &Args) -> Result<LoaderOptions> {
         vocab_size: 1 << 62,
         prefetch: 8,
         access: Access::Mapped,
+        borders: None,
     })
 }
 

@@ -147,6 +147,9 @@ pub struct DataConfig {
     /// End the run before a source would begin its epoch N+1, whichever is first; `null`: read on, each epoch in
     /// another order. With several sources the others are then not read to their end.
     pub epochs: Option<u64>,
+    /// Attention stays within documents instead of going across a whole row of several: those end where the tokenizer
+    /// of `tokenizer_dir` has its end-of-text token, or begin with its beginning-of-text token.
+    pub document_mask: bool,
     /// Packed files for validation, or raw text as in `train`; read in order, the same every time.
     pub val: Option<PathBuf>,
     /// Micro-batches read ahead by the background thread.
@@ -491,6 +494,7 @@ impl Default for DataConfig {
             train: Vec::new(),
             order: DataOrder::Global,
             epochs: None,
+            document_mask: false,
             val: None,
             prefetch: 8,
             prepare: Vec::new(),

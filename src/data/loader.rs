@@ -1,8 +1,8 @@
 //! Training batches: a weighted mixture of packed sets, in the order that `data.order` says ([`order`]), read ahead.
 
-use super::Batch;
 use super::order::{End, Order, Walk};
 use super::packed::{self, Access, PackedSet};
+use super::{Batch, Borders};
 use crate::config::{DataOrder, DataSource, with_commas};
 use crate::error::WithHint;
 use crate::train::progress::count;
@@ -37,6 +37,8 @@ pub struct LoaderOptions {
     pub prefetch: usize,
     /// How files are read.
     pub access: Access,
+    /// What batches tell the borders of documents by; `None`: they do not.
+    pub borders: Option<Borders>,
 }
 
 /// Where a loader stands: after the last batch that `next` gave out. Every rank's is the same. In the order `global` it
@@ -154,6 +156,14 @@ impl DataLoader {
                     Access::Opened => "; too many files to map, opened for each block",
                 }
             ));
+            if let Some(borders) = self.shared.options.borders
+                && let Ok(false) = borders.are_in(set, self.shared.options.vocab_size)
+            {
+                lines.push(format!(
+                    "{name}: no document ends or begins in the first million tokens by `tokenizer_dir`'s end-of-text and \
+                     beginning-of-text tokens: `document_mask` takes each block as one"
+                ));
+            }
             if let Some((unread, all)) = self.shared.order.unread(i)
                 && unread > 0
             {
@@ -265,8 +275,10 @@ impl Shared {
             rows.input.extend_from_slice(&rows.block[..t]);
             rows.target.extend_from_slice(&rows.block[1..]);
         }
+        let documents = o.borders.map(|borders| borders.documents(&rows.input, t));
         let (b, t) = (b as i64, t as i64);
         Ok(Batch {
+            documents,
             input: Tensor::from_slice(&rows.input).view([b, t]), // (B, T)
             target: Tensor::from_slice(&rows.target).view([b, t]), // (B, T)
             n_targets: b * t,

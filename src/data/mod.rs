@@ -7,6 +7,7 @@
 //! window, and fails on fewer than 8 a rank. Here an epoch of a set is all its blocks in one seeded order,
 //! and at most T tokens at the end of the stream stay out. The original's order can be had too ([`order`]).
 
+pub mod borders;
 pub mod documents;
 pub mod inspect;
 pub mod loader;
@@ -17,18 +18,22 @@ pub mod prepare;
 pub mod validation;
 pub mod writer;
 
+pub use borders::Borders;
 pub use loader::{DataLoader, DataState, LoaderOptions};
 pub use validation::ValidationSet;
 
+use crate::ops::Documents;
 use tch::Tensor;
 
-/// One micro-batch, on the CPU.
+/// One micro-batch, on the CPU or on its way through a model.
 #[derive(Debug)]
 pub struct Batch {
     /// (B, T) of i64
     pub input: Tensor,
     /// (B, T) of i64: the next token of each input; -100 where there is none
     pub target: Tensor,
+    /// Where documents lie in the rows, for `data.document_mask`; `None`: attention goes across them.
+    pub documents: Option<Documents>,
     /// Targets that are not -100.
     pub n_targets: i64,
 }

@@ -1,7 +1,7 @@
 //! Validation batches: the whole set in order, the same every time.
 
-use super::Batch;
 use super::packed::{self, PackedSet};
+use super::{Batch, Borders};
 use crate::bail_hint;
 use anyhow::Result;
 use std::path::Path;
@@ -13,6 +13,8 @@ pub struct ValidationSet {
     block_size: u64,
     micro_batch_size: u64,
     vocab_size: usize,
+    /// What batches tell the borders of documents by; `None`: they do not.
+    pub borders: Option<Borders>,
 }
 
 impl ValidationSet {
@@ -31,7 +33,7 @@ impl ValidationSet {
             );
         }
         let (block_size, micro_batch_size) = (block_size as u64, micro_batch_size as u64);
-        Ok(Self { set, block_size, micro_batch_size, vocab_size })
+        Ok(Self { set, block_size, micro_batch_size, vocab_size, borders: None })
     }
 
     /// Targets in the set.
@@ -78,6 +80,7 @@ impl ValidationSet {
         Ok(Batch {
             input: Tensor::from_slice(&input).view([b, t]), // (B, T)
             target: Tensor::from_slice(&target).view([b, t]), // (B, T)
+            documents: self.borders.map(|borders| borders.documents(&input, t as usize)), // (B, T)
             n_targets,
         })
     }

@@ -147,7 +147,7 @@ pub fn generate(
     let mut input = ids_tensor(prompt, device); // (1, P), later (1, 1)
     let start = Instant::now();
     loop {
-        let x = model.hidden(&input, Some(&mut cache)); // (1, T, C)
+        let x = model.hidden(&input, None, Some(&mut cache)); // (1, T, C)
         let last = x.select(1, -1); // (1, C): only the last position chooses a token
         let logits = model.head(&last).squeeze_dim(0); // (V,)
         let id = sampler.sample(&logits.narrow(0, 0, vocab_size as i64))?;

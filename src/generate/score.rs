@@ -117,7 +117,7 @@ fn next_token_logprobs(model: &GPT, tokens: &[u32]) -> Result<Vec<f64>> {
     }
     let idx = ids_tensor(tokens, model.device()); // (1, T+1)
     let targets = idx.narrow(1, 1, t).view([t, 1]); // (T, 1)
-    let x = model.hidden(&idx.narrow(1, 0, t), None).squeeze_dim(0); // (T, C)
+    let x = model.hidden(&idx.narrow(1, 0, t), None, None).squeeze_dim(0); // (T, C)
     let mut parts = Vec::new();
     for first in (0..t).step_by(ROWS as usize) {
         let rows = ROWS.min(t - first);

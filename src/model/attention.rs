@@ -4,7 +4,7 @@ use super::config::ModelConfig;
 use super::kv_cache::LayerCache;
 use super::linear::Linear;
 use crate::config::AttentionBackend;
-use crate::ops::{self, Mask};
+use crate::ops::{self, Documents, Mask};
 use tch::{Device, Tensor};
 
 /// What all blocks share: where they are in the sequence, and which kernels they use.
@@ -13,6 +13,8 @@ pub struct Positions {
     pub cos: Tensor,
     /// (T, n_elem) fp32
     pub sin: Tensor,
+    /// Where documents lie in the rows; `None`: each row is one.
+    pub documents: Option<Documents>,
     /// How things are computed.
     pub kernels: Kernels,
 }
@@ -40,7 +42,12 @@ impl Kernels {
 impl Positions {
     /// Another handle on the same tables.
     pub fn shallow_clone(&self) -> Self {
-        Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone(), ..*self }
+        Self {
+            cos: self.cos.shallow_clone(),
+            sin: self.sin.shallow_clone(),
+            documents: self.documents.as_ref().map(Documents::shallow_clone),
+            kernels: self.kernels,
+        }
     }
 }
 
@@ -84,7 +91,8 @@ impl CausalSelfAttention {
         let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
 
         let with = &at.kernels;
-        let (mask, backend, angles) = (Mask::CAUSAL, with.attention, (&at.cos, &at.sin));
+        let mask = Mask { causal: true, documents: at.documents.as_ref() };
+        let (backend, angles) = (with.attention, (&at.cos, &at.sin));
         let y = match cache {
             None => ops::rope_attention_qkv(qkv, angles, (h, g), mask, backend, with.fused), // (B, H, T, D)
             Some(cache) => {

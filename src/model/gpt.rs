@@ -12,7 +12,7 @@ use super::norm::Norm;
 use super::rope::Rope;
 use super::units::AtUnit;
 use crate::config::AttentionBackend;
-use crate::ops::{self, LossScalars};
+use crate::ops::{self, Documents, LossScalars};
 use tch::{Device, Kind, Tensor};
 
 /// A decoder-only transformer of the Llama or the GPT-NeoX family.
@@ -79,15 +79,21 @@ impl GPT {
     /// # Shapes
     /// idx (B, T) of i64 -> (B, T, V), dtype of the weights.
     pub fn forward(&self, idx: &Tensor, cache: Option<&mut KvCache>) -> Tensor {
-        let x = self.hidden(idx, cache); // (B, T, C)
+        let x = self.hidden(idx, None, cache); // (B, T, C)
         self.head(&x) // (B, T, V)
     }
 
-    /// The residual stream after the final norm.
+    /// The residual stream after the final norm. With `documents`, a token sees those of its own document alone, as
+    /// if it had a row of its own: rotary positions are relative, so that they need not begin anew.
     ///
     /// # Shapes
     /// idx (B, T) of i64 -> (B, T, C).
-    pub fn hidden(&self, idx: &Tensor, mut cache: Option<&mut KvCache>) -> Tensor {
+    pub fn hidden(
+        &self,
+        idx: &Tensor,
+        documents: Option<&Documents>,
+        mut cache: Option<&mut KvCache>,
+    ) -> Tensor {
         let (_, t) = idx.size2().expect("idx is (B, T)");
         let past = cache.as_ref().map_or(0, |cache| cache.len());
         let (cos, sin) = self.rope.cos_sin(past, t); // (T, n_elem) x2
@@ -97,11 +103,12 @@ impl GPT {
             recompute_norms: self.recompute_norms && cache.is_none(),
             fp8: self.fp8.is_some() && cache.is_none(),
         };
-        let at = Positions { cos, sin, kernels };
-
         self.enter(0);
         let mut x = self.wte.forward(idx); // (B, T, C)
         self.leave(0, &x);
+        let d = self.config.head_size;
+        let documents = documents.map(|documents| documents.ready_for(&x, d, self.attention));
+        let at = Positions { cos, sin, documents, kernels };
         let mut delta = None; // what the last block adds to x
         for (i, block) in self.h.iter().enumerate() {
             self.enter(i + 1);
@@ -120,12 +127,18 @@ impl GPT {
     }
 
     /// The summed cross-entropy of the next tokens, with the terms of [`ops::cross_entropy`], without all logits
-    /// in memory.
+    /// in memory. Attention stays within `documents`, where they are given.
     ///
     /// # Shapes
     /// idx, target (B, T) of i64, target -100 where nothing is to be learned -> () fp32.
-    pub fn loss(&self, idx: &Tensor, target: &Tensor, scalars: LossScalars) -> Tensor {
-        let x = self.hidden(idx, None).view([-1, self.config.n_embd]); // (N, C)
+    pub fn loss(
+        &self,
+        idx: &Tensor,
+        target: &Tensor,
+        documents: Option<&Documents>,
+        scalars: LossScalars,
+    ) -> Tensor {
+        let x = self.hidden(idx, documents, None).view([-1, self.config.n_embd]); // (N, C)
         let target = target.reshape([-1]); // (N,)
         let loss = ops::head_loss(&x, self.head_weight(), &target, scalars, self.fused); // ()
         self.leave(self.h.len() + 1, &loss);

@@ -28,9 +28,50 @@ pub struct Documents {
     pub start: Tensor,
     /// (B, S) i32: the position after the last one of its document.
     pub end: Tensor,
+    /// (B, 1, S, S): 0 where a query sees a key, else -inf; for kernels that know no documents.
+    bias: Option<Tensor>,
 }
 
 impl Documents {
+    /// From both tables, (B, S) i32.
+    pub fn new(start: Tensor, end: Tensor) -> Self {
+        Self { start, end, bias: None }
+    }
+
+    /// Another handle on the same tables.
+    pub fn shallow_clone(&self) -> Self {
+        let bias = self.bias.as_ref().map(Tensor::shallow_clone);
+        Self { start: self.start.shallow_clone(), end: self.end.shallow_clone(), bias }
+    }
+
+    /// The tables in memory of their own.
+    pub fn copy(&self) -> Self {
+        Self::new(self.start.copy(), self.end.copy())
+    }
+
+    /// Takes over the values of tables of the same shape, and no matrix.
+    pub fn copy_(&mut self, from: &Self) {
+        self.start.copy_(&from.start);
+        self.end.copy_(&from.end);
+        self.bias = None;
+    }
+
+    /// For causal attention of whole rows by `backend` over heads of size `d`, with x's dtype and device: where that
+    /// is libtorch's, all layers share one matrix.
+    ///
+    /// # Shapes
+    /// x (B, S, C).
+    pub fn ready_for(&self, x: &Tensor, d: i64, backend: AttentionBackend) -> Self {
+        let (mut documents, s) = (self.shallow_clone(), x.size()[1]);
+        if kernel(x, s, d, backend) == Kernel::Libtorch {
+            let mask = Mask { causal: true, documents: Some(self) };
+            let hidden = visible(s, s, mask, x).logical_not(); // (B, 1, S, S)
+            let mut bias = Tensor::zeros(hidden.size(), (x.kind(), x.device()));
+            documents.bias = Some(bias.masked_fill_(&hidden, f64::NEG_INFINITY));
+        }
+        documents
+    }
+
     /// From the lengths of the documents of each row, which must fill rows of equal length.
     ///
     /// # Panics
@@ -54,7 +95,7 @@ impl Documents {
         let tensor = |values: &[i32]| {
             Tensor::from_slice(values).view([rows.len() as i64, s]).to_device(device) // (B, S)
         };
-        Self { start: tensor(&start), end: tensor(&end) }
+        Self::new(tensor(&start), tensor(&end))
     }
 }
 
@@ -82,7 +123,7 @@ pub fn attention(
     mask: Mask,
     backend: AttentionBackend,
 ) -> Tensor {
-    match kernel(q, q.size()[2], backend) {
+    match kernel(q, q.size()[2], q.size()[3], backend) {
         Kernel::Own => or_panic(ffi::flash_attention(q, k, v, options(mask))).0,
         Kernel::Libtorch => libtorch_attention(q, k, v, mask),
         Kernel::Plain => attention_reference(q, k, v, mask),
@@ -102,7 +143,7 @@ pub fn attention_qkv(
     backend: AttentionBackend,
 ) -> Tensor {
     let (h, g) = (n_head, n_query_groups);
-    if kernel(qkv, qkv.size()[1], backend) == Kernel::Own {
+    if kernel(qkv, qkv.size()[1], qkv.size()[3], backend) == Kernel::Own {
         return or_panic(ffi::flash_attention_qkv(qkv, h, g, None, options(mask)));
     }
     let (q, k, v) = split_heads(qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
@@ -132,9 +173,8 @@ pub fn rope_attention_qkv(
     let (b, t, width) = qkv.size3().expect("qkv is (B, T, (H+2G)*D)");
     let d = width / (h + 2 * g);
     let heads = |x: &Tensor| x.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
-    let like_heads = heads(qkv);
-    if fused && kernel(&like_heads, t, backend) == Kernel::Own {
-        let qkv = like_heads.contiguous();
+    if fused && kernel(qkv, t, d, backend) == Kernel::Own {
+        let qkv = heads(qkv).contiguous();
         return or_panic(ffi::flash_attention_qkv(&qkv, h, g, Some((cos, sin)), options(mask)));
     }
     let qkv = super::rope_qkv(qkv, cos, sin, h + g, d, fused); // (B, T, (H+2G)*D)
@@ -161,9 +201,8 @@ enum Kernel {
     Plain,
 }
 
-/// Which kernel computes attention of `t` queries with this dtype, device and head size.
-fn kernel(x: &Tensor, t: i64, backend: AttentionBackend) -> Kernel {
-    let d = *x.size().last().expect("x is (.., D)");
+/// Which kernel computes attention of `t` queries of size `d` with x's dtype and device.
+fn kernel(x: &Tensor, t: i64, d: i64, backend: AttentionBackend) -> Kernel {
     match backend {
         AttentionBackend::Math => return Kernel::Plain,
         AttentionBackend::Cudnn => return Kernel::Libtorch,
@@ -205,8 +244,12 @@ fn libtorch_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> Tensor 
     };
     // `is_causal` aligns the diagonal to the first key, right for T == S only; one query sees every key.
     let plain_causal = mask.documents.is_none() && (t == s || t == 1);
-    let matrix = (mask.documents.is_some() || (mask.causal && !plain_causal))
-        .then(|| visible(t, s, mask, q)); // (B or 1, 1, T, S)
+    let ready = mask.documents.and_then(|documents| documents.bias.as_ref());
+    let matrix = match ready.filter(|_| mask.causal && t == s) {
+        Some(bias) => Some(bias.shallow_clone()), // (B, 1, T, S)
+        None => (mask.documents.is_some() || (mask.causal && !plain_causal))
+            .then(|| visible(t, s, mask, q)), // (B or 1, 1, T, S)
+    };
     let causal = mask.causal && plain_causal && t > 1;
     let grouped = q.size()[1] != k.size()[1];
     Tensor::scaled_dot_product_attention(q, &k, &v, matrix, 0.0, causal, None, grouped)

@@ -2,9 +2,10 @@
 
 use crate::config::{BatchPlan, DataConfig, RunConfig};
 use crate::data::packed::Access;
-use crate::data::{DataLoader, LoaderOptions, ValidationSet};
+use crate::data::{Borders, DataLoader, LoaderOptions, ValidationSet};
 use crate::error::WithHint;
 use crate::model::ModelConfig;
+use crate::tokenizer::Tokenizer;
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
 
@@ -14,11 +15,14 @@ pub fn open(
     config: &RunConfig,
     packed: &DataConfig,
     model: &ModelConfig,
+    tokenizer: Option<&Tokenizer>,
     sequence: i64,
     (rank, world): (usize, usize),
 ) -> Result<(DataLoader, Option<ValidationSet>)> {
     let micro_batch_size = config.train.micro_batch_size as usize;
     let vocab_size = model.padded_vocab_size as usize;
+    let tokenizer = tokenizer.filter(|_| config.data.document_mask);
+    let borders = tokenizer.map(Borders::of).transpose()?;
     let loader = DataLoader::train(LoaderOptions {
         sources: packed.train.clone(),
         order: config.data.order,
@@ -30,9 +34,14 @@ pub fn open(
         vocab_size,
         prefetch: config.data.prefetch,
         access: Access::Mapped,
+        borders,
     })?;
-    let open =
-        |path: &PathBuf| ValidationSet::open(path, sequence as usize, micro_batch_size, vocab_size);
+    let open = |path: &PathBuf| -> Result<ValidationSet> {
+        let t = sequence as usize;
+        let mut set = ValidationSet::open(path, t, micro_batch_size, vocab_size)?;
+        set.borders = borders;
+        Ok(set)
+    };
     Ok((loader, packed.val.as_ref().map(open).transpose()?))
 }
 

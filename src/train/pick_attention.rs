@@ -58,6 +58,7 @@ pub struct Picked {
 pub fn is_open(config: &RunConfig, shape: Shape) -> bool {
     config.attention == AttentionBackend::Auto
         && !config.deterministic // cuDNN adds its gradients in any order
+        && !config.data.document_mask // which cuDNN knows only as a matrix
         && config.precision != Precision::Fp32True // no kernel of ours or of cuDNN's
         && ops::flash_covers(Kind::BFloat16, shape.t, shape.d)
 }
@@ -297,6 +298,7 @@ mod tests {
             ("attention=cudnn", 2048, 64),
             ("attention=math", 2048, 64),
             ("deterministic=true", 2048, 64),
+            ("data.document_mask=true", 2048, 64),
             ("precision=32-true", 2048, 64),
             ("seed=1", 2048, 96),
             ("seed=1", 1, 64),

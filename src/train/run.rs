@@ -179,7 +179,10 @@ impl<'j> Run<'j> {
         }
         let packed = prepare_raw()?;
         let place = job.map_or((0, 1), |job| (job.rank(), job.size()));
-        let (mut loader, val) = data::open(config, &packed, &model_config, sequence, place)?;
+        let (mut loader, val) = {
+            let tokenizer = tokenizer.as_ref();
+            data::open(config, &packed, &model_config, tokenizer, sequence, place)?
+        };
         let ends_with = data::end_with(config, &mut plan, &loader)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
@@ -300,6 +303,9 @@ impl<'j> Run<'j> {
         }
         if self.config.optimizer.cpu_offload {
             eprintln!("offload     exact weights and moments on the host, streamed once a step");
+        }
+        if self.config.data.document_mask {
+            eprintln!("documents   attention stays within each (`data.document_mask`)");
         }
         for line in self.loader.describe() {
             eprintln!("data        {line}");

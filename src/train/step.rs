@@ -6,7 +6,7 @@ use crate::data::Batch;
 use crate::distributed::Ranks;
 use crate::ffi::{Graph, Staged};
 use crate::model::GPT;
-use crate::ops::LossScalars;
+use crate::ops::{Documents, LossScalars};
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
@@ -58,18 +58,18 @@ pub fn train_step(
         find_scales(model, first, scalars)?;
         optimizer.clear_gradients();
     }
-    let coming: Vec<[Coming; 2]> =
-        batches.iter().map(|batch| stage(batch, device)).collect::<Result<_>>()?;
+    let coming: Vec<Coming> =
+        batches.iter().map(|batch| Coming::new(batch, device)).collect::<Result<_>>()?;
     if let Some(ranks) = ranks {
         ranks.fsdp.begin_step();
     }
-    for (i, [input, target]) in coming.into_iter().enumerate() {
-        let (input, target) = (input.take()?, target.take()?); // (B, T) x2
+    for (i, batch) in coming.into_iter().enumerate() {
+        let batch = batch.take()?;
         let first = (i == 0).then_some(&mut *optimizer);
         if let Some(ranks) = ranks {
             ranks.fsdp.begin_micro_batch(i + 1 == batches.len());
         }
-        let _ = loss.g_add_(&micro.run(model, first, &input, &target, scalars)?);
+        let _ = loss.g_add_(&micro.run(model, first, &batch, scalars)?);
         if let Some(ranks) = ranks {
             ranks.fsdp.end_micro_batch()?;
         }
@@ -106,9 +106,8 @@ pub struct MicroStep {
 #[derive(Debug)]
 struct Captured {
     graph: Graph,
-    input: Tensor,  // (B, T)
-    target: Tensor, // (B, T)
-    loss: Tensor,   // ()
+    batch: Batch,
+    loss: Tensor, // ()
     scalars: LossScalars,
 }
 
@@ -124,16 +123,12 @@ impl MicroStep {
     }
 
     /// The loss of the micro-batch, `() fp32`. With the optimizer it is the first of its step: gradients that are
-    /// products overwrite.
-    ///
-    /// # Shapes
-    /// input, target (B, T) of i64 on the model's device.
+    /// products overwrite. The batch is on the model's device.
     pub fn run(
         &mut self,
         model: &GPT,
         optimizer: Option<&mut AdamW>,
-        input: &Tensor,
-        target: &Tensor,
+        batch: &Batch,
         scalars: LossScalars,
     ) -> Result<Tensor> {
         let first = optimizer.is_some();
@@ -144,23 +139,21 @@ impl MicroStep {
             false => self.runs[0] >= Self::WARM_UP && self.runs[1] > 1,
         };
         if !self.graph || !warm {
-            return forward_backward(model, optimizer, input, target, scalars);
+            return forward_backward(model, optimizer, batch, scalars);
         }
         let [of_first, of_others] = &mut self.captured;
         let (captured, other) = if first { (of_first, of_others) } else { (of_others, of_first) };
         if captured.is_none() {
             let other = other.as_ref().map(|c| &c.graph);
-            let work = |input: &Tensor, target: &Tensor| {
-                forward_backward(model, optimizer, input, target, scalars)
-            };
-            let new = Captured::new(input, target, scalars, other, work)?;
-            return captured.insert(new).run(input, target);
+            let work = |batch: &Batch| forward_backward(model, optimizer, batch, scalars);
+            let new = Captured::new(batch, scalars, other, work)?;
+            return captured.insert(new).run(batch);
         }
         match captured {
-            Some(c) if c.scalars == scalars && c.input.size() == input.size() => {
-                c.run(input, target)
+            Some(c) if c.scalars == scalars && c.batch.input.size() == batch.input.size() => {
+                c.run(batch)
             }
-            _ => forward_backward(model, optimizer, input, target, scalars),
+            _ => forward_backward(model, optimizer, batch, scalars),
         }
     }
 }
@@ -168,24 +161,31 @@ impl MicroStep {
 impl Captured {
     /// The graph uses the memory of `other` again, which never runs at the same time.
     fn new(
-        input: &Tensor,
-        target: &Tensor,
+        batch: &Batch,
         scalars: LossScalars,
         other: Option<&Graph>,
-        work: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+        work: impl FnOnce(&Batch) -> Result<Tensor>,
     ) -> Result<Self> {
-        let (input, target) = (input.copy(), target.copy());
-        let mut loss = Tensor::zeros([], (Kind::Float, input.device()));
+        let batch = Batch {
+            input: batch.input.copy(),
+            target: batch.target.copy(),
+            documents: batch.documents.as_ref().map(Documents::copy),
+            ..*batch
+        };
+        let mut loss = Tensor::zeros([], (Kind::Float, batch.input.device()));
         let graph = Graph::capture(other, || {
-            loss.copy_(&work(&input, &target)?);
+            loss.copy_(&work(&batch)?);
             Ok(())
         })?;
-        Ok(Self { graph, input, target, loss, scalars })
+        Ok(Self { graph, batch, loss, scalars })
     }
 
-    fn run(&mut self, input: &Tensor, target: &Tensor) -> Result<Tensor> {
-        self.input.copy_(input);
-        self.target.copy_(target);
+    fn run(&mut self, batch: &Batch) -> Result<Tensor> {
+        self.batch.input.copy_(&batch.input);
+        self.batch.target.copy_(&batch.target);
+        if let (Some(mine), Some(documents)) = (&mut self.batch.documents, &batch.documents) {
+            mine.copy_(documents);
+        }
         self.graph.replay()?;
         Ok(self.loss.shallow_clone())
     }
@@ -194,12 +194,11 @@ impl Captured {
 fn forward_backward(
     model: &GPT,
     optimizer: Option<&mut AdamW>,
-    input: &Tensor,
-    target: &Tensor,
+    batch: &Batch,
     scalars: LossScalars,
 ) -> Result<Tensor> {
     model.update_fp8_scales()?; // from the micro-batch before
-    let loss = model.loss(input, target, scalars); // ()
+    let loss = model.loss(&batch.input, &batch.target, batch.documents.as_ref(), scalars); // ()
     match optimizer {
         Some(optimizer) => optimizer.overwriting(|| {
             loss.backward();
@@ -215,41 +214,63 @@ fn forward_backward(
 fn find_scales(model: &GPT, batch: &Batch, scalars: LossScalars) -> Result<()> {
     let Some(fp8) = &model.fp8 else { return Ok(()) };
     fp8.guess_gradients(1.0 / scalars.scale);
-    let [input, target] = stage(batch, model.device())?;
-    let (input, target) = (input.take()?, target.take()?); // (B, T) x2
+    let batch = Coming::new(batch, model.device())?.take()?;
     for _ in 0..6 {
-        let _ = forward_backward(model, None, &input, &target, scalars)?;
+        let _ = forward_backward(model, None, &batch, scalars)?;
     }
     Ok(())
 }
 
-/// Token ids on their way to the model's device.
-pub enum Coming {
+/// A batch on its way to the model's device.
+pub struct Coming {
+    input: OnTheWay,
+    target: OnTheWay,
+    documents: Option<[OnTheWay; 2]>,
+    n_targets: i64,
+}
+
+impl Coming {
+    /// Starts the copies.
+    pub fn new(batch: &Batch, device: Device) -> Result<Self> {
+        let start = |tensor: &Tensor| OnTheWay::new(tensor, device);
+        let documents = match &batch.documents {
+            Some(documents) => Some([start(&documents.start)?, start(&documents.end)?]),
+            None => None,
+        };
+        let (input, target) = (start(&batch.input)?, start(&batch.target)?);
+        Ok(Self { input, target, documents, n_targets: batch.n_targets })
+    }
+
+    /// The batch on the device. The stream waits for the copies, the CPU does not.
+    pub fn take(self) -> Result<Batch> {
+        let documents = match self.documents {
+            Some([start, end]) => Some(Documents::new(start.take()?, end.take()?)),
+            None => None,
+        };
+        let (input, target) = (self.input.take()?, self.target.take()?);
+        Ok(Batch { input, target, documents, n_targets: self.n_targets })
+    }
+}
+
+enum OnTheWay {
     /// Copied from page-locked memory beside the work before.
     Staged(Staged),
     /// On the CPU, where the model is.
     Here(Tensor),
 }
 
-impl Coming {
-    /// Starts the copy.
-    pub fn new(tokens: &Tensor, device: Device) -> Result<Self> {
+impl OnTheWay {
+    fn new(tensor: &Tensor, device: Device) -> Result<Self> {
         Ok(match device {
-            Device::Cuda(_) => Self::Staged(Staged::new(tokens, device)?),
-            _ => Self::Here(tokens.shallow_clone()),
+            Device::Cuda(_) => Self::Staged(Staged::new(tensor, device)?),
+            _ => Self::Here(tensor.shallow_clone()),
         })
     }
 
-    /// The ids on the device. The stream waits for the copy, the CPU does not.
-    pub fn take(self) -> Result<Tensor> {
+    fn take(self) -> Result<Tensor> {
         match self {
-            Self::Staged(tokens) => tokens.take(),
-            Self::Here(tokens) => Ok(tokens),
+            Self::Staged(tensor) => tensor.take(),
+            Self::Here(tensor) => Ok(tensor),
         }
     }
-}
-
-/// Input and target of a batch on their way.
-pub fn stage(batch: &Batch, device: Device) -> Result<[Coming; 2]> {
-    Ok([Coming::new(&batch.input, device)?, Coming::new(&batch.target, device)?])
 }

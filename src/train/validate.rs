@@ -1,7 +1,7 @@
 //! Validation loss.
 
-use super::step::stage;
-use crate::data::ValidationSet;
+use super::step::Coming;
+use crate::data::{Batch, ValidationSet};
 use crate::distributed::Ranks;
 use crate::model::GPT;
 use crate::ops::LossScalars;
@@ -29,9 +29,9 @@ pub fn validate(
         tick();
         let counts = f64::from(u8::from(i < n_batches));
         let batch = set.batch(i.min(n_batches - 1))?;
-        let [input, target] = stage(&batch, model.device())?;
-        let (input, target) = (input.take()?, target.take()?); // (B, T) x2
-        let loss = model.loss(&input, &target, LossScalars::SUM).to_kind(Kind::Double);
+        let Batch { input, target, documents, .. } = Coming::new(&batch, model.device())?.take()?; // (B, T) x2
+        let loss =
+            model.loss(&input, &target, documents.as_ref(), LossScalars::SUM).to_kind(Kind::Double);
         let _ = sums.get(0).g_add_(&(loss * counts));
         let _ = sums.get(1).g_add_scalar_(batch.n_targets as f64 * counts);
     }

@@ -40,6 +40,7 @@ fn options(sources: &[(&Path, f64)], rank: usize, world: usize) -> LoaderOptions
         prefetch: 3,
         order: DataOrder::Global,
         access: Access::Mapped,
+        borders: None,
     }
 }
 

@@ -91,7 +91,7 @@ fn batch(tokens: &Tensor, step: usize, first: i64, rows: i64) -> Batch {
         let _ = target.get(0).narrow(0, 0, 5).fill_(-100);
     }
     let n_targets = target.ne(-100).sum(Kind::Int64).int64_value(&[]);
-    Batch { input: rows.narrow(1, 0, T).copy(), target, n_targets }
+    Batch { input: rows.narrow(1, 0, T).copy(), target, documents: None, n_targets }
 }
 
 fn model(way: &Way) -> GPT {

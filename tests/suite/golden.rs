@@ -136,7 +136,7 @@ fn twenty_training_steps_equal_pytorchs() {
                     let t = rows.size()[1] - 1;
                     let (input, target) = (rows.narrow(1, 0, t), rows.narrow(1, 1, t));
                     let n_targets = target.numel() as i64;
-                    Batch { input, target, n_targets }
+                    Batch { input, target, documents: None, n_targets }
                 })
                 .collect();
             let out = one_step(&model, &mut optimizer, &batches, lr);

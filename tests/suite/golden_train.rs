@@ -38,7 +38,7 @@ fn batches() -> Vec<Vec<Batch>> {
         let rows: Vec<Tensor> = sequences.iter().map(read).collect();
         let (rows, t) = (Tensor::stack(&rows, 0), block as i64 - 1); // (micro, T+1)
         let (input, target) = (rows.narrow(1, 0, t), rows.narrow(1, 1, t));
-        Batch { n_targets: target.numel() as i64, input, target }
+        Batch { n_targets: target.numel() as i64, input, target, documents: None }
     };
     blocks.iter().map(|step| step.iter().map(batch).collect()).collect()
 }

@@ -506,7 +506,8 @@ fn loss_and_gradients(device: Device, fused: bool, backend: AttentionBackend) ->
     let idx = Tensor::randint(512, [2, 200], (Kind::Int64, device));
     let target = Tensor::randint(512, [2, 200], (Kind::Int64, device));
     let _ = target.narrow(1, 0, 3).fill_(-100);
-    let loss = model.loss(&idx, &target, LossScalars { scale: 1.0 / 394.0, ..LossScalars::SUM });
+    let loss =
+        model.loss(&idx, &target, None, LossScalars { scale: 1.0 / 394.0, ..LossScalars::SUM });
     loss.backward();
     let mut all = vec![loss.detach()];
     all.extend(model.named_parameters().iter().map(|(_, p)| p.grad()));
@@ -592,7 +593,8 @@ fn recomputing(device: Device, recomputed: usize) -> (Vec<Tensor>, i64) {
     let Device::Cuda(index) = device else { panic!("{device:?}") };
     let before = ffi::cuda_memory(index).unwrap().allocated;
     ffi::cuda_reset_peak_memory(index).unwrap();
-    let loss = model.loss(&idx, &target, LossScalars { scale: 1.0 / 16384.0, ..LossScalars::SUM });
+    let loss =
+        model.loss(&idx, &target, None, LossScalars { scale: 1.0 / 16384.0, ..LossScalars::SUM });
     loss.backward();
     let peak = ffi::cuda_memory(index).unwrap().peak_allocated - before;
     let mut all = vec![loss.detach()];

@@ -31,14 +31,14 @@ fn model(device: Device, recomputed_blocks: usize) -> GPT {
 fn batches() -> Vec<[Batch; 2]> {
     tch::manual_seed(9);
     let ids = || Tensor::randint(512, [2, 256], (Kind::Int64, Device::Cpu));
-    let batch = || Batch { input: ids(), target: ids(), n_targets: 512 };
+    let batch = || Batch { input: ids(), target: ids(), documents: None, n_targets: 512 };
     (0..6).map(|_| [batch(), batch()]).collect()
 }
 
 /// The same tensors once more.
 fn share(batch: &Batch) -> Batch {
     let [input, target] = [&batch.input, &batch.target].map(Tensor::shallow_clone);
-    Batch { input, target, n_targets: batch.n_targets }
+    Batch { input, target, documents: None, n_targets: batch.n_targets }
 }
 
 /// What a rank ends with.

@@ -48,6 +48,7 @@ fn six_steps_in(
         let batch = || Batch {
             input: Tensor::randint(512, [2, 256], (Kind::Int64, Device::Cpu)),
             target: Tensor::randint(512, [2, 256], (Kind::Int64, Device::Cpu)),
+            documents: None,
             n_targets: 512,
         };
         optimizer.zero_grad();
@@ -381,11 +382,11 @@ fn gradients_of_prose(
     let mut optimizer = AdamW::new(&mut model, precision, &OptimizerConfig::default()).unwrap();
     let mut micro = MicroStep::new(fast.is_some());
     let [input, target] = prose().map(|t| t.to_device(device));
+    let batch = Batch { input, target, documents: None, n_targets: 4096 };
     let scalars = LossScalars { scale: 1.0 / 4096.0, ..LossScalars::SUM };
     // With a graph: two runs before it, and the one that it is launched for.
-    let mut run = |optimizer: &mut AdamW| {
-        micro.run(&model, Some(optimizer), &input, &target, scalars).unwrap()
-    };
+    let mut run =
+        |optimizer: &mut AdamW| micro.run(&model, Some(optimizer), &batch, scalars).unwrap();
     if fast.is_some() {
         let _ = (run(&mut optimizer), run(&mut optimizer));
     }

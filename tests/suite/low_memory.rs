@@ -259,7 +259,7 @@ fn batch(seed: i64) -> Batch {
     tch::manual_seed(seed);
     let tokens = Tensor::randint(97, [2, 17], (Kind::Int64, Device::Cpu));
     let (input, target) = (tokens.narrow(1, 0, 16), tokens.narrow(1, 1, 16));
-    Batch { input, target, n_targets: 32 }
+    Batch { input, target, documents: None, n_targets: 32 }
 }
 
 /// Losses of steps on batches of these seeds.

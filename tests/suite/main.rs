@@ -6,6 +6,7 @@ mod config;
 mod data;
 mod distributed;
 mod doctor;
+mod document_mask;
 mod fsdp;
 mod generate;
 mod golden;

@@ -75,6 +75,7 @@ impl Golden {
             vocab_size: 60_000,
             prefetch: 2,
             access: Access::Mapped,
+            borders: None,
         }
     }
 }
@@ -201,6 +202,7 @@ fn options(sources: Vec<DataSource>, t: usize, order: DataOrder) -> LoaderOption
         vocab_size: 60_000,
         prefetch: 4,
         access: Access::Mapped,
+        borders: None,
     }
 }
 

@@ -181,6 +181,7 @@ impl Sizes {
             prefetch: 2,
             order: DataOrder::Global,
             access: Access::Mapped,
+            borders: None,
         }
     }
 

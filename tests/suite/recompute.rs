@@ -25,7 +25,7 @@ fn batches(config: &ModelConfig) -> Vec<Batch> {
     let batch = |_| {
         let tokens = Tensor::randint(config.vocab_size, [2, 25], (Kind::Int64, Device::Cpu));
         let (input, target) = (tokens.narrow(1, 0, 24), tokens.narrow(1, 1, 24));
-        Batch { input, target, n_targets: 48 }
+        Batch { input, target, documents: None, n_targets: 48 }
     };
     (0..2).map(batch).collect()
 }
@@ -54,7 +54,7 @@ fn recomputed_blocks_change_no_bit_of_loss_and_gradients() {
             model.requires_grad(true);
             let mut out = vec![];
             for (i, batch) in batches(&config).iter().enumerate() {
-                let loss = model.loss(&batch.input, &batch.target, LossScalars::SUM);
+                let loss = model.loss(&batch.input, &batch.target, None, LossScalars::SUM);
                 loss.backward();
                 out.push((format!("loss {i}"), loss.detach()));
             }
@@ -153,7 +153,7 @@ fn blocks_behind_a_frozen_embedding_still_learn() {
         model.requires_grad(true);
         let _ = model.wte.weight.set_requires_grad(false);
         let batch = &batches(&models()[0])[0];
-        model.loss(&batch.input, &batch.target, LossScalars::SUM).backward();
+        model.loss(&batch.input, &batch.target, None, LossScalars::SUM).backward();
         for (name, p) in model.named_parameters() {
             assert_eq!(p.grad().defined(), !name.contains("wte"), "{name}, {recomputed} again");
         }

@@ -12,14 +12,14 @@ use tinyllama::train::step::{MicroStep, train_step};
 fn batch(config: &ModelConfig, b: i64, t: i64) -> Batch {
     let tokens = Tensor::randint(config.vocab_size, [b, t + 1], (Kind::Int64, Device::Cpu));
     let (input, target) = (tokens.narrow(1, 0, t), tokens.narrow(1, 1, t));
-    Batch { input, target, n_targets: b * t }
+    Batch { input, target, documents: None, n_targets: b * t }
 }
 
 fn slice(batch: &Batch, from: i64, len: i64) -> Batch {
     let input = batch.input.narrow(0, from, len);
     let target = batch.target.narrow(0, from, len);
     let n_targets = target.ne(-100).sum(Kind::Int64).int64_value(&[]);
-    Batch { input, target, n_targets }
+    Batch { input, target, documents: None, n_targets }
 }
 
 fn fresh(config: &ModelConfig, precision: Precision) -> (GPT, AdamW) {
@@ -142,7 +142,7 @@ fn label_smoothing_and_z_loss_are_in_the_training_loss_and_not_in_validation() {
     let model = GPT::new(&tiny_llama(), Device::Cpu);
     let idx = Tensor::randint(97, [2, 8], (Kind::Int64, Device::Cpu));
     let target = Tensor::randint(97, [2, 8], (Kind::Int64, Device::Cpu));
-    let batch = Batch { input: idx.copy(), target: target.copy(), n_targets: 16 };
+    let batch = Batch { input: idx.copy(), target: target.copy(), documents: None, n_targets: 16 };
     let step = |train: TrainConfig| {
         tch::manual_seed(7);
         let mut model = GPT::new(&tiny_llama(), Device::Cpu);

@@ -1,6 +1,6 @@
 //! Problems of a run's data: sources, weights, preparations.
 
-use crate::config::{DataOrder, RunConfig, Weight};
+use crate::config::{AttentionBackend, DataOrder, RunConfig, Weight};
 
 /// What is wrong with `data`; whether files are there shows when they are opened.
 pub(super) fn check(config: &RunConfig, problems: &mut Vec<String>) {
@@ -11,6 +11,16 @@ pub(super) fn check(config: &RunConfig, problems: &mut Vec<String>) {
     check_weights(config, problems);
     if config.data.epochs == Some(0) {
         problems.push("`data.epochs`: must be at least 1, or null, got 0".into());
+    }
+    if config.data.document_mask && config.tokenizer_dir.is_none() {
+        problems.push(
+            "`data.document_mask`: needs `tokenizer_dir`, whose tokenizer tells where documents end".into(),
+        );
+    }
+    if config.data.document_mask && config.attention == AttentionBackend::Cudnn {
+        problems.push(
+            "`attention`: cuDNN's knows no documents; with `data.document_mask` say `auto` or `flash`".into(),
+        );
     }
     for (i, p) in config.data.prepare.iter().enumerate() {
         if p.chunk_tokens == 0 {
