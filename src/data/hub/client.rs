@@ -8,7 +8,7 @@ use std::convert::Infallible;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{HeaderMap, Response};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
@@ -125,18 +125,22 @@ impl Client {
         url: &str,
         tries: u32,
     ) -> Result<(T, Option<String>), Failure> {
-        self.retrying(tries, || {
-            let answer = self.request(url, 0)?;
-            let next = next_page(answer.headers());
-            let body = answer.into_body().into_with_config().limit(MAX_PAGE).read_to_vec();
-            let body = body.map_err(|e| Failure::passing(self.broken(url, e)))?;
-            let value = serde_json::from_slice(&body)
+        self.retrying(
+            tries,
+            || false,
+            || {
+                let answer = self.request(url, 0)?;
+                let next = next_page(answer.headers());
+                let body = answer.into_body().into_with_config().limit(MAX_PAGE).read_to_vec();
+                let body = body.map_err(|e| Failure::passing(self.broken(url, e)))?;
+                let value = serde_json::from_slice(&body)
                 .with_context(|| format!("`{url}` gave no answer of the Hub"))
                 .hint(
                     "check `HF_ENDPOINT`, and that no log-in page of the network stands between",
                 )?;
-            Ok((value, next))
-        })
+                Ok((value, next))
+            },
+        )
     }
 
     /// Asks for the bytes from `from` on. The token goes to the Hub alone, not to where it redirects to.
@@ -160,10 +164,12 @@ impl Client {
         }
     }
 
-    /// Makes an attempt until one succeeds, fails for good, or `tries` have failed without any byte in between.
+    /// Makes an attempt until one succeeds, fails for good, or `tries` have failed without any byte in between; gives
+    /// up waiting when `stopped`.
     pub(super) fn retrying<T>(
         &self,
         tries: u32,
+        stopped: impl Fn() -> bool,
         mut attempt: impl FnMut() -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let (mut left, mut pause) = (tries, self.pause);
@@ -182,7 +188,13 @@ impl Client {
             if let Some(wait) = failure.wait {
                 eprintln!("the Hub asks to wait {} s ({})", wait.as_secs(), failure.error);
             }
-            sleep(failure.wait.unwrap_or(pause));
+            let until = Instant::now() + failure.wait.unwrap_or(pause);
+            while Instant::now() < until && !stopped() {
+                sleep(Duration::from_millis(50));
+            }
+            if stopped() {
+                return Err(failure);
+            }
             pause *= 2;
         }
     }

@@ -140,8 +140,7 @@ impl Run<'_> {
             let results = workers.into_iter().map(|w| {
                 w.join().unwrap_or_else(|_| Err(anyhow!("a download stopped unexpectedly")))
             });
-            // Where one failed the others end without an error, or with one of their own.
-            results.collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>>>().map(|_| ())
+            results.collect::<Vec<_>>().into_iter().collect::<Result<()>>()
         });
         self.bar.finish_and_clear();
         result
@@ -177,12 +176,13 @@ impl Run<'_> {
         let mut part = Part::open(&path, file)?;
         loop {
             let resumed = part.bytes > 0;
-            self.client
-                .retrying(self.client.tries, || self.go_on(&mut part))
-                .map_err(|f| f.error)?;
-            if self.stop.load(Relaxed) {
-                return Ok(());
+            let stopped = || self.stop.load(Relaxed);
+            let attempts =
+                self.client.retrying(self.client.tries, stopped, || self.go_on(&mut part));
+            if stopped() {
+                return Ok(()); // another file's error is the one to tell
             }
+            attempts.map_err(|failure| failure.error)?;
             match part.problem() {
                 None => break,
                 // What was there may have been no part of this file.
@@ -203,7 +203,7 @@ impl Run<'_> {
 
     /// Appends what a request brings.
     fn go_on(&self, part: &mut Part) -> Result<(), Failure> {
-        if part.bytes == part.of.bytes {
+        if part.bytes == part.of.bytes || self.stop.load(Relaxed) {
             return Ok(());
         }
         let mut body = self.open(part)?;

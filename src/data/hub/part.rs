@@ -45,7 +45,8 @@ impl<'a> Part<'a> {
 
     /// Appends.
     pub fn add(&mut self, bytes: &[u8], bar: &ProgressBar) -> Result<()> {
-        self.explain(self.file.write_all(bytes))?;
+        let written = self.file.write_all(bytes);
+        self.explain(written)?;
         self.sha256.update(bytes);
         self.bytes += bytes.len() as u64;
         bar.inc(bytes.len() as u64);

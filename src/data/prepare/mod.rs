@@ -9,6 +9,8 @@
 //! checksum of the text: copies of a document stay together, and a document stays where it is when the corpus
 //! grows. The original's `percentage` took the first files instead.
 //!
+//! A source may be a dataset on the Hub ([`super::hub`]): its files are downloaded first, then read as any others.
+//!
 //! Read first: [`prepare`]; then `pipeline` (who works on what), `encode` (rows to ids), `output` and `journal`.
 
 mod encode;
