@@ -3,7 +3,7 @@
 //! Read first: [`names`] (the table), then `hf.rs` (weights), `train_state.rs`, `folder.rs` (how a
 //! folder appears whole or not at all).
 
-mod disk;
+pub(crate) mod disk;
 mod folder;
 mod hf;
 pub mod hf_config;

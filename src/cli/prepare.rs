@@ -1,7 +1,7 @@
 //! `tinyllama prepare KIND`.
 
 use crate::config::{OnError, PrepareConfig, chunk_tokens};
-use crate::data::prepare;
+use crate::data::{hub::HubSource, prepare};
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
 use anyhow::Result;
@@ -9,12 +9,23 @@ use std::path::PathBuf;
 
 /// Arguments of `prepare`.
 #[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("corpus").args(["source", "hub"]).required(true))]
 pub struct Args {
     /// Schema of the source: text, jsonl (and .json), csv, parquet, slimpajama, redpajama, starcoder, sft
     kind: String,
     /// File, folder or pattern, e.g. 'corpus/*.jsonl.zst'; plain, .gz or .zst
     #[arg(long)]
-    source: String,
+    source: Option<String>,
+    /// Instead a dataset on the Hugging Face Hub, e.g. cerebras/SlimPajama-627B: its files are downloaded
+    /// once, into the Hub's own cache (HF_HOME). HF_TOKEN, or the token of `hf auth login`, opens private ones
+    #[arg(long, value_name = "OWNER/NAME")]
+    hub: Option<String>,
+    /// Branch, tag or commit of --hub
+    #[arg(long, requires = "hub", default_value = "main")]
+    revision: String,
+    /// Files of --hub, e.g. 'train/chunk1/*.jsonl.zst' (repeatable); default: all that KIND reads
+    #[arg(long = "pattern", value_name = "PATTERN", requires = "hub")]
+    patterns: Vec<String>,
     /// Folder with tokenizer.json or tokenizer.model
     #[arg(long)]
     tokenizer: PathBuf,
@@ -67,11 +78,15 @@ pub struct Args {
 pub fn run(args: Args) -> Result<u8> {
     let on_error: OnError = serde_json::from_value(args.on_error.as_str().into())
         .usage("`--on-error` is one of `skip-rows`, `skip`, `stop`")?;
+    let source = match args.hub {
+        Some(hub) => HubSource::new(&hub, &args.revision, &args.patterns)?.to_string(),
+        None => args.source.unwrap_or_default(),
+    };
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
     let manifest = prepare::prepare(
         &PrepareConfig {
             kind: args.kind,
-            source: args.source,
+            source,
             out: args.out,
             split: args.split,
             validation_fraction: args.validation_fraction,

@@ -11,7 +11,7 @@ pub struct PrepareConfig {
     /// Schema of the source: `text`, `jsonl` (and `.json`), `csv`, `parquet`, `slimpajama`, `redpajama`, `starcoder`,
     /// `sft` (conversations, as guanaco's text).
     pub kind: String,
-    /// File, folder or glob.
+    /// File, folder or glob; or a dataset on the Hub, `hf://datasets/OWNER/NAME[@REVISION][/PATTERN]`.
     pub source: String,
     /// Folder of the packed files.
     pub out: PathBuf,

@@ -1,4 +1,5 @@
-//! Data: corpora to packed files ([`prepare`]), packed files to batches ([`loader`], [`validation`]).
+//! Data: corpora to packed files ([`prepare`]), also from the Hub ([`hub`]), packed files to batches ([`loader`],
+//! [`validation`]).
 //!
 //! Packed files are `LITPKDS` v1, byte for byte the original's ([`packed`]). A set is its files in sorted
 //! order, read as one stream of tokens and cut into blocks of T+1: files of 2049 * 1024 tokens give the
@@ -9,6 +10,7 @@
 
 pub mod borders;
 pub mod documents;
+pub mod hub;
 pub mod inspect;
 pub mod loader;
 pub mod order;

@@ -14,6 +14,8 @@ mod golden_train;
 mod gpu;
 mod gpu_ranks;
 mod gpu_step;
+#[cfg(feature = "hub")]
+mod hub;
 mod inspect;
 mod kernels;
 mod launch;

@@ -190,7 +190,7 @@ impl Schema {
     }
 
     /// Whether a file of a folder belongs to a corpus of this kind, by its name.
-    fn takes(self, path: &Path) -> bool {
+    pub(super) fn takes(self, path: &Path) -> bool {
         let is_json = |f| matches!(f, Format::JsonLines | Format::JsonValues);
         Format::of(path).is_some_and(|format| match self {
             Self::Text => extension(path) == "txt",
@@ -256,7 +256,7 @@ impl Selection {
     }
 
     /// Whether a file is read: a corpus whose rows do not tell their subset has a folder for each.
-    fn takes_file(&self, root: &Path, path: &Path) -> bool {
+    pub(super) fn takes_file(&self, root: &Path, path: &Path) -> bool {
         if self.schema == Schema::SlimPajama {
             return true;
         }

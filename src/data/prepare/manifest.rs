@@ -26,6 +26,9 @@ pub struct Manifest {
     pub vocab_size: usize,
     /// SHA-256 of the tokenizer: its tokens by id, and the ids that it gives a fixed text.
     pub tokenizer: String,
+    /// Commit of the source, where that is a dataset on the Hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
     /// Source files.
     pub sources: BTreeMap<String, SourceRecord>,
     /// Packed files in `out`.
@@ -102,6 +105,7 @@ impl Manifest {
             options: options.clone(),
             vocab_size: t.vocab_size(),
             tokenizer: fingerprint(t)?,
+            commit: None,
             sources: files.iter().map(record).collect::<Result<_>>()?,
             outputs: BTreeMap::new(),
             validation_outputs: BTreeMap::new(),

@@ -9,9 +9,12 @@
 //! checksum of the text: copies of a document stay together, and a document stays where it is when the corpus
 //! grows. The original's `percentage` took the first files instead.
 //!
+//! A source may be a dataset on the Hub ([`super::hub`]): its files are downloaded first, then read as any others.
+//!
 //! Read first: [`prepare`]; then `pipeline` (who works on what), `encode` (rows to ids), `output` and `journal`.
 
 mod encode;
+mod from_hub;
 mod journal;
 mod manifest;
 mod output;
@@ -72,8 +75,18 @@ pub fn prepare(
         subsets: options.subsets.clone(),
         exclude_subsets: options.exclude_subsets.clone(),
     };
-    let files = documents::files(&options.source, &selection, &options.split)?;
-    let manifest = Manifest::begin(options, &files, tokenizer)?;
+    let (files, commit) = match from_hub::Found::of(options, &selection, tokenizer)? {
+        from_hub::Found::Nothing => {
+            (documents::files(&options.source, &selection, &options.split)?, None)
+        }
+        from_hub::Found::Files(fetched) => (fetched.files, Some(fetched.commit)),
+        from_hub::Found::Prepared(done) => {
+            output::tidy(&options.out);
+            announce("already prepared", &done);
+            return Ok(done);
+        }
+    };
+    let manifest = Manifest { commit, ..Manifest::begin(options, &files, tokenizer)? };
     if let Some(done) = manifest.find_prepared()? {
         output::tidy(&options.out);
         announce("already prepared", &done);

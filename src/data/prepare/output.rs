@@ -92,6 +92,11 @@ fn unfinished(out: &Path) -> PathBuf {
     out.with_file_name(name)
 }
 
+/// Where the manifest of a preparation that has begun is.
+pub(super) fn begun(out: &Path) -> PathBuf {
+    unfinished(out).join(BEGUN)
+}
+
 /// Removes from a finished folder what only an unfinished one needs.
 pub(super) fn tidy(out: &Path) {
     for name in [LOCK, BEGUN, journal::FILE_NAME] {

@@ -7,6 +7,7 @@ use super::manifest::fingerprint;
 use super::prepare;
 use crate::config::{DataConfig, PrepareConfig};
 use crate::data::documents::{self, Schema, Selection, SourceSum};
+use crate::data::hub::HubSource;
 use crate::data::packed::{PackedError, find_files};
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
@@ -38,6 +39,10 @@ fn raw_schema(path: &Path) -> Result<Option<Schema>> {
         return Ok(None);
     }
     let source = path.to_string_lossy();
+    if HubSource::parse(&source)?.is_some() {
+        return Err(anyhow!("`{source}` is a dataset on the Hub, and no folder of packed files"))
+            .usage("name it as `source` under `prepare`, and its `out` here");
+    }
     if path.is_file() {
         return Ok(Some(Schema::of_file(path)));
     }
