@@ -15,6 +15,7 @@ use tinyllama::data::prepare::{Manifest, prepare};
 use tinyllama::tokenizer::Tokenizer;
 
 mod dtype;
+mod golden_texts;
 
 fn tokenizer_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("data/quickstart/tokenizer")
