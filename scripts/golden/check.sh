@@ -4,16 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-VENV=.venv-golden
-if ! cmp -s scripts/golden/requirements.txt "$VENV/requirements.txt"; then
-  echo "golden: installing the pinned packages into $VENV" >&2
-  rm -rf "$VENV"
-  python3 -m venv "$VENV"
-  realpath .venv/lib/python3.*/site-packages >"$(echo "$VENV"/lib/python3.*/site-packages)/libtorch.pth"
-  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -r scripts/golden/requirements.txt
-  cp scripts/golden/requirements.txt "$VENV/requirements.txt"
-fi
-python="$VENV/bin/python"
+source scripts/golden/venv.sh
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
@@ -28,7 +19,8 @@ remake train --out "$out/golden/train"
 # Further generators go here: `remake NAME ...`, and the name of the folder in the loop below.
 remake tokenizer "$out/golden/tokenizer"
 remake sampling "$out/golden/generate/sampling.json"
-for set in model init train tokenizer generate; do
+remake texts fixture "$out/golden/texts"
+for set in model init train tokenizer generate texts; do
   "$python" scripts/golden/compare.py "tests/golden/$set" "$out/golden/$set"
 done
 "$python" scripts/golden/packed.py --check

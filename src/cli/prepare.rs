@@ -1,6 +1,6 @@
 //! `tinyllama prepare KIND`.
 
-use crate::config::{OnError, PrepareConfig, chunk_tokens};
+use crate::config::{OnError, PrepareConfig, TokenDtype, chunk_tokens};
 use crate::data::{hub::HubSource, prepare};
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
@@ -47,6 +47,9 @@ pub struct Args {
     /// Tokens in one file
     #[arg(long, default_value_t = chunk_tokens())]
     chunk_tokens: u64,
+    /// Integers of the files: auto (uint16 below 65,500 ids, else int32), uint16, int32
+    #[arg(long, default_value = "auto")]
+    dtype: String,
     /// Begin each document with the beginning-of-text id
     #[arg(long)]
     bos: bool,
@@ -78,6 +81,8 @@ pub struct Args {
 pub fn run(args: Args) -> Result<u8> {
     let on_error: OnError = serde_json::from_value(args.on_error.as_str().into())
         .usage("`--on-error` is one of `skip-rows`, `skip`, `stop`")?;
+    let dtype: TokenDtype = serde_json::from_value(args.dtype.as_str().into())
+        .usage("`--dtype` is one of `auto`, `uint16`, `int32`")?;
     let source = match args.hub {
         Some(hub) => HubSource::new(&hub, &args.revision, &args.patterns)?.to_string(),
         None => args.source.unwrap_or_default(),
@@ -92,6 +97,7 @@ pub fn run(args: Args) -> Result<u8> {
             validation_fraction: args.validation_fraction,
             validation_out: args.validation_out,
             chunk_tokens: args.chunk_tokens,
+            dtype,
             text_field: args.text_field,
             bos: args.bos,
             eos: !args.no_eos,

@@ -12,7 +12,7 @@ mod weight;
 
 pub use explain::{Key, explain, keys};
 pub use load::{diff, load, parse, save_resolved, to_yaml};
-pub use prepare::{OnError, PrepareConfig, chunk_tokens};
+pub use prepare::{OnError, PrepareConfig, TokenDtype, chunk_tokens};
 pub use run::*;
 pub use validate::{BatchPlan, with_commas};
 pub use weight::{Weight, WeightPoint};

@@ -27,6 +27,9 @@ pub struct PrepareConfig {
     /// Tokens in one packed file.
     #[serde(default = "chunk_tokens")]
     pub chunk_tokens: u64,
+    /// Integers of the packed files: `auto` (the original's choice), `uint16` or `int32`.
+    #[serde(default)]
+    pub dtype: TokenDtype,
     /// Key or column that holds the text; default: `text`, or `content` in Parquet.
     #[serde(default)]
     pub text_field: Option<String>,
@@ -67,6 +70,19 @@ pub enum OnError {
     Stop,
 }
 
+/// How ids lie in packed files, little-endian.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenDtype {
+    /// `uint16` where the vocabulary has fewer than 65,500 ids, else `int32`.
+    #[default]
+    Auto,
+    /// 2 bytes, for vocabularies of up to 65,536 ids.
+    Uint16,
+    /// 4 bytes, signed.
+    Int32,
+}
+
 impl PrepareConfig {
     /// A preparation with the defaults of `tinyllama prepare`.
     pub fn new(kind: &str, source: String, out: &Path) -> Self {
@@ -78,6 +94,7 @@ impl PrepareConfig {
             validation_fraction: 0.0,
             validation_out: None,
             chunk_tokens: chunk_tokens(),
+            dtype: TokenDtype::default(),
             text_field: None,
             bos: false,
             eos: true,

@@ -5,6 +5,7 @@
 //! [`PackedWriter::go_to`] takes everything after such a position back.
 
 use super::packed::{HEADER, MAGIC, PackedError, Result, VERSION, io_error};
+use crate::config::TokenDtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -20,9 +21,22 @@ pub struct TokenFormat {
 }
 
 impl TokenFormat {
+    /// Ids that 2 bytes hold.
+    pub const NARROW_IDS: usize = 1 << 16;
+
     /// The original's choice: u16 where the vocabulary has fewer than 65,500 ids, else i32.
     pub fn for_vocab(vocab_size: usize) -> Self {
         Self { vocab_size, wide: vocab_size >= 65_500 }
+    }
+
+    /// Of a dtype; `None` where the vocabulary has more ids than it holds.
+    pub fn new(vocab_size: usize, dtype: TokenDtype) -> Option<Self> {
+        match dtype {
+            TokenDtype::Auto => Some(Self::for_vocab(vocab_size)),
+            TokenDtype::Uint16 if vocab_size > Self::NARROW_IDS => None,
+            TokenDtype::Uint16 => Some(Self { vocab_size, wide: false }),
+            TokenDtype::Int32 => Some(Self { vocab_size, wide: true }),
+        }
     }
 
     /// Bytes an id.
@@ -93,11 +107,16 @@ pub struct PackedWriter {
 impl PackedWriter {
     /// Files `dir/prefix_0000000000.bin` and so on, in the [format of the vocabulary](TokenFormat::for_vocab).
     pub fn new(dir: &Path, prefix: &str, chunk: u64, vocab_size: usize) -> Self {
+        Self::with_format(dir, prefix, chunk, TokenFormat::for_vocab(vocab_size))
+    }
+
+    /// The same in a certain format.
+    pub fn with_format(dir: &Path, prefix: &str, chunk: u64, format: TokenFormat) -> Self {
         Self {
             dir: dir.to_owned(),
             prefix: prefix.to_owned(),
             chunk,
-            format: TokenFormat::for_vocab(vocab_size),
+            format,
             part: None,
             at: Position::default(),
             whole: BTreeMap::new(),
@@ -288,6 +307,25 @@ mod tests {
         assert_eq!(writer.take_files()["train_0000000000.bin"], file);
         writer.finish().unwrap();
         assert_eq!(contents(dir.path()).len(), 1);
+    }
+
+    #[test]
+    fn a_dtype_that_is_asked_for_is_written_up_to_its_last_id() {
+        for (vocab_size, dtype, id, want) in [
+            (300, TokenDtype::Int32, 299, &b"\x04\x01\0\0\0\0\0\0\0\x2b\x01\0\0"[..]),
+            (65_536, TokenDtype::Uint16, 65_535, b"\x08\x01\0\0\0\0\0\0\0\xff\xff"),
+            (65_499, TokenDtype::Auto, 65_498, b"\x08\x01\0\0\0\0\0\0\0\xda\xff"),
+            (65_500, TokenDtype::Auto, 65_499, b"\x04\x01\0\0\0\0\0\0\0\xdb\xff\0\0"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let format = TokenFormat::new(vocab_size, dtype).unwrap();
+            let mut writer = PackedWriter::with_format(dir.path(), "train", 8, format);
+            writer.add(&[id]).unwrap();
+            writer.finish().unwrap();
+            let bytes = fs::read(dir.path().join("train_0000000000.bin")).unwrap();
+            assert_eq!(&bytes[15..], want, "{vocab_size} {dtype:?}");
+        }
+        assert!(TokenFormat::new(65_537, TokenDtype::Uint16).is_none());
     }
 
     #[test]

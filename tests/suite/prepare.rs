@@ -14,6 +14,9 @@ use tinyllama::data::packed::PackedSet;
 use tinyllama::data::prepare::{Manifest, prepare};
 use tinyllama::tokenizer::Tokenizer;
 
+mod dtype;
+mod golden_texts;
+
 fn tokenizer_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("data/quickstart/tokenizer")
 }
@@ -75,7 +78,10 @@ fn write_parquet(path: &Path, column: &str, kind: &str, rows: &[Option<&str>]) {
 fn cli(kind: &str, source: &Path, out: &Path, more: &[&str]) -> (i32, String, String) {
     let mut command = assert_cmd::Command::cargo_bin("tinyllama").unwrap();
     command.args(["prepare", kind, "--source"]).arg(source).arg("--out").arg(out);
-    let output = command.arg("--tokenizer").arg(tokenizer_dir()).args(more).output().unwrap();
+    if !more.contains(&"--tokenizer") {
+        command.arg("--tokenizer").arg(tokenizer_dir());
+    }
+    let output = command.args(more).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }

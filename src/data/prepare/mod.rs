@@ -68,7 +68,7 @@ pub fn prepare(
     workers: Option<usize>,
 ) -> Result<Manifest> {
     let schema = Schema::from_name(&options.kind)?;
-    check(options, tokenizer)?;
+    let format = check(options, tokenizer)?;
     let selection = Selection {
         schema,
         field: options.text_field.clone(),
@@ -92,12 +92,11 @@ pub fn prepare(
         announce("already prepared", &done);
         return Ok(done);
     }
-    let format = TokenFormat::for_vocab(tokenizer.vocab_size());
     let work = Work { options, selection: &selection, tokenizer, format };
     let workers =
         workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
 
-    let (mut preparation, from) = Preparation::begin(manifest)?;
+    let (mut preparation, from) = Preparation::begin(manifest, format)?;
     let bar = preparation.progress.bar();
     pipeline::run(&files, from, &work, workers, &bar, |file, event| match event {
         Event::Piece(encoded) => preparation.add(&files[file], encoded),
@@ -131,9 +130,9 @@ impl Preparation {
     ///
     /// # Errors
     /// The folders hold something else, or what another preparation began.
-    fn begin(mut manifest: Manifest) -> Result<(Self, usize)> {
+    fn begin(mut manifest: Manifest, format: TokenFormat) -> Result<(Self, usize)> {
         let options = &manifest.options;
-        let mut train = Output::begin(&options.out, &options.split, &manifest, false)?;
+        let mut train = Output::begin(&options.out, &options.split, &manifest, format, false)?;
         let begun = train.temporary.join(output::BEGUN);
         let mut done = Journal::read(&train.temporary);
         match Manifest::read_file(&begun)? {
@@ -143,7 +142,10 @@ impl Preparation {
             _ => manifest.write(&begun)?,
         }
         let mut validation = match &options.validation_out {
-            Some(out) => Some(Output::begin(out, "validation", &manifest, !done.is_empty())?),
+            Some(out) => {
+                let take_back = !done.is_empty();
+                Some(Output::begin(out, "validation", &manifest, format, take_back)?)
+            }
             None => None,
         };
         while !go_to(&mut train, validation.as_mut(), done.last())? {
@@ -291,8 +293,8 @@ fn go_to(train: &mut Output, validation: Option<&mut Output>, to: Option<&Entry>
     explain(train.writer.go_to(at, tokens))
 }
 
-/// Options that cannot work, all at once, before anything is read.
-fn check(o: &PrepareConfig, tokenizer: &Tokenizer) -> Result<()> {
+/// How ids are written; options that cannot work, all at once, before anything is read.
+fn check(o: &PrepareConfig, tokenizer: &Tokenizer) -> Result<TokenFormat> {
     let mut problems = Vec::new();
     let mut require = |holds: bool, problem: String| {
         if !holds {
@@ -334,8 +336,18 @@ fn check(o: &PrepareConfig, tokenizer: &Tokenizer) -> Result<()> {
         !o.bos || tokenizer.bos_id().is_some(),
         "`bos`: the tokenizer has no beginning-of-text token".into(),
     );
-    if problems.is_empty() {
-        return Ok(());
+    let format = TokenFormat::new(tokenizer.vocab_size(), o.dtype);
+    require(
+        format.is_some(),
+        format!(
+            "`dtype`: expected a vocabulary of at most {} ids for `uint16`, got a tokenizer of {}, larger than the \
+             dtype; say `auto` or `int32`",
+            TokenFormat::NARROW_IDS,
+            tokenizer.vocab_size()
+        ),
+    );
+    if let (Some(format), []) = (format, &problems[..]) {
+        return Ok(format);
     }
     Err(anyhow!("cannot prepare `{}`:\n  {}", o.source, problems.join("\n  ")))
         .usage("`tinyllama prepare --help` explains each option")

@@ -4,7 +4,7 @@ use super::journal;
 use super::manifest::{self, Manifest};
 use crate::bail_hint;
 use crate::data::packed::{UNFINISHED, explain};
-use crate::data::writer::{OutputFile, PackedWriter};
+use crate::data::writer::{OutputFile, PackedWriter, TokenFormat};
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -38,6 +38,7 @@ impl Output {
         out: &Path,
         prefix: &str,
         manifest: &Manifest,
+        format: TokenFormat,
         take_back: bool,
     ) -> Result<Self> {
         check_free(out, &manifest.options.out)?;
@@ -57,7 +58,7 @@ impl Output {
             );
         }
         let chunk = manifest.options.chunk_tokens;
-        let writer = PackedWriter::new(&temporary, prefix, chunk, manifest.vocab_size);
+        let writer = PackedWriter::with_format(&temporary, prefix, chunk, format);
         Ok(Self { out: out.into(), temporary, _lock: lock, writer, files: BTreeMap::new() })
     }
 
