@@ -9,6 +9,7 @@
 
 use super::disk::explain_full_disk;
 use super::hf::weights_files;
+use super::litgpt;
 use super::train_state::load_counters;
 use crate::bail_hint;
 use anyhow::{Context, Result};
@@ -52,6 +53,25 @@ pub fn save_atomically(
         let _ = fs::remove_dir_all(&old); // the next sweep tries again
     }
     Ok(target)
+}
+
+/// Fills a temporary folder beside `target`, which must not exist, syncs it and gives it that name.
+///
+/// # Errors
+/// Whatever `write` fails with (a full disk is told as such); nothing is left.
+pub fn create_atomically(target: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).with_context(|| format!("cannot create `{}`", parent.display()))?;
+    let temporary = temporary_folder(parent, &name_of(target), std::process::id());
+    let filled = fill(&temporary, write).and_then(|_lock| rename(&temporary, target));
+    filled.and_then(|()| sync(parent)).map_err(|error| {
+        let explained = explain_full_disk(error, &temporary);
+        let _ = fs::remove_dir_all(&temporary);
+        explained
+    })
 }
 
 /// Where the process of this id fills the folder `name`.
@@ -186,7 +206,7 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
         }
         return resolve_file(path);
     }
-    if path.join("config.json").is_file() {
+    if path.join("config.json").is_file() || path.join(litgpt::WEIGHTS).is_file() {
         return Ok(path.to_owned());
     }
     if let Some(found) = latest(path)? {

@@ -3,24 +3,34 @@
 //! Read first: [`names`] (the table), then `hf.rs` (weights), `train_state.rs`, `folder.rs` (how a
 //! folder appears whole or not at all).
 
+mod convert;
 pub(crate) mod disk;
 mod folder;
 mod hf;
 pub mod hf_config;
+mod inspect;
+mod litgpt;
 mod moments;
 pub mod names;
+mod outline;
+mod source;
 pub mod tensors;
 mod train_state;
+mod weights;
 
+pub use convert::{Converted, Target, convert};
 pub use disk::{check_space, free_bytes, required_bytes};
 pub use folder::{
-    copy_files, latest, list, prune, resolve, save_atomically, sweep, temporary_folder,
+    copy_files, create_atomically, latest, list, prune, resolve, save_atomically, sweep,
+    temporary_folder,
 };
-pub use hf::{
-    MAX_SHARD_BYTES, load_config, load_initial_weights, load_model, load_weights, save, save_model,
-    save_weights, write_json,
-};
+pub use hf::{MAX_SHARD_BYTES, save, save_model, save_parameters, save_weights, write_json};
+pub use inspect::{Change, CheckpointReport, Statistics, TensorReport, inspect};
 pub use moments::Moments;
+pub use outline::outline;
+pub use source::{
+    Parameters, Source, StoredTensor, load_config, load_initial_weights, load_model, load_weights,
+};
 pub use train_state::{
     Tensors, TrainState, load_counters, load_train_state, save_counters, save_shard,
     save_train_state,

@@ -1,6 +1,7 @@
 //! `tinyllama inspect PATH`.
 
 use super::generate::{is_broken_pipe, write_stdout};
+use crate::checkpoint;
 use crate::config::with_commas;
 use crate::data::inspect::{self, Options, Report};
 use crate::error::{WithHint, exit};
@@ -12,10 +13,19 @@ use std::path::{Path, PathBuf};
 
 /// Arguments of `inspect`.
 #[derive(clap::Args)]
-#[command(after_help = "Exits with 1 where a file is bad, after a list of the bad ones.")]
+#[command(
+    after_help = "Exits with 1 where a file is bad, after a list of the bad ones; or where --diff found a difference."
+)]
 pub struct Args {
-    /// Folder of packed `.bin` files, or the prefix of some: data/packed/slim, FOLDER/train_star
+    /// Folder of packed `.bin` files, or the prefix of some: data/packed/slim, FOLDER/train_star; or a checkpoint, or a
+    /// run's out_dir (its newest one)
     path: PathBuf,
+    /// Of a checkpoint: mean, deviation, least and largest value of each tensor
+    #[arg(long)]
+    pub(super) statistics: bool,
+    /// Of a checkpoint: where its parameters differ from those of another, of any format
+    #[arg(long, value_name = "OTHER")]
+    pub(super) diff: Option<PathBuf>,
     /// Tokens of a training sequence; a block has one more
     #[arg(long, value_name = "T", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..1 << 32))]
     block_size: u64,
@@ -33,11 +43,14 @@ pub struct Args {
     verify: bool,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 /// Runs `inspect`.
 pub fn run(args: Args) -> Result<u8> {
+    if let Some(checkpoint) = checkpoint_at(&args.path) {
+        return super::inspect_checkpoint::run(&args, &checkpoint);
+    }
     require_dataset(&args.path)?;
     let tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
     let report = inspect::inspect(Options {
@@ -60,23 +73,25 @@ pub fn run(args: Args) -> Result<u8> {
     Ok(if report.bad.is_empty() { exit::OK } else { exit::FAILED })
 }
 
-/// Refuses what is no packed dataset, saying what it is instead.
+/// Refuses what is no packed dataset.
 fn require_dataset(path: &Path) -> Result<()> {
-    if path.join("config.json").is_file() || path.join("model.safetensors").is_file() {
-        return Err(anyhow!(
-            "`{}` is a checkpoint; `inspect` looks into packed datasets",
-            path.display()
-        ))
-        .usage("try `tinyllama generate` or `tinyllama score` with `--checkpoint`");
-    }
     if inspect::is_dataset(path)? {
         return Ok(());
     }
     Err(anyhow!(
-        "`{}` is no packed dataset: expected `.bin` files that begin with `LITPKDS`",
+        "`{}` is no packed dataset, expected `.bin` files that begin with `LITPKDS`, and no checkpoint",
         path.display()
     ))
-    .usage("name the folder that `tinyllama prepare` wrote, or the prefix of its files")
+    .usage(
+        "name the folder that `tinyllama prepare` wrote, or the prefix of its files; or a checkpoint, a folder with \
+         `config.json` and `model.safetensors`",
+    )
+}
+
+/// The checkpoint that a path names, if it does: a folder, a run's `out_dir`, a file.
+fn checkpoint_at(path: &Path) -> Option<PathBuf> {
+    let is_weights = path.extension().is_some_and(|e| e == "safetensors" || e == "json");
+    (path.is_dir() || is_weights).then(|| checkpoint::resolve(path).ok()).flatten()
 }
 
 fn text(r: &Report) -> Result<String> {

@@ -3,9 +3,11 @@
 mod bench;
 mod bench_data;
 mod config;
+mod convert;
 mod doctor;
 mod generate;
 mod inspect;
+mod inspect_checkpoint;
 mod prepare;
 mod pretrain;
 mod score;
@@ -30,8 +32,10 @@ pub enum Verb {
     Pretrain(pretrain::Args),
     /// Tokenize a corpus into packed files that training reads
     Prepare(prepare::Args),
-    /// Say what a packed dataset holds, show samples, verify every byte
+    /// Say what a packed dataset or a checkpoint holds, show samples, verify every byte
     Inspect(inspect::Args),
+    /// Write a checkpoint in another format or dtype
+    Convert(convert::Args),
     /// Train a tokenizer, encode, decode, show what a tokenizer is
     Tokenizer(tokenizer::Args),
     /// Continue a prompt with a trained model
@@ -52,6 +56,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Verb::Pretrain(args) => pretrain::run(args),
         Verb::Prepare(args) => prepare::run(args),
         Verb::Inspect(args) => inspect::run(args),
+        Verb::Convert(args) => convert::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),
         Verb::Generate(args) => generate::run(args),
         Verb::Score(args) => score::run(args),

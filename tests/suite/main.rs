@@ -3,6 +3,7 @@
 mod checkpoint;
 mod common;
 mod config;
+mod convert;
 mod data;
 mod distributed;
 mod doctor;

@@ -1,4 +1,4 @@
-//! The one table of names: lit-gpt's in memory, Hugging Face's on disk.
+//! Names and layouts: lit-gpt's in memory; on disk Hugging Face's, and what other formats have ([`Naming`]).
 //!
 //! | lit-gpt               | Llama on disk                | GPT-NeoX on disk              |
 //! |-----------------------|------------------------------|-------------------------------|
@@ -18,8 +18,35 @@
 //! Llama splits our `[Q; K; V]` rows into three tensors; GPT-NeoX interleaves them a head:
 //! `[q_0; k_0; v_0; q_1; ...]`, each of `head_size` rows. No row is permuted for the rotary layout.
 
+mod litgpt;
+mod meta;
+
+pub use litgpt::LitGpt;
+
 use crate::model::{MlpClass, ModelConfig};
 use tch::Tensor;
+
+/// Whose names and layouts the tensors of a checkpoint have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Naming {
+    /// transformers.
+    HuggingFace,
+    /// lit-gpt, litgpt and TinyLlama.
+    LitGpt(LitGpt),
+    /// Meta's `consolidated.*.pth`, and llama2.c.
+    Meta,
+}
+
+impl Naming {
+    /// The tensors on disk that make up the parameter with this lit-gpt name.
+    pub fn parts(self, name: &str, config: &ModelConfig) -> Vec<Part> {
+        match self {
+            Self::HuggingFace => parts(name, config),
+            Self::LitGpt(variant) => litgpt::parts(name, variant),
+            Self::Meta => meta::parts(name, config),
+        }
+    }
+}
 
 /// How the rows of a tensor on disk relate to ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +60,17 @@ pub enum Layout {
         /// Number of rows.
         len: i64,
     },
-    /// Ours is `[Q; K; V]`, theirs `q_h; k_h; v_h` for each head h.
-    HeadInterleaved,
+    /// Such rows of whole heads, which are rotated in pairs of neighbours there, as Meta's are: of the D rows of a head
+    /// theirs are `0, D/2, 1, D/2 + 1, ..` of ours.
+    RotaryPairs {
+        /// First row.
+        start: i64,
+        /// Number of rows.
+        len: i64,
+    },
+    /// Ours is `[Q; K; V]`, theirs for each group the H/G heads of its queries, its key and its value: lit-gpt's
+    /// packing before December 2024, and GPT-NeoX's, where each head is a group.
+    GroupInterleaved,
 }
 
 /// One tensor on disk that holds all or a part of one of ours.
@@ -72,7 +108,7 @@ pub fn parts(name: &str, config: &ModelConfig) -> Vec<Part> {
         ("attn.qkv", false) => split_qkv(&format!("{prefix}.{layer}.self_attn"), kind, config),
         ("attn.qkv", true) => in_layer("attention.query_key_value")
             .into_iter()
-            .map(|part| Part { layout: Layout::HeadInterleaved, ..part })
+            .map(|part| Part { layout: Layout::GroupInterleaved, ..part })
             .collect(),
         ("attn.proj", false) => in_layer("self_attn.o_proj"),
         ("attn.proj", true) => in_layer("attention.dense"),
@@ -107,20 +143,29 @@ pub fn is_buffer(name: &str) -> bool {
 }
 
 /// Shape on disk of our tensor (or its part).
-pub fn disk_shape(ours: &Tensor, layout: Layout) -> Vec<i64> {
-    let mut shape = ours.size();
-    if let (Layout::Rows { len, .. }, Some(rows)) = (layout, shape.first_mut()) {
+pub fn disk_shape(ours: &[i64], layout: Layout) -> Vec<i64> {
+    let mut shape = ours.to_vec();
+    if let (Layout::Rows { len, .. } | Layout::RotaryPairs { len, .. }, Some(rows)) =
+        (layout, shape.first_mut())
+    {
         *rows = len;
     }
     shape
 }
 
-/// Our tensor (or its part) as it lies on disk; a view, but a copy where heads are interleaved.
+/// Our tensor (or its part) as it lies on disk; a view, but a copy where rows are in another order.
 pub fn to_disk(ours: &Tensor, layout: Layout, config: &ModelConfig) -> Tensor {
     match layout {
         Layout::Same => ours.shallow_clone(),
         Layout::Rows { start, len } => ours.narrow(0, start, len),
-        Layout::HeadInterleaved => swap_heads(ours, 3, config.n_head, config.head_size),
+        Layout::RotaryPairs { start, len } => {
+            let d = config.head_size;
+            transpose_rows(&ours.narrow(0, start, len), [len / d, 2, d / 2, 1])
+        }
+        Layout::GroupInterleaved => {
+            let [q, k, v] = query_key_value(ours, config).map(|part| by_group(&part, config));
+            Tensor::cat(&[q, k, v], 1).reshape(ours.size())
+        }
     }
 }
 
@@ -129,18 +174,40 @@ pub fn from_disk(ours: &Tensor, theirs: &Tensor, layout: Layout, config: &ModelC
     match layout {
         Layout::Same => ours.shallow_clone().copy_(theirs),
         Layout::Rows { start, len } => ours.narrow(0, start, len).copy_(theirs),
-        Layout::HeadInterleaved => {
-            let theirs = swap_heads(theirs, config.n_head, 3, config.head_size);
-            ours.shallow_clone().copy_(&theirs);
+        Layout::RotaryPairs { start, len } => {
+            let d = config.head_size;
+            let theirs = transpose_rows(theirs, [len / d, d / 2, 2, 1]);
+            ours.narrow(0, start, len).copy_(&theirs);
+        }
+        Layout::GroupInterleaved => {
+            let (g, d) = (config.n_query_groups, config.head_size);
+            let heads = config.n_head / g * d;
+            let theirs = by_group(theirs, config).split_with_sizes([heads, d, d], 1); // (G, rows, ..) x3
+            for (mut ours, theirs) in query_key_value(ours, config).into_iter().zip(theirs) {
+                ours.copy_(&theirs.reshape(ours.size()));
+            }
         }
     }
 }
 
-/// (outer, inner, D, ..) rows -> (inner, outer, D, ..) rows, flattened again.
-fn swap_heads(x: &Tensor, outer: i64, inner: i64, d: i64) -> Tensor {
-    let mut shape = vec![outer, inner, d];
+/// Views of the rows `[Q; K; V]`.
+fn query_key_value(ours: &Tensor, config: &ModelConfig) -> [Tensor; 3] {
+    let (q, kv) = (config.n_head * config.head_size, config.n_query_groups * config.head_size);
+    [ours.narrow(0, 0, q), ours.narrow(0, q, kv), ours.narrow(0, q + kv, kv)]
+}
+
+/// (G n, ..) -> (G, n, ..)
+fn by_group(x: &Tensor, config: &ModelConfig) -> Tensor {
+    let mut shape = vec![config.n_query_groups, x.size()[0] / config.n_query_groups];
     shape.extend(&x.size()[1..]);
-    x.reshape(shape).transpose(0, 1).reshape(x.size())
+    x.reshape(shape)
+}
+
+/// Rows in the order (a, b, c, n) -> (a, c, b, n), as many as before.
+fn transpose_rows(x: &Tensor, rows: [i64; 4]) -> Tensor {
+    let mut shape = rows.to_vec();
+    shape.extend(&x.size()[1..]);
+    x.reshape(shape).transpose(1, 2).reshape(x.size())
 }
 
 #[cfg(test)]
@@ -152,12 +219,12 @@ mod tests {
         let config = ModelConfig::preset("pythia-14m").unwrap();
         let rows = 3 * config.n_head * config.head_size;
         let ours = Tensor::arange(rows * 2, tch::kind::FLOAT_CPU).view([rows, 2]);
-        let disk = to_disk(&ours, Layout::HeadInterleaved, &config);
+        let disk = to_disk(&ours, Layout::GroupInterleaved, &config);
         // Row 0 of head 0's key follows the D rows of head 0's query.
         let key_row = config.n_head * config.head_size;
         assert_eq!(disk.double_value(&[config.head_size, 0]), (2 * key_row) as f64);
         let back = ours.zeros_like();
-        from_disk(&back, &disk, Layout::HeadInterleaved, &config);
+        from_disk(&back, &disk, Layout::GroupInterleaved, &config);
         assert!(back.equal(&ours));
     }
 
