@@ -133,7 +133,8 @@ fn rows_packed_by_group_and_rotated_in_pairs_are_where_their_owners_put_them() {
         let back = ours.copy();
         let _ = back.shallow_clone().fill_(-1);
         names::from_disk(&back, &theirs, layout, &config);
-        let kept = rows(&back).iter().zip(rows(&ours)).all(|(got, want)| *got == want || *got == -1);
+        let kept =
+            rows(&back).iter().zip(rows(&ours)).all(|(got, want)| *got == want || *got == -1);
         assert!(kept, "{layout:?}: {:?}", rows(&back));
         let filled = rows(&back).iter().filter(|&&row| row >= 0).count();
         assert_eq!(filled, theirs.size()[0] as usize);
@@ -178,7 +179,8 @@ fn a_checkpoint_that_is_broken_or_does_not_fit_leaves_no_folder() {
     let config = fs::read_to_string(dir.path().join("hf/config.json")).unwrap();
     let vocab = format!("\"vocab_size\": {}", tiny_llama().padded_vocab_size);
     assert!(config.contains(&vocab), "{config}");
-    fs::write(dir.path().join("hf/config.json"), config.replace(&vocab, "\"vocab_size\": 8")).unwrap();
+    fs::write(dir.path().join("hf/config.json"), config.replace(&vocab, "\"vocab_size\": 8"))
+        .unwrap();
     let (code, _, err) = run(&["convert", &path("hf"), &path("out"), "--to", "litgpt"]);
     assert_eq!(code, Some(1));
     assert!(err.contains("`model.embed_tokens.weight`: expected shape [8, "), "{err}");
@@ -187,10 +189,17 @@ fn a_checkpoint_that_is_broken_or_does_not_fit_leaves_no_folder() {
     assert!(out.contains("bad         2 tensor(s)"), "{out}");
     // What litgpt has no place for is told before anything is there.
     let yarn = RopeScaling::new(RopeType::Yarn, 2.0);
-    folder(Path::new(&path("yarn")), &ModelConfig { rope_scaling: Some(yarn), ..tiny_llama() }, Kind::Float);
+    folder(
+        Path::new(&path("yarn")),
+        &ModelConfig { rope_scaling: Some(yarn), ..tiny_llama() },
+        Kind::Float,
+    );
     let (code, _, err) = run(&["convert", &path("yarn"), &path("out"), "--to", "litgpt"]);
     assert_eq!(code, Some(1));
-    assert!(err.contains("no place for `rope_scaling` of type Yarn") && err.contains("--to hf"), "{err}");
+    assert!(
+        err.contains("no place for `rope_scaling` of type Yarn") && err.contains("--to hf"),
+        "{err}"
+    );
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
 }
@@ -207,11 +216,15 @@ fn inspect_tells_format_architecture_and_every_tensor_with_its_statistics() {
     assert_eq!(code, Some(0), "{err}");
     assert!(out.contains("format      Hugging Face safetensors"), "{out}");
     let norm = out.lines().find(|line| line.starts_with("model.norm.weight")).unwrap();
-    assert!(norm.contains("BF16") && norm.contains("1 not finite") && norm.contains("mean +1.000e0"), "{norm}");
+    assert!(
+        norm.contains("BF16") && norm.contains("1 not finite") && norm.contains("mean +1.000e0"),
+        "{norm}"
+    );
     let (_, json, _) = run(&["inspect", &shown(&path), "--json"]);
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     let source = Source::open(&path).unwrap();
-    let n: i64 = outline(&source.config).iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
+    let n: i64 =
+        outline(&source.config).iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
     assert_eq!(json["report"]["parameters"], n);
     assert_eq!(json["report"]["tensors"].as_array().unwrap().len(), source.stored().unwrap().len());
 }
