@@ -153,10 +153,15 @@ def emoji_texts(packages):
     yield "".join(emojis)
 
 
+FOREIGN = [b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xe4\xbd", b"\xf8\x88\x80\x80\x80", b"\x80"]
+# Without what JSON would escape.
+PLAIN = bytes(c if c >= 32 and c not in b'"\\' else 32 for c in range(256))
+
+
 def broken(data, rng):
     """Bytes of a text that are no UTF-8 any more."""
     at = rng.randrange(len(data))
-    return data[:at] + rng.choice([b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xe4\xbd", b"\xf8\x88\x80\x80\x80", b"\x80"]) + data[at:]
+    return data[:at] + rng.choice(FOREIGN) + data[at:]
 
 
 def damaged_rows(texts, rng):
@@ -165,8 +170,9 @@ def damaged_rows(texts, rng):
         if i % 4 == 0:
             yield line(text, escaped=i % 8 == 0)
         elif i % 4 == 1:
-            # One foreign byte within the text, not in an escape.
-            yield line("").replace(b'""', b'"' + broken(text.encode(), rng).replace(b"\\", b"/").replace(b'"', b"'") + b'"')
+            # Foreign bytes within the text and no escapes: nothing else is wrong with the row.
+            plain = broken(text.encode(), rng).translate(PLAIN)
+            yield b'{"text": "' + plain + b'"}'
         elif i % 4 == 2:
             yield rng.choice(DAMAGED)
         else:
