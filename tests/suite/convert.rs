@@ -153,9 +153,9 @@ fn shards_and_dtypes_are_those_asked_for_and_an_existing_folder_is_left_alone() 
         ..tiny_llama()
     };
     let model = folder(Path::new(&path("hf")), &config, Kind::Float);
+    let (from, to) = (path("hf"), path("half"));
     let sizes = ["--max-shard-size", "1048576", "--dtype", "bf16"];
-    let args = [&["convert", &path("hf"), &path("half"), "--to", "hf"], &sizes[..]].concat();
-    let (code, _, err) = run(&args);
+    let (code, _, err) = run(&[&["convert", &from, &to, "--to", "hf"], &sizes[..]].concat());
     assert_eq!(code, Some(0), "{err}");
     let half = checkpoint::load_model(Path::new(&path("half")), Kind::Float, Device::Cpu).unwrap();
     for ((name, got), (_, want)) in half.named_parameters().iter().zip(model.named_parameters()) {

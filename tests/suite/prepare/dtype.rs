@@ -75,6 +75,7 @@ fn batches_are_the_same_whatever_the_dtype() {
             prefetch: 2,
             order: DataOrder::Global,
             access: Access::Mapped,
+            borders: None,
         };
         DataLoader::train(options).unwrap()
     };
