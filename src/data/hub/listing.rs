@@ -3,7 +3,7 @@
 //! The listing is that of folders, a page of 1000 files at a time: the one in a dataset's description, which is one
 //! request, is not complete for 50,000 files and more.
 
-use super::client::{Client, Failure, with_hint};
+use super::client::{Client, Failure};
 use super::{HubSource, is_inside, pattern};
 use crate::bail_hint;
 use crate::data::documents::{Schema, Selection};
@@ -112,7 +112,7 @@ impl Client {
             patterns => self.matching(patterns, commit, selection)?,
         };
         if found.is_empty() {
-            return Err(self.nothing(source, commit, selection));
+            return self.nothing(source, commit, selection);
         }
         Ok(found)
     }
@@ -158,7 +158,12 @@ impl Client {
     }
 
     /// No file is what was asked for: says which there are.
-    fn nothing(&self, source: &HubSource, commit: &str, selection: &Selection) -> anyhow::Error {
+    fn nothing(
+        &self,
+        source: &HubSource,
+        commit: &str,
+        selection: &Selection,
+    ) -> Result<Vec<HubFile>> {
         let kind = selection.schema.name();
         let asked = match &source.patterns[..] {
             [] => format!("can be read as {kind}"),
@@ -168,10 +173,7 @@ impl Client {
             true => String::new(),
             false => format!(" in the subsets `{}`", selection.subsets.join("`, `")),
         };
-        let there = match self.tree(commit, "", 1) {
-            Err(error) => return error,
-            Ok(files) => files,
-        };
+        let there = self.tree(commit, "", 1)?;
         let mut names: Vec<String> =
             there.iter().take(NAMED).map(|file| format!("`{}`", file.path)).collect();
         if there.len() > NAMED {
@@ -181,8 +183,8 @@ impl Client {
             "among its files are {}; name some with `--pattern`, and their kind (`{kind}` now)",
             names.join(", ")
         );
-        let what = anyhow!("no file of `{}`, commit {commit}, {asked}{subsets}", source.repository);
-        with_hint(what, hint)
+        Err(anyhow!("no file of `{}`, commit {commit}, {asked}{subsets}", source.repository))
+            .usage(hint)
     }
 }
 
