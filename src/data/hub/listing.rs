@@ -15,8 +15,8 @@ use std::path::Path;
 
 /// Files that an error names.
 const NAMED: usize = 8;
-/// Attempts of the first request: without network that is to be said soon.
-const FIRST_TRIES: u32 = 2;
+/// Attempts of the first requests: without network that is to be said soon.
+const FIRST_TRIES: u32 = 3;
 
 /// A file of a dataset.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,9 +138,10 @@ impl Client {
     fn tree(&self, commit: &str, folder: &str, pages: usize) -> Result<Vec<HubFile>> {
         let mut files = Vec::new();
         let mut next = Some(self.url("/api", "tree", commit, folder) + "?recursive=true");
-        for _ in 0..pages {
+        for page in 0..pages {
             let Some(url) = next.take() else { break };
-            let entries: Vec<Entry> = match self.json(&url, self.tries) {
+            let tries = if page == 0 { FIRST_TRIES } else { self.tries };
+            let entries: Vec<Entry> = match self.json(&url, tries) {
                 Ok((entries, link)) => {
                     next = link;
                     entries
