@@ -6,6 +6,7 @@ use anyhow::{Context, Result, anyhow};
 use serde::de::DeserializeOwned;
 use std::convert::Infallible;
 use std::env;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -154,8 +155,12 @@ impl Client {
             request = request.header("Range", format!("bytes={from}-"));
         }
         let answer = request.call().map_err(|e| {
-            let passing =
-                !matches!(e, ureq::Error::BadUri(_) | ureq::Error::Tls(_) | ureq::Error::Rustls(_));
+            // A certificate that is refused comes as invalid data.
+            let passing = match &e {
+                ureq::Error::Io(io) => io.kind() != io::ErrorKind::InvalidData,
+                ureq::Error::BadUri(_) | ureq::Error::Tls(_) | ureq::Error::Rustls(_) => false,
+                _ => true,
+            };
             Failure { passing, ..Failure::passing(self.broken(url, e)) }
         })?;
         match answer.status().as_u16() {
@@ -201,8 +206,9 @@ impl Client {
 
     fn broken(&self, url: &str, error: ureq::Error) -> anyhow::Error {
         let what = anyhow!(error).context(format!("no answer from `{url}`"));
-        let hint = "check the network, its proxy (`HTTPS_PROXY`, `SSL_CERT_FILE`) and `HF_ENDPOINT`; what was downloaded \
-                    is kept. Without network, copy the files by other means and name them with `--source`";
+        let hint = "check the network, its proxy (`HTTPS_PROXY`, `SSL_CERT_FILE`) and `HF_ENDPOINT`; \
+                    what was downloaded is kept. Without network, copy the files by other means and \
+                    name them with `--source`";
         with_hint(what, hint)
     }
 
@@ -213,7 +219,10 @@ impl Client {
         let Self { endpoint, repository, .. } = self;
         let page = format!("{endpoint}/datasets/{repository}");
         let (what, hint) = match (status, header("x-error-code").unwrap_or_default()) {
-            (401, _) => (format!("the Hub gives no access to `{repository}`"), self.who_asks()),
+            (401, _) => (
+                format!("the Hub gives no access to `{repository}`"),
+                format!("check owner and name; {}", self.who_asks()), // it tells nobody what is private
+            ),
             (403, _) => (
                 format!("the Hub gives no access to `{repository}`"),
                 format!("accept the dataset's conditions at {page}; {}", self.who_asks()),
@@ -252,8 +261,12 @@ impl Client {
     /// Which token is in use, or how to give one.
     fn who_asks(&self) -> String {
         match &self.token {
-            Some(token) => format!("the token of `{}` must be valid and may have to be allowed to read it", token.origin),
-            None => "a private or gated one needs a token: set `HF_TOKEN`, or log in with `hf auth login`".into(),
+            Some(token) => {
+                format!("the token of `{}` must be valid and allowed to read it", token.origin)
+            }
+            None => "a private or gated dataset needs a token: set `HF_TOKEN`, or log in with \
+                     `hf auth login`"
+                .into(),
         }
     }
 }

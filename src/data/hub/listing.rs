@@ -3,7 +3,7 @@
 //! The listing is that of folders, a page of 1000 files at a time: the one in a dataset's description, which is one
 //! request, is not complete for 50,000 files and more.
 
-use super::client::{Client, Failure, with_hint};
+use super::client::{Client, Failure};
 use super::{HubSource, is_inside, pattern};
 use crate::bail_hint;
 use crate::data::documents::{Schema, Selection};
@@ -15,8 +15,8 @@ use std::path::Path;
 
 /// Files that an error names.
 const NAMED: usize = 8;
-/// Attempts of the first request: without network that is to be said soon.
-const FIRST_TRIES: u32 = 2;
+/// Attempts of the first requests: without network that is to be said soon.
+const FIRST_TRIES: u32 = 3;
 
 /// A file of a dataset.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,7 +112,7 @@ impl Client {
             patterns => self.matching(patterns, commit, selection)?,
         };
         if found.is_empty() {
-            return Err(self.nothing(source, commit, selection));
+            return self.nothing(source, commit, selection);
         }
         Ok(found)
     }
@@ -138,9 +138,10 @@ impl Client {
     fn tree(&self, commit: &str, folder: &str, pages: usize) -> Result<Vec<HubFile>> {
         let mut files = Vec::new();
         let mut next = Some(self.url("/api", "tree", commit, folder) + "?recursive=true");
-        for _ in 0..pages {
+        for page in 0..pages {
             let Some(url) = next.take() else { break };
-            let entries: Vec<Entry> = match self.json(&url, self.tries) {
+            let tries = if page == 0 { FIRST_TRIES } else { self.tries };
+            let entries: Vec<Entry> = match self.json(&url, tries) {
                 Ok((entries, link)) => {
                     next = link;
                     entries
@@ -158,7 +159,12 @@ impl Client {
     }
 
     /// No file is what was asked for: says which there are.
-    fn nothing(&self, source: &HubSource, commit: &str, selection: &Selection) -> anyhow::Error {
+    fn nothing(
+        &self,
+        source: &HubSource,
+        commit: &str,
+        selection: &Selection,
+    ) -> Result<Vec<HubFile>> {
         let kind = selection.schema.name();
         let asked = match &source.patterns[..] {
             [] => format!("can be read as {kind}"),
@@ -168,10 +174,7 @@ impl Client {
             true => String::new(),
             false => format!(" in the subsets `{}`", selection.subsets.join("`, `")),
         };
-        let there = match self.tree(commit, "", 1) {
-            Err(error) => return error,
-            Ok(files) => files,
-        };
+        let there = self.tree(commit, "", 1)?;
         let mut names: Vec<String> =
             there.iter().take(NAMED).map(|file| format!("`{}`", file.path)).collect();
         if there.len() > NAMED {
@@ -181,8 +184,8 @@ impl Client {
             "among its files are {}; name some with `--pattern`, and their kind (`{kind}` now)",
             names.join(", ")
         );
-        let what = anyhow!("no file of `{}`, commit {commit}, {asked}{subsets}", source.repository);
-        with_hint(what, hint)
+        Err(anyhow!("no file of `{}`, commit {commit}, {asked}{subsets}", source.repository))
+            .usage(hint)
     }
 }
 
