@@ -24,6 +24,9 @@ pub enum Target {
     LitGpt,
 }
 
+/// Files that are a tokenizer by themselves.
+const TOKENIZERS: [&str; 2] = ["tokenizer.json", "tokenizer.model"];
+
 /// What was written.
 #[derive(Clone, Debug)]
 pub struct Converted {
@@ -33,8 +36,8 @@ pub struct Converted {
     pub parameters: u64,
     /// Bytes of the weights.
     pub bytes: u64,
-    /// Files of a tokenizer that came along.
-    pub tokenizer_files: usize,
+    /// Files of tokenizer and generation that came along.
+    pub other_files: usize,
 }
 
 /// Writes the checkpoint `from` as a new folder `to`, in `kind` or in the dtypes that it has. The folder appears whole
@@ -72,10 +75,12 @@ pub fn convert(
         tick(entries[i].bytes(), total);
         parameters.get(i)
     });
-    let files = tokenizer_files(&from.path);
-    let tokenizer = match files.is_empty() {
-        true => None,
-        false => Some(Tokenizer::load(&from.path)?),
+    let folder = if from.path.is_dir() { &*from.path } else { from.path.parent().unwrap_or(to) };
+    let files = Tokenizer::files(folder);
+    let is_tokenizer = |file: &PathBuf| TOKENIZERS.iter().any(|name| file.ends_with(name));
+    let tokenizer = match files.iter().any(is_tokenizer) {
+        true => Some(Tokenizer::load(folder)?),
+        false => None,
     };
     create_atomically(to, |dir| {
         match target {
@@ -91,11 +96,6 @@ pub fn convert(
         path: to.to_owned(),
         parameters: entries.iter().map(|e| e.shape.iter().product::<i64>() as u64).sum(),
         bytes: total,
-        tokenizer_files: files.len(),
+        other_files: files.len(),
     })
-}
-
-/// Those beside the weights.
-fn tokenizer_files(path: &Path) -> Vec<PathBuf> {
-    Tokenizer::files(if path.is_dir() { path } else { path.parent().unwrap_or(path) })
 }

@@ -65,11 +65,11 @@ pub fn run(args: Args) -> Result<u8> {
     let done = checkpoint::convert(&source, &args.to, target, kind, &tick)?;
     bar.finish_and_clear();
     eprintln!(
-        "wrote       {}: {} parameters, {}, {} tokenizer file(s)",
+        "wrote       {}: {} parameters, {}, {} other file(s)",
         done.path.display(),
         count(done.parameters as f64),
         bytes(done.bytes),
-        done.tokenizer_files
+        done.other_files
     );
     Ok(exit::OK)
 }
