@@ -21,10 +21,10 @@ pub struct Args {
     #[arg(long, value_name = "OWNER/NAME")]
     hub: Option<String>,
     /// Branch, tag or commit of --hub
-    #[arg(long, requires = "hub", default_value = "main")]
+    #[arg(long, requires = "hub", conflicts_with = "source", default_value = "main")]
     revision: String,
     /// Files of --hub, e.g. 'train/chunk1/*.jsonl.zst' (repeatable); default: all that KIND reads
-    #[arg(long = "pattern", value_name = "PATTERN", requires = "hub")]
+    #[arg(long = "pattern", value_name = "PATTERN", requires = "hub", conflicts_with = "source")]
     patterns: Vec<String>,
     /// Folder with tokenizer.json or tokenizer.model
     #[arg(long)]

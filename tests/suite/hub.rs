@@ -453,7 +453,7 @@ fn what_the_hub_does_not_have_is_told_with_what_it_has() {
         (2, &["--hub", "corpus"], &["`corpus` is no name of a dataset", "OWNER/NAME"]),
         (2, &[], &["<--source <SOURCE>|--hub <OWNER/NAME>>"]),
         (2, &["--source", "x", "--hub", "me/corpus"], &["cannot be used with"]),
-        (2, &["--source", "x", "--pattern", "y"], &["--hub <OWNER/NAME>"]),
+        (2, &["--source", "x", "--pattern", "y"], &["cannot be used with"]),
     ] {
         let (got, _, stderr) = of(more);
         assert_eq!(got, code, "{more:?}: {stderr}");
