@@ -13,7 +13,7 @@ pub(super) enum Found {
     /// Its source is not on the Hub.
     Nothing,
     /// It is prepared already. Neither network nor cache were asked: nobody else may have it, or it may be gone.
-    Prepared(Manifest),
+    Prepared(Box<Manifest>),
     /// Downloaded files.
     Files(Fetched),
 }
@@ -29,7 +29,7 @@ impl Found {
             let sources = found.sources;
             let same_sources = Manifest { sources, ..Manifest::begin(options, &[], t)? };
             if let Some(done) = same_sources.find_prepared()? {
-                return Ok(Self::Prepared(done));
+                return Ok(Self::Prepared(Box::new(done)));
             }
         }
         let begun = Manifest::read_file(&output::begun(&options.out))?;

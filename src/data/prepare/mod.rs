@@ -83,7 +83,7 @@ pub fn prepare(
         from_hub::Found::Prepared(done) => {
             output::tidy(&options.out);
             announce("already prepared", &done);
-            return Ok(done);
+            return Ok(*done);
         }
     };
     let manifest = Manifest { commit, ..Manifest::begin(options, &files, tokenizer)? };
