@@ -157,7 +157,8 @@ impl Source {
         }
         let (tie, head) = (self.config.tie_embeddings, self.head());
         for name in self.weights.names() {
-            if !known.contains(name) && !names::is_buffer(name) && !(tie && name == head) {
+            let expected = known.contains(name) || names::is_buffer(name) || tie && name == head;
+            if !expected {
                 problems.push(format!("`{name}`: not expected in this model"));
             }
         }
