@@ -96,7 +96,7 @@ fn packed(dir: &Path, borders: bool) -> Vec<u32> {
 
 /// What batches must say of their rows: by the plainest of loops.
 fn expected(input: &[i64], t: usize, first: i64, last: i64) -> (Vec<i32>, Vec<i32>) {
-    let begins = |i: usize| i % t == 0 || input[i - 1] == last || input[i] == first;
+    let begins = |i: usize| i.is_multiple_of(t) || input[i - 1] == last || input[i] == first;
     let start = |i: usize| ((0..=i).rev().find(|&j| begins(j)).unwrap() % t) as i32;
     let next = |i: usize| (i + 1..input.len()).find(|&j| begins(j)).unwrap_or(input.len());
     let stop = |i: usize| (next(i) - i / t * t) as i32;
