@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn nothing_is_measured_where_there_is_no_choice() {
         let open = |set: &str, t, d| {
-            let text = "data: {train: [{path: x}]}\ntrain: {max_steps: 3000}\n";
+            let text = "data: {train: [{path: x}]}\ntrain: {max_steps: 3000}\ntokenizer_dir: x\n";
             let config = config::parse(text, &[set.to_owned()]).unwrap();
             is_open(&config, Shape { b: 2, t, h: 4, g: 2, d })
         };
