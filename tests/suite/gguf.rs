@@ -1,11 +1,13 @@
 //! GGUF: values equal to the Python package's, what is written is read back, hostile files are refused.
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
+use tinyllama::checkpoint::gguf::mix::{Mix, Model};
 use tinyllama::checkpoint::gguf::quants::{self, dequantize, quantized};
+use tinyllama::checkpoint::gguf::vocab::{self, Special, bpe, pieces, pieces::Piece};
 use tinyllama::checkpoint::gguf::{
-    Array, GgufError, GgufFile, GgufWriter, Metadata, TensorInfo, Type, Value,
+    Array, GgufError, GgufFile, GgufWriter, Metadata, TensorInfo, Type, Value, llama,
 };
 
 fn golden(name: &str) -> PathBuf {
@@ -328,4 +330,176 @@ fn any_byte_changed_is_refused_or_read_within_bounds() {
         }
         bytes[at] = whole[at];
     }
+}
+
+#[test]
+fn a_mix_gives_every_tensor_its_type() {
+    let model = Model { layers: 22, group: 8, tied: false };
+    let q4 = |name: &str, shape: &[u64]| Mix::Q4KM.kind(name, shape, &model).to_string();
+    assert_eq!(q4("output.weight", &[32000, 2048]), "Q6_K");
+    assert_eq!(q4("token_embd.weight", &[32000, 2048]), "Q4_K");
+    assert_eq!(q4("blk.0.attn_norm.weight", &[2048]), "F32");
+    assert_eq!(q4("blk.0.attn_q.bias", &[2048]), "F32");
+    let more: Vec<u64> = (0..22)
+        .filter(|i| q4(&format!("blk.{i}.ffn_down.weight"), &[2048, 5632]) == "Q6_K")
+        .collect();
+    assert_eq!(more, [0, 1, 4, 7, 10, 13, 16, 19, 20, 21]);
+    assert_eq!(q4("blk.1.attn_v.weight", &[256, 2048]), "Q6_K");
+    assert_eq!(q4("blk.2.attn_v.weight", &[256, 2048]), "Q4_K");
+    assert_eq!(q4("blk.1.ffn_up.weight", &[5632, 2048]), "Q4_K");
+    // SmolLM2-135M: rows of 576 are no whole K-blocks.
+    let small = Model { layers: 30, group: 3, tied: true };
+    let q4 = |name: &str, shape: &[u64]| Mix::Q4KM.kind(name, shape, &small).to_string();
+    assert_eq!(q4("token_embd.weight", &[49152, 576]), "Q8_0");
+    assert_eq!(q4("blk.3.attn_q.weight", &[576, 576]), "Q5_0");
+    assert_eq!(q4("blk.0.attn_v.weight", &[192, 576]), "Q8_0");
+    assert_eq!(q4("blk.0.ffn_down.weight", &[576, 1536]), "Q6_K");
+    assert_eq!(q4("blk.0.ffn_up.weight", &[1536, 100]), "F16");
+    let all = |kind| Mix::All(kind).kind("token_embd.weight", &[49152, 576], &small);
+    assert_eq!((all(Type::Q4_0), all(Type::Q8_0)), (Type::Q8_0, Type::Q8_0));
+    assert_eq!(Mix::from_name("Q4_K_M"), Some(Mix::Q4KM));
+    assert_eq!(Mix::from_name("Q3_K"), None);
+}
+
+#[test]
+fn names_of_a_llama_go_both_ways() {
+    let pairs = [
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+        ("output.weight", "lm_head.weight"),
+        ("blk.21.attn_k.bias", "model.layers.21.self_attn.k_proj.bias"),
+        ("blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+        ("blk.7.ffn_gate.weight", "model.layers.7.mlp.gate_proj.weight"),
+    ];
+    for (gguf, hf) in pairs {
+        assert_eq!(llama::hf_name(gguf).unwrap(), hf);
+        assert_eq!(llama::gguf_name(hf).unwrap(), gguf);
+    }
+    for name in ["rope_freqs.weight", "blk.x.attn_q.weight", "blk.0.ffn_gate_exps.weight", "", "."]
+    {
+        assert_eq!(llama::hf_name(name), None, "{name}");
+    }
+    assert!(
+        llama::is_interleaved("blk.3.attn_q.weight") && llama::is_interleaved("blk.3.attn_k.bias")
+    );
+    assert!(
+        !llama::is_interleaved("blk.3.attn_v.weight") && !llama::is_interleaved("output.weight")
+    );
+}
+
+#[test]
+fn query_rows_are_interleaved_and_back() {
+    // 2 heads of 6 rows of 2 values: reshape(2, 2, 3, 2).swapaxes(1, 2) of numpy.
+    let rows: Vec<u32> = (0..24).collect();
+    let there = llama::interleave(&rows, 2, 6);
+    assert_eq!(there[..12], [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
+    assert_eq!(llama::split_halves(&there, 2, 6), rows);
+    for row in 0..128 {
+        assert_eq!(llama::hf_row(llama::gguf_row(row, 64), 64), row);
+    }
+}
+
+#[test]
+fn settings_of_a_llama_go_both_ways() {
+    let scalings = [
+        json!(null),
+        json!({"rope_type": "linear", "factor": 4.0}),
+        json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}),
+        json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}),
+    ];
+    for scaling in scalings {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "_name_or_path": "x",
+            "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5632,
+            "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+            "head_dim": 64, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0, "rope_scaling": scaling, "vocab_size": 32000,
+            "tie_word_embeddings": true, "attention_bias": false, "mlp_bias": false,
+            "bos_token_id": null, "eos_token_id": null,
+        });
+        let metadata = llama::metadata(&config, "x").unwrap();
+        let rope = llama::Llama3Rope::of_config(&config);
+        assert_eq!(rope.is_some(), scaling["rope_type"] == "llama3");
+        let factors = rope.map(|rope| rope.factors(500000.0, 64));
+        let back = llama::config_json(&metadata, &[], factors.as_deref()).unwrap();
+        assert_eq!(back, config);
+    }
+    let told = |config: Json| llama::metadata(&config, "x").unwrap_err().to_string();
+    assert!(told(json!({"model_type": "gpt_neox"})).contains("expected `llama`"));
+    assert!(told(json!({"model_type": "llama"})).contains("`hidden_size`"));
+    let mut factors = llama::Llama3Rope { factor: 8.0, low: 1.0, high: 4.0, length: 8192.0 }
+        .factors(500000.0, 64);
+    factors[10] = 3.0;
+    let metadata = GgufFile::open(&golden("types.gguf")).unwrap().metadata().clone();
+    let error = llama::config_json(&metadata, &[], Some(&factors)).unwrap_err().to_string();
+    assert!(error.contains("llama.embedding_length"), "{error}");
+}
+
+#[test]
+fn a_byte_level_tokenizer_goes_both_ways() {
+    for pre in ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"] {
+        assert_eq!(bpe::pre_name(&bpe::pre_tokenizer(pre).unwrap()).unwrap(), pre);
+        let special = Special {
+            bos: Some(3),
+            eos: Some(3),
+            add_bos: true,
+            chat_template: Some("{{ x }}".into()),
+            ..Special::default()
+        };
+        let mut m = Metadata::default();
+        m.set("tokenizer.ggml.model", "gpt2");
+        m.set("tokenizer.ggml.pre", pre);
+        let tokens = ["a", "b", "ab", "<|end|>", "<tool>", "[PAD5]"].map(String::from);
+        m.set("tokenizer.ggml.tokens", tokens.to_vec());
+        m.set("tokenizer.ggml.token_type", vec![1, 1, 1, 3, 4, 5]);
+        m.set("tokenizer.ggml.merges", vec!["a b".to_owned()]);
+        special.put(&mut m);
+        assert_eq!(Special::of(&m).unwrap(), special);
+        let json = bpe::tokenizer_json(&m).unwrap();
+        assert_eq!(json["post_processor"]["single"][0]["SpecialToken"]["id"], "<|end|>");
+        assert_eq!(bpe::metadata(&json, 6, &special).unwrap(), m);
+        assert_eq!(vocab::tokenizer_config(&m).unwrap()["chat_template"], "{{ x }}");
+        let error = bpe::metadata(&json, 4, &special).unwrap_err().to_string();
+        assert!(error.contains("an id below 4"), "{error}");
+    }
+    let error = bpe::pre_tokenizer("tekken").unwrap_err().to_string();
+    assert!(error.contains("`tokenizer.ggml.pre`: expected one of default, gpt-2"), "{error}");
+    assert!(bpe::pre_name(&json!({"type": "Whitespace"})).is_err());
+}
+
+#[test]
+fn pieces_of_a_llama_go_both_ways() {
+    let kinds = [
+        ("<unk>", 2, 0.0),
+        ("<s>", 3, 0.0),
+        ("<0x00>", 6, 0.0),
+        ("ab", 1, -0.0),
+        ("abb", 1, -1.0),
+        ("a", 1, -2.0),
+        ("b", 1, -2.0),
+    ];
+    let list: Vec<Piece> =
+        kinds.iter().map(|&(text, kind, score)| Piece { text: text.into(), score, kind }).collect();
+    let special = Special { bos: Some(1), add_bos: true, ..Special::default() };
+    let m = pieces::metadata(&list, true, 8, &special).unwrap();
+    let mut padded = list.clone();
+    padded.push(Piece { text: "[PAD7]".into(), score: -1e4, kind: 5 });
+    assert_eq!(pieces::pieces(&m).unwrap(), padded);
+    assert!(pieces::metadata(&list, true, 6, &special).is_err());
+    // Pieces, then trainer and normaliser; the first bytes spelt out.
+    let model = pieces::tokenizer_model(&m).unwrap();
+    assert_eq!(model[..16], *b"\x0a\x0e\x0a\x05<unk>\x15\0\0\0\0\x18\x02");
+    let json = json!({
+        "added_tokens": [{"id": 0, "content": "<unk>", "special": true}, {"id": 1, "content": "<s>", "special": true}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u{2581}"}]},
+        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": true,
+                  "vocab": {"<unk>": 0, "<s>": 1, "<0x00>": 2, "ab": 3, "abb": 4, "a": 5, "b": 6},
+                  "merges": [["a", "b"], ["ab", "b"]]},
+    });
+    assert!(pieces::puts_space(&json));
+    assert_eq!(pieces::of_tokenizer_json(&json, 7).unwrap(), (list, true));
+    let mut other = json.clone();
+    other["model"]["merges"] = json!(["a b"]);
+    assert!(!pieces::of_tokenizer_json(&other, 7).unwrap().1);
 }

@@ -14,9 +14,16 @@ use super::put_half;
 /// Below this a block is zero.
 const TINY: f32 = 1e-15;
 
-/// The nearest integer, ties to even, within `0..=most`; NaN is 0.
+/// The nearest integer, ties to even, for `|x| < 2^22`: adding 1.5 * 2^23 leaves no bit for a fraction.
+/// `f32::round_ties_even` is a call on processors of 2004, for which Rust builds.
+fn nearest(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    x + SHIFT - SHIFT
+}
+
+/// The nearest integer within `0..=most`; NaN is 0.
 fn level(x: f32, most: f32) -> f32 {
-    x.round_ties_even().max(0.0).min(most)
+    nearest(x.max(0.0).min(most))
 }
 
 /// Q4_K: `x = (d s) q - m t`, s and t (6 bits) of each 32 values.
@@ -115,7 +122,7 @@ pub(super) fn write_q6_k(x: &[f32; 256], block: &mut [u8; 210]) {
     let d = put_half(block, 208, 1.0 / inverse);
     let mut q = [32u8; 256];
     for (j, part) in parts.iter().enumerate() {
-        let s = (inverse * scales[j]).round_ties_even().min(127.0) as i8;
+        let s = nearest((inverse * scales[j]).min(127.0)) as i8;
         block[192 + j] = s as u8;
         let scale = d * f32::from(s);
         if scale != 0.0 {
@@ -136,7 +143,7 @@ fn symmetric(x: &[f32; 16]) -> f32 {
     let sums = |reach: f32| {
         let inverse = -reach / largest;
         x.iter().fold((0.0f32, 0.0f32), |(wqx, wqq), x| {
-            let (q, w) = ((inverse * x).round_ties_even().clamp(-32.0, 31.0), x * x);
+            let (q, w) = (nearest((inverse * x).clamp(-32.0, 31.0)), x * x);
             (wqx + w * q * x, wqq + w * q * q)
         })
     };

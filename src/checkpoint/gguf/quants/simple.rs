@@ -61,8 +61,8 @@ pub(super) fn write_q8_0(x: &[f32; N], block: &mut [u8; 34]) {
 /// 18 bytes, d and 16 bytes of nibbles q: `x = d (q - 8)`.
 pub(super) fn read_q4_0(block: &[u8; 18], out: &mut [f32; N]) {
     let d = half_at(block, 0);
-    for j in 0..N {
-        out[j] = d * f32::from(nibble(&block[2..], j) as i8 - 8);
+    for (j, x) in out.iter_mut().enumerate() {
+        *x = d * f32::from(nibble(&block[2..], j) as i8 - 8);
     }
 }
 
@@ -77,8 +77,8 @@ pub(super) fn write_q4_0(x: &[f32; N], block: &mut [u8; 18]) {
 /// 20 bytes, d, m and 16 bytes of nibbles q: `x = d q + m`.
 pub(super) fn read_q4_1(block: &[u8; 20], out: &mut [f32; N]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
-    for j in 0..N {
-        out[j] = d * f32::from(nibble(&block[4..], j)) + m;
+    for (j, x) in out.iter_mut().enumerate() {
+        *x = d * f32::from(nibble(&block[4..], j)) + m;
     }
 }
 
@@ -95,9 +95,9 @@ pub(super) fn write_q4_1(x: &[f32; N], block: &mut [u8; 20]) {
 /// 22 bytes, d, 4 bytes qh and 16 bytes of nibbles: `x = d (q - 16)`, q of 5 bits.
 pub(super) fn read_q5_0(block: &[u8; 22], out: &mut [f32; N]) {
     let d = half_at(block, 0);
-    for j in 0..N {
+    for (j, x) in out.iter_mut().enumerate() {
         let q = nibble(&block[6..], j) | bit(&block[2..], j) << 4;
-        out[j] = d * f32::from(q as i8 - 16);
+        *x = d * f32::from(q as i8 - 16);
     }
 }
 
@@ -112,9 +112,9 @@ pub(super) fn write_q5_0(x: &[f32; N], block: &mut [u8; 22]) {
 /// 24 bytes, d, m, 4 bytes qh and 16 bytes of nibbles: `x = d q + m`, q of 5 bits.
 pub(super) fn read_q5_1(block: &[u8; 24], out: &mut [f32; N]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
-    for j in 0..N {
+    for (j, x) in out.iter_mut().enumerate() {
         let q = nibble(&block[8..], j) | bit(&block[4..], j) << 4;
-        out[j] = d * f32::from(q) + m;
+        *x = d * f32::from(q) + m;
     }
 }
 
