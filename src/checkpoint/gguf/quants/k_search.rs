@@ -6,7 +6,7 @@
 //! the layer's output. Then the sub-blocks' scales are quantised, and q is rounded once more.
 //!
 //! # Source
-//! The idea is llama.cpp's; tests/suite/gguf.rs holds the error of real weights near its own.
+//! The idea is llama.cpp's. tests/suite/gguf.rs bounds the error of Gaussian values.
 
 use super::k::{put_q6, put_scales_and_mins};
 use super::put_half;
