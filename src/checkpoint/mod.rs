@@ -6,6 +6,7 @@
 mod convert;
 pub(crate) mod disk;
 mod folder;
+pub mod gguf;
 mod hf;
 pub mod hf_config;
 mod inspect;

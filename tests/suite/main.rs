@@ -10,6 +10,7 @@ mod doctor;
 mod document_mask;
 mod fsdp;
 mod generate;
+mod gguf;
 mod golden;
 mod golden_train;
 mod gpu;
