@@ -10,6 +10,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, exit};
 
@@ -171,7 +172,7 @@ impl Job {
     fn is_fresh(&self, toolchain: &[PathBuf]) -> bool {
         let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
         let same_command = fs::read_to_string(self.object.with_extension("cmd"))
-            .is_ok_and(|text| text == format!("{:?}", self.command));
+            .is_ok_and(|text| text == self.command_line());
         let (Some(made), Ok(rule)) =
             (modified(&self.object), fs::read_to_string(self.object.with_extension("d")))
         else {
@@ -207,8 +208,14 @@ impl Job {
             stop(&format!("cannot compile {}", self.source.display()), hint);
         }
         // Written last: without it the object is not taken for finished.
-        let command = format!("{:?}", self.command);
-        let _ = fs::write(self.object.with_extension("cmd"), command);
+        let _ = fs::write(self.object.with_extension("cmd"), self.command_line());
+    }
+
+    /// The program and its arguments, one a line. Not the environment, which differs with every
+    /// shell and changes nothing.
+    fn command_line(&self) -> String {
+        let words = iter::once(self.command.get_program()).chain(self.command.get_args());
+        words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\n")
     }
 }
 
