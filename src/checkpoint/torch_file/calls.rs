@@ -59,7 +59,7 @@ impl Heap {
             }
             (Global::NumpyDtype, [code, ..]) => self.numpy_dtype(*code)?,
             (Global::NumpyScalar, [dtype, bytes]) => self.numpy_scalar(*dtype, *bytes, args)?,
-            (Global::NumpyReconstruct, [..]) => opaque("numpy.ndarray", args),
+            (Global::NumpyArray, [..]) => opaque("numpy.ndarray", args),
             (Global::Complex, [..]) => opaque("complex", args),
             _ => return Err(self.damaged(format!("{} arguments for {global:?}", list.len()))),
         };

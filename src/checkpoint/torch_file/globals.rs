@@ -32,7 +32,7 @@ pub(super) enum Global {
     RebuildFromType,
     NumpyScalar,
     NumpyDtype,
-    NumpyReconstruct,
+    NumpyArray,
     Complex,
 }
 
@@ -41,6 +41,7 @@ pub(super) fn find(module: &str, name: &str) -> Option<Global> {
     let module = match module {
         "__builtin__" => "builtins",                         // Python 2
         "numpy._core.multiarray" => "numpy.core.multiarray", // numpy 2
+        "numpy._core.numeric" => "numpy.core.numeric",
         other => other,
     };
     Some(match (module, name) {
@@ -86,7 +87,9 @@ pub(super) fn find(module: &str, name: &str) -> Option<Global> {
         }
         ("torch._tensor", "_rebuild_from_type_v2") => Global::RebuildFromType,
         ("numpy.core.multiarray", "scalar") => Global::NumpyScalar,
-        ("numpy.core.multiarray", "_reconstruct") => Global::NumpyReconstruct,
+        ("numpy.core.multiarray", "_reconstruct") | ("numpy.core.numeric", "_frombuffer") => {
+            Global::NumpyArray
+        }
         ("numpy", "dtype") => Global::NumpyDtype,
         _ => return None,
     })
