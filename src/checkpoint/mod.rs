@@ -16,6 +16,7 @@ pub mod names;
 mod outline;
 mod source;
 pub mod tensors;
+pub mod torch_file;
 mod train_state;
 mod weights;
 

@@ -33,4 +33,5 @@ mod pretrain;
 mod pretrain_ranks;
 mod recompute;
 mod tokenizer;
+mod torch_file;
 mod train;
