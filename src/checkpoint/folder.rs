@@ -8,8 +8,8 @@
 //! ```
 
 use super::disk::explain_full_disk;
+use super::formats::{is_checkpoint_file, is_checkpoint_folder};
 use super::hf::weights_files;
-use super::litgpt;
 use super::train_state::load_counters;
 use crate::bail_hint;
 use anyhow::{Context, Result};
@@ -70,6 +70,29 @@ pub fn create_atomically(target: &Path, write: impl FnOnce(&Path) -> Result<()>)
     filled.and_then(|()| sync(parent)).map_err(|error| {
         let explained = explain_full_disk(error, &temporary);
         let _ = fs::remove_dir_all(&temporary);
+        explained
+    })
+}
+
+/// Writes a file under a temporary name beside `target`, which must not exist, syncs it and gives it that name.
+///
+/// # Errors
+/// Whatever `write` fails with (a full disk is told as such); nothing is left.
+pub fn create_file_atomically(
+    target: &Path,
+    write: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let parent = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).with_context(|| format!("cannot create `{}`", parent.display()))?;
+    let temporary = temporary_folder(parent, &name_of(target), std::process::id());
+    let written = write(&temporary).and_then(|()| sync(&temporary));
+    let named = written.and_then(|()| rename(&temporary, target)).and_then(|()| sync(parent));
+    named.map_err(|error| {
+        let explained = explain_full_disk(error, &temporary);
+        let _ = fs::remove_file(&temporary);
         explained
     })
 }
@@ -195,18 +218,25 @@ fn name_of(path: &Path) -> String {
 /// # Errors
 /// Says what was looked for.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
-    const HINT: &str = "name a checkpoint folder, a run's `out_dir`, or a `.safetensors` file";
+    const HINT: &str = "name a checkpoint folder, a run's `out_dir`, or a `.safetensors`, `.gguf`, `.pth` or llama2.c \
+                        `.bin` file";
     if !path.exists() {
         bail_hint!(HINT; "no checkpoint at `{}`: it does not exist", path.display());
     }
     if path.is_file() {
         let name = name_of(path);
-        if !name.ends_with(".safetensors") && !name.ends_with(".json") {
-            bail_hint!(HINT; "`{}` is no safetensors file", path.display());
+        if name.ends_with(".safetensors") || name.ends_with(".json") {
+            return resolve_file(path);
         }
-        return resolve_file(path);
+        if !is_checkpoint_file(path) {
+            bail_hint!(HINT; "`{}` is no checkpoint of a format that is known here", path.display());
+        }
+        // One of several that belong together, or beside its own configuration.
+        let shard = name.starts_with("pytorch_model") || name.starts_with("consolidated.");
+        let folder = path.parent().filter(|dir| shard && is_checkpoint_folder(dir));
+        return Ok(folder.unwrap_or(path).to_owned());
     }
-    if path.join("config.json").is_file() || path.join(litgpt::WEIGHTS).is_file() {
+    if is_checkpoint_folder(path) {
         return Ok(path.to_owned());
     }
     if let Some(found) = latest(path)? {
@@ -232,7 +262,7 @@ fn resolve_file(file: &Path) -> Result<PathBuf> {
     };
     let above = folder.parent().filter(|_| folder.ends_with("train_state"));
     for folder in [Some(folder), above].into_iter().flatten() {
-        if folder.join("config.json").is_file() {
+        if is_checkpoint_folder(folder) {
             return Ok(folder.to_owned());
         }
     }

@@ -19,24 +19,25 @@ pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+const PICKLE: &str = "pytorch_model.bin";
+const PICKLE_INDEX: &str = "pytorch_model.bin.index.json";
 
-/// Paths of the weights of a folder: one file, or all shards of the index.
+/// Paths of the weights of a folder: one file, or all shards of the index; of safetensors, else of PyTorch files.
 ///
 /// # Errors
 /// None there; shards that are missing, all at once.
 pub(super) fn weights_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    if dir.join(SINGLE).is_file() {
-        return Ok(vec![dir.join(SINGLE)]);
-    }
-    let index = dir.join(INDEX);
-    if !index.is_file() {
-        let pickled =
-            dir.join("pytorch_model.bin").is_file() || dir.join("lit_model.pth").is_file();
-        let hint = match pickled {
-            true => "pickled weights (`.bin`, `.pth`) must first be saved as safetensors",
-            false => "a checkpoint is a folder with `config.json` and `model.safetensors`",
-        };
-        bail_hint!(hint; "no weights in `{}`: looked for `{SINGLE}` and `{INDEX}`", dir.display());
+    let there = |name: &&str| dir.join(name).is_file();
+    let known = [SINGLE, INDEX, PICKLE, PICKLE_INDEX];
+    let Some(found) = known.into_iter().find(there) else {
+        bail_hint!(
+            "a checkpoint is a folder with `config.json` and `model.safetensors`";
+            "no weights in `{}`: looked for {}", dir.display(), known.map(|n| format!("`{n}`")).join(", ")
+        );
+    };
+    let index = dir.join(found);
+    if matches!(found, SINGLE | PICKLE) {
+        return Ok(vec![index]);
     }
     let text = std::fs::read_to_string(&index)
         .with_context(|| format!("cannot read `{}`", index.display()))?;
@@ -54,7 +55,7 @@ pub(super) fn weights_files(dir: &Path) -> Result<Vec<PathBuf>> {
         names.iter().copied().filter(|name| !dir.join(name).is_file()).collect();
     if !missing.is_empty() {
         bail_hint!(
-            format!("copy all {} shards that `{INDEX}` names", names.len());
+            format!("copy all {} shards that `{found}` names", names.len());
             "missing in `{}`: {}", dir.display(), missing.join(", ")
         );
     }

@@ -10,12 +10,20 @@ use crate::error::WithHint;
 use crate::model::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Configurations that are looked for.
 pub(super) const CONFIGS: [&str; 2] = ["model_config.yaml", "lit_config.json"];
 /// The weights that are written.
-pub(super) const WEIGHTS: &str = "lit_model.safetensors";
+const WEIGHTS: &str = "lit_model.safetensors";
+/// litgpt's own.
+const PICKLE: &str = "lit_model.pth";
+
+/// The weights of a folder: safetensors, or a pickle of litgpt's with its configuration beside.
+pub(super) fn weights_file(dir: &Path) -> Option<PathBuf> {
+    let pickle = || CONFIGS.iter().any(|name| dir.join(name).is_file()).then(|| dir.join(PICKLE));
+    Some(dir.join(WEIGHTS)).filter(|path| path.is_file()).or_else(pickle).filter(|p| p.is_file())
+}
 
 /// Reads `model_config.yaml` or `lit_config.json` in `dir`; `None` where there is neither.
 ///

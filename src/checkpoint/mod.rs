@@ -6,6 +6,7 @@
 mod convert;
 pub(crate) mod disk;
 mod folder;
+mod formats;
 pub mod gguf;
 mod hf;
 pub mod hf_config;

@@ -1,20 +1,21 @@
 //! Reading checkpoints: an opened one gives its architecture and each parameter, one at a time.
 
-use super::hf::weights_files;
-use super::names::{self, LitGpt, Naming, Part};
+use super::formats::{self, Training};
+use super::names::{self, Layout, Naming, Part, presets_that_fit};
 use super::outline::outline;
-use super::tensors::{Entry, TensorFile};
+use super::tensors::Entry;
 use super::weights::Weights;
-use super::{hf_config, litgpt};
 use crate::bail_hint;
-use crate::error::WithHint;
 use crate::model::{GPT, ModelConfig, RopeScaling, RopeType};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
+
+/// Values of a tensor that are copied at a time: 64 MiB in fp32.
+const CHUNK: i64 = 1 << 24;
 
 /// The architecture of the checkpoint in `dir`.
 pub fn load_config(dir: &Path) -> Result<ModelConfig> {
@@ -23,11 +24,7 @@ pub fn load_config(dir: &Path) -> Result<ModelConfig> {
 
 /// Builds the model of a checkpoint folder in the given dtype.
 pub fn load_model(dir: &Path, kind: Kind, device: Device) -> Result<GPT> {
-    let source = Source::open(dir)?;
-    let mut model = GPT::empty(&source.config, device);
-    model.reallocate(kind);
-    source.copy_into(&model)?;
-    Ok(model)
+    Source::open(dir)?.load_model(kind, device)
 }
 
 /// Copies the weights in `dir` into a model in place, converting to its dtype. Everything is
@@ -62,43 +59,61 @@ pub struct Source {
     pub path: PathBuf,
     /// Its architecture.
     pub config: ModelConfig,
+    format: &'static str,
     naming: Naming,
     weights: Weights,
+    tokenizer: Vec<(&'static str, Vec<u8>)>,
+    pub(super) training: Option<Training>,
 }
 
 impl Source {
-    /// Opens a folder of Hugging Face's layout, or of litgpt's.
+    /// Opens a folder or a file of any format that is read here.
     ///
     /// # Errors
-    /// No configuration, or one of another architecture; a damaged file; a missing shard.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let litgpt = dir.join(litgpt::WEIGHTS);
-        let (config, files) = match litgpt::read_config(dir)? {
-            Some(config) if litgpt.is_file() => (config, vec![litgpt]),
-            _ => (hf_config::read(dir)?, weights_files(dir)?),
-        };
-        let is_litgpt = files.iter().any(|file| file.ends_with(litgpt::WEIGHTS));
-        let mut weights = Weights::default();
-        for path in files {
-            let file =
-                TensorFile::open(&path).hint("copy the file again, or use another checkpoint")?;
-            weights.add(Box::new(file), |name| Some(name.to_owned()))?;
-        }
-        let naming = match is_litgpt {
-            true => Naming::LitGpt(LitGpt::of(weights.names())),
-            false => Naming::HuggingFace,
-        };
-        Ok(Self { path: dir.to_owned(), config, naming, weights })
+    /// No format that is known; no configuration, or one of another architecture; a damaged file; a missing shard.
+    pub fn open(path: &Path) -> Result<Self> {
+        let opened = formats::open(path)?;
+        let formats::Opened { format, config, naming, weights, tokenizer, training } = opened;
+        let path = path.to_owned();
+        Ok(Self { path, config, format, naming, weights, tokenizer, training })
     }
 
     /// Name of the format, for people.
     pub fn format(&self) -> &'static str {
-        match self.naming {
-            Naming::HuggingFace => "Hugging Face safetensors",
-            Naming::LitGpt(LitGpt { interleaved: true, .. }) => "lit-gpt, QKV packed by group",
-            Naming::LitGpt(_) => "litgpt",
-            Naming::Meta => "Meta",
+        self.format
+    }
+
+    /// The folder, or that of the file.
+    pub fn folder(&self) -> &Path {
+        match self.path.is_dir() {
+            true => &self.path,
+            false => formats::folder_of(&self.path),
         }
+    }
+
+    /// Calls `read` with a folder of tokenizer files: the checkpoint's own, or a temporary one of what lies inside.
+    pub fn with_tokenizer<T>(&self, read: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        if self.tokenizer.is_empty() {
+            return read(self.folder());
+        }
+        let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
+        for (name, bytes) in &self.tokenizer {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes)
+                .with_context(|| format!("cannot write `{}`", path.display()))?;
+        }
+        read(dir.path())
+    }
+
+    /// The model in the given dtype.
+    ///
+    /// # Errors
+    /// As [`Source::check`].
+    pub fn load_model(&self, kind: Kind, device: Device) -> Result<GPT> {
+        let mut model = GPT::empty(&self.config, device);
+        model.reallocate(kind);
+        self.copy_into(&model)?;
+        Ok(model)
     }
 
     /// Every tensor as it is stored: name, shape, dtype, bytes.
@@ -148,21 +163,50 @@ impl Source {
     /// # Errors
     /// All that are missing, left over, or of another shape or dtype.
     pub fn check(&self) -> Result<()> {
-        let (mut known, mut problems) = (HashSet::new(), Vec::new());
+        self.refuse_adapters()?;
+        let (mut known, mut missing, mut problems) = (HashSet::new(), Vec::new(), Vec::new());
         for (_, shape, parts) in self.plan() {
             for Part { name, layout } in parts {
-                problems.extend(self.weights.problem(&name, &names::disk_shape(&shape, layout)));
+                let expected = names::disk_shape(&shape, layout);
+                match self.weights.has(&name) {
+                    true => problems.extend(self.weights.problem(&name, &expected)),
+                    false => missing.push((name.clone(), expected)),
+                }
                 known.insert(name);
             }
         }
         let (tie, head) = (self.config.tie_embeddings, self.head());
-        for name in self.weights.names() {
-            let expected = known.contains(name) || names::is_buffer(name) || tie && name == head;
-            if !expected {
-                problems.push(format!("`{name}`: not expected in this model"));
+        let is_known =
+            |name: &&str| known.contains(*name) || names::is_buffer(name) || tie && *name == head;
+        let left: Vec<&str> = self.weights.names().filter(|name| !is_known(name)).collect();
+        for (name, shape) in missing {
+            let near =
+                nearest(&name, &left).map_or(String::new(), |near| format!("; is it `{near}`?"));
+            problems.push(format!("`{name}`: missing, expected shape {shape:?}{near}"));
+        }
+        problems.extend(left.iter().map(|name| format!("`{name}`: not expected in this model")));
+        if !problems.is_empty() {
+            let fits = presets_that_fit(self.naming, |name| self.weights.shape(name));
+            let fits: Vec<String> = fits.into_iter().map(|config| config.name).collect();
+            if !fits.is_empty() {
+                problems.push(format!("the tensors are those of the preset {}", fits.join(" or ")));
             }
         }
-        refuse_tensors(&problems, &self.path)
+        refuse_tensors(problems, &self.path)
+    }
+
+    /// Adapters change what a model computes, so that its other weights alone are another model.
+    fn refuse_adapters(&self) -> Result<()> {
+        let is_lora = |name: &&str| name.contains("lora_");
+        let adapters: Vec<&str> = self.weights.names().filter(is_lora).collect();
+        match adapters.first() {
+            None => Ok(()),
+            Some(first) => bail_hint!(
+                "merge them into the weights first: litgpt's `litgpt merge_lora`, PEFT's `merge_and_unload()`";
+                "`{}` has {} tensors of LoRA adapters that are not merged, as `{first}`",
+                self.path.display(), adapters.len()
+            ),
+        }
     }
 
     /// Copies all weights into a model of this architecture in place, converting to its dtype.
@@ -175,14 +219,7 @@ impl Source {
         for ((name, ours), (planned, _, parts)) in model.named_parameters().iter().zip(self.plan())
         {
             assert_eq!(*name, planned, "outline and model differ");
-            self.fill(ours, &parts)?;
-        }
-        Ok(())
-    }
-
-    fn fill(&self, ours: &Tensor, parts: &[Part]) -> Result<()> {
-        for Part { name, layout } in parts {
-            names::from_disk(ours, &self.weights.tensor(name)?, *layout, &self.config);
+            fill(ours, &self.weights, &parts, &self.config)?;
         }
         Ok(())
     }
@@ -203,10 +240,62 @@ impl Source {
         let get = move |i: usize| {
             let Entry { kind, shape, .. } = &all[i];
             let ours = Tensor::empty(shape, (*kind, Device::Cpu));
-            self.fill(&ours, &places[i]).map(|()| ours)
+            fill(&ours, &self.weights, &places[i], &self.config).map(|()| ours)
         };
         Ok(Parameters { entries, get: Box::new(get) })
     }
+
+    /// The optimizer's moments of a training checkpoint, under the names of `train_state/`, in fp32.
+    ///
+    /// # Errors
+    /// Moments that are missing or do not have their weights' shapes.
+    pub fn moments(&self) -> Result<Option<Parameters<'_>>> {
+        let Some(training) = &self.training else { return Ok(None) };
+        let (mut entries, mut places, mut problems) = (Vec::new(), Vec::new(), Vec::new());
+        for (moment, weights) in ["exp_avg", "exp_avg_sq"].into_iter().zip(&training.moments) {
+            for (name, shape, parts) in self.plan() {
+                for Part { name, layout } in &parts {
+                    let shape = names::disk_shape(&shape, *layout);
+                    let problem = weights.problem(name, &shape);
+                    problems.extend(problem.map(|problem| format!("{moment} of {problem}")));
+                }
+                entries.push(Entry { name: format!("{moment}.{name}"), kind: Kind::Float, shape });
+                places.push((weights, parts));
+            }
+        }
+        refuse_tensors(problems, &self.path)?;
+        let all = entries.clone();
+        let get = move |i: usize| {
+            let ours = Tensor::empty(&all[i].shape, (Kind::Float, Device::Cpu));
+            let (weights, parts) = &places[i];
+            fill(&ours, weights, parts, &self.config).map(|()| ours)
+        };
+        Ok(Some(Parameters { entries, get: Box::new(get) }))
+    }
+}
+
+/// Copies the parts of a parameter into it, converting to its dtype and device; some rows at a time where they lie in
+/// the same order.
+fn fill(ours: &Tensor, weights: &Weights, parts: &[Part], config: &ModelConfig) -> Result<()> {
+    for Part { name, layout } in parts {
+        let first = match layout {
+            Layout::Same => 0,
+            Layout::Rows { start, .. } => *start,
+            _ => {
+                names::from_disk(ours, &weights.tensor(name)?, *layout, config);
+                continue;
+            }
+        };
+        let shape = names::disk_shape(&ours.size(), *layout);
+        let row = shape.iter().skip(1).product::<i64>().max(1);
+        let (rows, step) = (shape.first().copied().unwrap_or(1), (CHUNK / row).max(1));
+        for start in (0..rows).step_by(step as usize) {
+            let n = step.min(rows - start);
+            let theirs = weights.rows(name, start..start + n)?;
+            ours.narrow(0, first + start, n).copy_(&theirs);
+        }
+    }
+    Ok(())
 }
 
 /// A tensor of a checkpoint, as it lies on disk.
@@ -299,20 +388,30 @@ fn refuse_architecture(differing: Vec<Difference>, dir: &Path) -> Result<()> {
     )
 }
 
+/// The name most like another one, if one is much like it.
+fn nearest<'a>(name: &str, others: &[&'a str]) -> Option<&'a str> {
+    let likeness = |other: &str| strsim::normalized_levenshtein(name, other);
+    let best = others.iter().map(|other| (likeness(other), *other));
+    best.filter(|(likeness, _)| *likeness > 0.7).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, o)| o)
+}
+
 /// One message for all tensors that do not fit.
-fn refuse_tensors(problems: &[String], dir: &Path) -> Result<()> {
-    const SHOWN: usize = 20;
+fn refuse_tensors(problems: Vec<String>, path: &Path) -> Result<()> {
+    const SHOWN: usize = 40;
     if problems.is_empty() {
         return Ok(());
     }
-    let mut lines: Vec<&str> = problems.iter().take(SHOWN).map(String::as_str).collect();
-    let rest = format!("... and {} more", problems.len().saturating_sub(SHOWN));
-    if problems.len() > SHOWN {
-        lines.push(&rest);
+    let n = problems.len();
+    let mut lines: Vec<String> = problems;
+    let last = lines.pop().unwrap_or_default(); // the preset that fits, if one does
+    if lines.len() > SHOWN {
+        lines.truncate(SHOWN);
+        lines.push(format!("... and {} more", n - 1 - SHOWN));
     }
+    lines.push(last);
     bail_hint!(
-        "the weights and the `config.json` of a folder must belong together; copy the folder again";
-        "{} tensor(s) of `{}` do not fit its `config.json`:\n  {}",
-        problems.len(), dir.display(), lines.join("\n  ")
+        "weights and configuration of a checkpoint must belong together; copy it again";
+        "the tensors of `{}` do not fit its configuration, {n} finding(s):\n  {}",
+        path.display(), lines.join("\n  ")
     )
 }

@@ -12,6 +12,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorI
 use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -212,10 +213,23 @@ impl TensorFile {
 
     /// One tensor, copied to the CPU bit for bit.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let rows = self.info(name)?.shape.first().map_or(1, |&n| n as i64);
+        self.rows(name, 0..rows)
+    }
+
+    /// Some rows of a tensor (of its first dimension), copied to the CPU bit for bit.
+    pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
         let (info, kind) = (self.info(name)?, self.kind(name)?);
-        let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
+        let mut shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
         let (start, end) = info.data_offsets;
-        Ok(ffi::tensor_from_bytes(&self.map[self.data + start..self.data + end], &shape, kind))
+        let bytes = &self.map[self.data + start..self.data + end];
+        let Some(first) = shape.first_mut() else {
+            return Ok(ffi::tensor_from_bytes(bytes, &shape, kind));
+        };
+        let row = bytes.len() / (*first).max(1) as usize;
+        *first = rows.end - rows.start;
+        let bytes = &bytes[rows.start as usize * row..rows.end as usize * row];
+        Ok(ffi::tensor_from_bytes(bytes, &shape, kind))
     }
 
     /// Every tensor, in the order of the names.

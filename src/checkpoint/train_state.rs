@@ -16,6 +16,7 @@
 
 use super::hf::write_json;
 use super::moments::Moments;
+use super::source::Parameters;
 use super::tensors::{self, TensorFile};
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
@@ -45,7 +46,7 @@ pub struct TrainState {
     pub seed: u64,
     /// `precision` of the run.
     pub precision: String,
-    /// Data cursor of the loader, opaque here.
+    /// Data cursor of the loader, opaque here; null in what was imported.
     pub data: serde_json::Value,
 }
 
@@ -76,6 +77,11 @@ pub fn save_counters(
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot create `{}`", dir.display()))?;
     write_json(&dir.join(STATE), &serde_json::to_value(state)?)?;
     tensors::write(&dir.join(RNG), generators)
+}
+
+/// Writes moments that are made one at a time.
+pub(super) fn save_moments(dir: &Path, moments: &Parameters) -> Result<()> {
+    tensors::write_lazily(&dir.join(DIR).join(OPTIMIZER), &moments.entries, |i| moments.get(i))
 }
 
 /// Writes the moments of one of `ranks` ranks.

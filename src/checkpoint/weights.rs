@@ -3,6 +3,7 @@
 use super::tensors::TensorFile;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// A file of named tensors.
@@ -13,7 +14,7 @@ pub(super) trait Store {
     /// Shape of one of them.
     fn shape(&self, name: &str) -> Option<Vec<i64>>;
 
-    /// The dtype that [`Store::tensor`] gives: a float dtype for what is quantised.
+    /// The dtype that [`Store::rows`] gives: fp32 for what is quantised.
     ///
     /// # Errors
     /// No such tensor; a dtype that libtorch has no type for.
@@ -30,8 +31,9 @@ pub(super) trait Store {
         Ok(n as u64 * self.kind(name)?.elt_size_in_bytes() as u64)
     }
 
-    /// One tensor on the CPU, bit for bit; one that is quantised in fp32.
-    fn tensor(&self, name: &str) -> Result<Tensor>;
+    /// Rows (slices of the first dimension) of a tensor on the CPU, bit for bit but for what is quantised. They are
+    /// within its shape; a tensor without dimensions has the row 0.
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor>;
 }
 
 /// A dtype's short name, as safetensors writes it.
@@ -64,8 +66,8 @@ impl Store for TensorFile {
         self.kind(name)
     }
 
-    fn tensor(&self, name: &str) -> Result<Tensor> {
-        self.tensor(name)
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+        self.rows(name, rows)
     }
 }
 
@@ -134,8 +136,13 @@ impl Weights {
     }
 
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let rows = self.shape(name).unwrap_or_default().first().copied().unwrap_or(1);
+        self.rows(name, 0..rows)
+    }
+
+    pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
         let (store, stored) = self.find(name)?;
-        store.tensor(stored).with_context(|| format!("cannot read `{name}`"))
+        store.rows(stored, rows).with_context(|| format!("cannot read `{name}`"))
     }
 
     /// What is wrong with one tensor, by the header alone.

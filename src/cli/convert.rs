@@ -1,9 +1,10 @@
 //! `tinyllama convert SRC DST --to FORMAT`.
 
+use crate::checkpoint::gguf::mix::Mix;
 use crate::checkpoint::{self, MAX_SHARD_BYTES, Source, Target};
-use crate::error::exit;
+use crate::error::{WithHint, exit};
 use crate::train::progress::{bytes, count};
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::PathBuf;
 use tch::Kind;
@@ -11,9 +12,9 @@ use tch::Kind;
 /// Arguments of `convert`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Checkpoint: a folder, a run's out_dir (the newest), or a file in it
+    /// Checkpoint of any format: a folder, a run's out_dir (the newest), or a file
     from: PathBuf,
-    /// Folder to make; it must not exist
+    /// Folder to make, or file for --to gguf; it must not exist
     to: PathBuf,
     /// Format to write
     #[arg(long = "to", value_enum)]
@@ -21,6 +22,9 @@ pub struct Args {
     /// Dtype of the weights; default: what they have
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
+    /// How --to gguf stores matrices; default: in their dtype
+    #[arg(long, value_name = "SCHEME", value_parser = clap::builder::PossibleValuesParser::new(Mix::NAMES), ignore_case = true, conflicts_with = "dtype")]
+    quantize: Option<String>,
     /// Largest weights file in bytes, of --to hf
     #[arg(long, value_name = "BYTES", default_value_t = MAX_SHARD_BYTES, value_parser = clap::value_parser!(u64).range(1 << 20..))]
     max_shard_size: u64,
@@ -32,6 +36,8 @@ enum Format {
     Hf,
     /// model_config.yaml and lit_model.safetensors: litgpt's names and packing
     Litgpt,
+    /// One file with vocabulary and settings: llama.cpp and all that build on it
+    Gguf,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -43,10 +49,18 @@ enum Dtype {
 
 /// Runs `convert`.
 pub fn run(args: Args) -> Result<u8> {
+    if args.quantize.is_some() && !matches!(args.target, Format::Gguf) {
+        return Err(anyhow!("`--quantize` is for `--to gguf`"))
+            .usage("take `--dtype` for the dtype of other formats");
+    }
     let source = Source::open(&checkpoint::resolve(&args.from)?)?;
     let target = match args.target {
         Format::Hf => Target::HuggingFace { max_shard_bytes: args.max_shard_size },
         Format::Litgpt => Target::LitGpt,
+        Format::Gguf => {
+            let scheme = args.quantize.as_deref().map(str::to_ascii_uppercase);
+            Target::Gguf { mix: scheme.as_deref().and_then(Mix::from_name) }
+        }
     };
     let kind = args.dtype.map(|dtype| match dtype {
         Dtype::Fp32 => Kind::Float,
@@ -71,5 +85,11 @@ pub fn run(args: Args) -> Result<u8> {
         bytes(done.bytes),
         done.other_files
     );
+    if let Some(step) = done.step {
+        eprintln!(
+            "training    the optimizer's state at step {step} is in `train_state/`; continue with `--resume {}`",
+            done.path.display()
+        );
+    }
     Ok(exit::OK)
 }

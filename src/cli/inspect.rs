@@ -90,8 +90,7 @@ fn require_dataset(path: &Path) -> Result<()> {
 
 /// The checkpoint that a path names, if it does: a folder, a run's `out_dir`, a file.
 fn checkpoint_at(path: &Path) -> Option<PathBuf> {
-    let is_weights = path.extension().is_some_and(|e| e == "safetensors" || e == "json");
-    (path.is_dir() || is_weights).then(|| checkpoint::resolve(path).ok()).flatten()
+    (path.is_dir() || path.is_file()).then(|| checkpoint::resolve(path).ok()).flatten()
 }
 
 fn text(r: &Report) -> Result<String> {

@@ -1,6 +1,6 @@
 //! A checkpoint folder -> model, tokenizer and the ids that end a text.
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Source};
 use crate::error::WithHint;
 use crate::model::{GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
@@ -31,20 +31,21 @@ pub fn load(
     kind: Option<Kind>,
     with_tokenizer: bool,
 ) -> Result<Loaded> {
-    let dir = checkpoint::resolve(path)?;
+    let source = Source::open(&checkpoint::resolve(path)?)?;
+    let dir = source.folder();
     let tokenizer = match with_tokenizer {
-        true => Some(Tokenizer::load(&dir).hint(format!(
+        true => Some(source.with_tokenizer(Tokenizer::load).hint(format!(
             "put `tokenizer.json` or `tokenizer.model` into {}, or give token ids instead of text",
             dir.display()
         ))?),
         false => None,
     };
     let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
-    let model = checkpoint::load_model(&dir, kind.unwrap_or(default), device)?;
+    let model = source.load_model(kind.unwrap_or(default), device)?;
     if let Some(tokenizer) = &tokenizer {
         check_vocabulary(tokenizer, &model.config)?;
     }
-    let mut eos = configured_eos(&dir)?;
+    let mut eos = configured_eos(dir)?;
     eos.extend(tokenizer.as_ref().and_then(|t| t.eos_id()));
     Ok(Loaded { model, tokenizer, eos })
 }

@@ -81,9 +81,17 @@ pub fn restore(
     };
     let scales: Vec<(String, Tensor)> = scales.map(saved).collect::<Result<_>>()?;
     let has_scales = model.restore_fp8(&scales)?;
-    let cursor = serde_json::from_value(state.data.clone())
-        .with_context(|| format!("data cursor of `{}`", dir.display()))?;
-    loader.restore(&cursor)?;
+    match state.data.is_null() {
+        true => eprintln!(
+            "data        `{}` holds no position in it: reading begins at the start of the order",
+            dir.display()
+        ),
+        false => {
+            let cursor = serde_json::from_value(state.data.clone())
+                .with_context(|| format!("data cursor of `{}`", dir.display()))?;
+            loader.restore(&cursor)?;
+        }
+    }
     for (name, generator) in &generators {
         match (name.as_str(), device) {
             ("cpu", _) => ffi::set_rng_state(Device::Cpu, generator)?,

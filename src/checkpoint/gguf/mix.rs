@@ -5,7 +5,7 @@ use super::Type;
 /// A scheme for a whole file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mix {
-    /// Every matrix of one type: F32, F16, BF16, Q8_0; Q4_0 with a Q6_K head.
+    /// Every matrix of one type: F32, F16, BF16, Q8_0, Q6_K; Q4_0 with a Q6_K head.
     All(Type),
     /// 4-bit K-quants, with 6 bits for the head, and for values and down-projections of half of the
     /// layers.
@@ -24,12 +24,15 @@ pub struct Model {
 }
 
 impl Mix {
-    /// The scheme of a name: `F16`, `Q8_0`, `Q4_0`, `Q4_K_M` ...
+    /// All schemes.
+    pub const NAMES: [&str; 7] = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q4_K_M", "Q4_0"];
+
+    /// The scheme of a name: one of [`Mix::NAMES`].
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
             "Q4_K_M" => Some(Mix::Q4KM),
             _ => Type::from_name(name)
-                .filter(|kind| "F32 F16 BF16 Q8_0 Q4_0".split(' ').any(|n| n == kind.to_string()))
+                .filter(|kind| Self::NAMES.contains(&&*kind.to_string()))
                 .map(Mix::All),
         }
     }
@@ -41,6 +44,7 @@ impl Mix {
             Mix::All(Type::F16) => 1,
             Mix::All(Type::Q4_0) => 2,
             Mix::All(Type::Q8_0) => 7,
+            Mix::All(Type::Q6_K) => 18,
             Mix::All(Type::BF16) => 32,
             Mix::Q4KM => 15,
             Mix::All(_) => 1024, // "guessed"

@@ -14,6 +14,8 @@ pub struct GgufWriter {
     file: BufWriter<File>,
     tensors: Vec<TensorInfo>,
     next: usize,
+    /// Bytes of that tensor so far.
+    written: u64,
     /// Alignment of the tensors, bytes.
     alignment: u64,
 }
@@ -32,7 +34,7 @@ impl GgufWriter {
         let header = header(metadata, &tensors, alignment);
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path).with_context(told)?);
         file.write_all(&header).with_context(told)?;
-        Ok(Self { path: path.to_owned(), file, tensors, next: 0, alignment })
+        Ok(Self { path: path.to_owned(), file, tensors, next: 0, written: 0, alignment })
     }
 
     /// The tensor whose bytes are to come, if any is left.
@@ -40,10 +42,10 @@ impl GgufWriter {
         self.tensors.get(self.next)
     }
 
-    /// Writes all bytes of the next tensor, and the padding after them.
+    /// Writes bytes of the next tensor, all or some; after the last of them the padding.
     ///
     /// # Errors
-    /// Another number of bytes than its type and shape need; no tensor is left; the I/O error.
+    /// More bytes than its type and shape need; no tensor is left; the I/O error.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let told = || format!("cannot write `{}`", self.path.display());
         let Some(tensor) = self.tensors.get(self.next) else {
@@ -51,15 +53,19 @@ impl GgufWriter {
             return Err(GgufError::tensor("", expected, "one more")).with_context(told);
         };
         let expected = tensor.bytes()?;
-        if bytes.len() as u64 != expected {
-            let (expected, got) = (format!("{expected} bytes"), bytes.len());
+        self.written += bytes.len() as u64;
+        if self.written > expected {
+            let (expected, got) = (format!("{expected} bytes"), self.written);
             return Err(GgufError::tensor(&tensor.name, expected, got)).with_context(told);
         }
         self.file.write_all(bytes).with_context(told)?;
+        if self.written < expected {
+            return Ok(());
+        }
         let padding = expected.next_multiple_of(self.alignment) - expected;
         std::io::copy(&mut std::io::Read::take(std::io::repeat(0), padding), &mut self.file)
             .with_context(told)?;
-        self.next += 1;
+        (self.next, self.written) = (self.next + 1, 0);
         Ok(())
     }
 

@@ -24,6 +24,15 @@ impl LitGpt {
         let interleaved = names.clone().any(|name| name.contains(".attn.attn."));
         Self { interleaved, swiglu: names.any(|name| name.contains(".mlp.swiglu.")) }
     }
+
+    /// For people.
+    pub fn describe(self) -> &'static str {
+        match (self.interleaved, self.swiglu) {
+            (false, false) => "litgpt",
+            (true, false) => "lit-gpt, QKV packed by group",
+            (_, true) => "TinyLlama, QKV packed by group",
+        }
+    }
 }
 
 pub(super) fn parts(name: &str, variant: LitGpt) -> Vec<Part> {

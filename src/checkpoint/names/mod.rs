@@ -18,11 +18,13 @@
 //! Llama splits our `[Q; K; V]` rows into three tensors; GPT-NeoX interleaves them a head:
 //! `[q_0; k_0; v_0; q_1; ...]`, each of `head_size` rows. No row is permuted for the rotary layout.
 
+mod gguf;
 mod litgpt;
 mod meta;
 
 pub use litgpt::LitGpt;
 
+use super::outline::outline;
 use crate::model::{MlpClass, ModelConfig};
 use tch::Tensor;
 
@@ -35,6 +37,8 @@ pub enum Naming {
     LitGpt(LitGpt),
     /// Meta's `consolidated.*.pth`, and llama2.c.
     Meta,
+    /// llama.cpp's files of a Llama.
+    Gguf,
 }
 
 impl Naming {
@@ -44,8 +48,29 @@ impl Naming {
             Self::HuggingFace => parts(name, config),
             Self::LitGpt(variant) => litgpt::parts(name, variant),
             Self::Meta => meta::parts(name, config),
+            Self::Gguf => gguf::parts(name, config),
         }
     }
+}
+
+/// Presets whose tensors on disk would have these shapes, those of equal sizes and settings once.
+pub fn presets_that_fit(
+    naming: Naming,
+    shape: impl Fn(&str) -> Option<Vec<i64>>,
+) -> Vec<ModelConfig> {
+    let presets = ModelConfig::preset_names();
+    let presets = presets.iter().filter_map(|name| ModelConfig::preset(name));
+    let fits = |config: &ModelConfig| {
+        outline(config).into_iter().all(|(name, ours)| {
+            let mut parts = naming.parts(&name, config).into_iter();
+            parts.all(|part| shape(&part.name) == Some(disk_shape(&ours, part.layout)))
+        })
+    };
+    // A model with fewer layers fits as well: its tensors are among these.
+    let mut found: Vec<ModelConfig> = presets.filter(fits).collect();
+    let layers = found.iter().map(|config| config.n_layer).max();
+    found.retain(|config| Some(config.n_layer) == layers);
+    found
 }
 
 /// How the rows of a tensor on disk relate to ours.
