@@ -3,6 +3,7 @@
 pub mod comm;
 pub mod data;
 pub mod kernels;
+pub mod load;
 pub mod profile;
 pub mod tokenizer;
 pub mod train;

@@ -5,7 +5,7 @@
 //! crate's writer cannot report a failed copy from the GPU and leaves files that only their owner
 //! may read.
 
-use crate::ffi;
+use crate::ffi::{self, TensorView};
 use anyhow::{Context, Result, anyhow, bail};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo};
@@ -214,22 +214,22 @@ impl TensorFile {
     /// One tensor, copied to the CPU bit for bit.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let rows = self.info(name)?.shape.first().map_or(1, |&n| n as i64);
-        self.rows(name, 0..rows)
+        Ok(self.rows(name, 0..rows)?.to_owned())
     }
 
-    /// Some rows of a tensor (of its first dimension), copied to the CPU bit for bit.
-    pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+    /// Some rows of a tensor (of its first dimension) where they lie in the file.
+    pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let (info, kind) = (self.info(name)?, self.kind(name)?);
         let mut shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
         let (start, end) = info.data_offsets;
         let bytes = &self.map[self.data + start..self.data + end];
         let Some(first) = shape.first_mut() else {
-            return Ok(ffi::tensor_from_bytes(bytes, &shape, kind));
+            return Ok(TensorView::over(bytes, &shape, kind));
         };
         let row = bytes.len() / (*first).max(1) as usize;
         *first = rows.end - rows.start;
         let bytes = &bytes[rows.start as usize * row..rows.end as usize * row];
-        Ok(ffi::tensor_from_bytes(bytes, &shape, kind))
+        Ok(TensorView::over(bytes, &shape, kind))
     }
 
     /// Every tensor, in the order of the names.

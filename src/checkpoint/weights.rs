@@ -1,6 +1,7 @@
 //! Tensors of a checkpoint by name, whatever files they lie in.
 
 use super::tensors::TensorFile;
+use crate::ffi::TensorView;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -32,8 +33,9 @@ pub(super) trait Store {
     }
 
     /// Rows (slices of the first dimension) of a tensor on the CPU, bit for bit but for what is quantised. They are
-    /// within its shape; a tensor without dimensions has the row 0.
-    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor>;
+    /// within its shape; a tensor without dimensions has the row 0. They lie in the file where its bytes can be taken
+    /// as they are.
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>>;
 }
 
 /// A dtype's short name, as safetensors writes it.
@@ -66,7 +68,7 @@ impl Store for TensorFile {
         self.kind(name)
     }
 
-    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         self.rows(name, rows)
     }
 }
@@ -137,10 +139,10 @@ impl Weights {
 
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let rows = self.shape(name).unwrap_or_default().first().copied().unwrap_or(1);
-        self.rows(name, 0..rows)
+        Ok(self.rows(name, 0..rows)?.to_owned())
     }
 
-    pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+    pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let (store, stored) = self.find(name)?;
         store.rows(stored, rows).with_context(|| format!("cannot read `{name}`"))
     }

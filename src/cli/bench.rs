@@ -3,7 +3,7 @@
 use crate::bench::comm;
 use crate::bench::kernels::{self, Report, Unit};
 use crate::bench::profile::{Family, Profile};
-use crate::bench::{tokenizer, train};
+use crate::bench::{load, tokenizer, train};
 use crate::distributed::{self, World, rendezvous};
 use crate::error::{WithHint, exit};
 use crate::tokenizer::Tokenizer;
@@ -29,12 +29,36 @@ enum Kind {
     Train(TrainArgs),
     /// Tokens a second and CPU time of reading alone, from memory maps and from files opened for each block
     Data(super::bench_data::Args),
+    /// Bytes a second of loading a checkpoint into host memory, beside reading its files
+    Load(LoadArgs),
     /// Bandwidth of all-gather and reduce-scatter between ranks, as nccl-tests define it: threads of
     /// this machine, over Gloo on the CPU or NCCL with a card each
     Comm(CommArgs),
     /// Encoding speed of a tokenizer on real files, beside the slow way that defines its ids, and
     /// whether the ids are the same
     Tokenizer(TokenizerArgs),
+}
+
+#[derive(clap::Args)]
+struct LoadArgs {
+    /// Checkpoint of any format
+    path: PathBuf,
+    /// Dtype in memory
+    #[arg(long, value_enum, default_value_t = LoadDtype::Bf16)]
+    dtype: LoadDtype,
+    /// Measurements of each kind, of which the best counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..100))]
+    passes: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum LoadDtype {
+    Fp32,
+    Bf16,
+    Fp16,
 }
 
 #[derive(clap::Args)]
@@ -154,10 +178,33 @@ pub fn run(args: Args) -> Result<u8> {
         Kind::Kernels(args) => run_kernels(args)?,
         Kind::Data(args) => super::bench_data::run(args)?,
         Kind::Train(args) => return run_train(args),
+        Kind::Load(args) => run_load(&args)?,
         Kind::Comm(args) => run_comm(args)?,
         Kind::Tokenizer(args) => return run_tokenizer(&args),
     }
     Ok(exit::OK)
+}
+
+fn run_load(args: &LoadArgs) -> Result<()> {
+    let kind = match args.dtype {
+        LoadDtype::Fp32 => tch::Kind::Float,
+        LoadDtype::Bf16 => tch::Kind::BFloat16,
+        LoadDtype::Fp16 => tch::Kind::Half,
+    };
+    let path = crate::checkpoint::resolve(&args.path)?;
+    let r = load::run(&path, kind, args.passes as usize)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&r)?);
+        return Ok(());
+    }
+    let row = |name: &str, speed: f64| println!("{name:<20}{:>8.2} GB/s", speed / 1e9);
+    println!("{}, {}", path.display(), r.format);
+    println!("tensors             {:>8.2} GB", r.bytes as f64 / 1e9);
+    row("read", r.read);
+    row("read, new memory", r.read_to_memory);
+    row("load", r.load);
+    println!("load / read         {:>8.0} %", 100.0 * r.load / r.read);
+    Ok(())
 }
 
 fn run_kernels(args: KernelArgs) -> Result<()> {

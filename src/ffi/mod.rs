@@ -26,6 +26,8 @@ pub use store::TcpStore;
 
 use anyhow::{Result, bail};
 use std::ffi::{CStr, c_char, c_int};
+use std::marker::PhantomData;
+use std::ops::Deref;
 use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
@@ -224,6 +226,52 @@ pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
     let size = t.numel() * t.kind().elt_size_in_bytes();
     // SAFETY: a contiguous CPU tensor has exactly `size` readable bytes at `data_ptr`.
     unsafe { std::slice::from_raw_parts(t.data_ptr() as *const u8, size) }.to_vec()
+}
+
+/// A CPU tensor that may lie in memory that is only borrowed: it must be read before that is gone, so it is given out by
+/// reference alone. Do not keep a `shallow_clone` or a view of it.
+pub struct TensorView<'a> {
+    tensor: Tensor,
+    memory: PhantomData<&'a [u8]>,
+}
+
+impl<'a> TensorView<'a> {
+    /// Over `bytes` (native order) themselves, a copy where they are not aligned for the dtype.
+    pub fn over(bytes: &'a [u8], shape: &[i64], kind: Kind) -> Self {
+        let size = kind.elt_size_in_bytes();
+        let needed = shape.iter().product::<i64>() as usize * size;
+        if bytes.is_empty() || needed != bytes.len() || bytes.as_ptr() as usize % size != 0 {
+            return tensor_from_bytes(bytes, shape, kind).into();
+        }
+        let mut strides = vec![1; shape.len()];
+        for i in (1..shape.len()).rev() {
+            strides[i - 1] = strides[i] * shape[i];
+        }
+        // SAFETY: the sizes were just compared, the pointer is aligned, and the lifetime keeps the bytes. They are
+        // only read: no one gets the tensor but by shared reference, to copy from it.
+        let tensor =
+            unsafe { Tensor::from_blob(bytes.as_ptr(), shape, &strides, kind, tch::Device::Cpu) };
+        Self { tensor, memory: PhantomData }
+    }
+
+    /// A tensor of its own memory: itself, or a copy.
+    pub fn to_owned(&self) -> Tensor {
+        self.tensor.copy()
+    }
+}
+
+impl From<Tensor> for TensorView<'_> {
+    fn from(tensor: Tensor) -> Self {
+        Self { tensor, memory: PhantomData }
+    }
+}
+
+impl Deref for TensorView<'_> {
+    type Target = Tensor;
+
+    fn deref(&self) -> &Tensor {
+        &self.tensor
+    }
 }
 
 /// A new CPU tensor of the given dtype and shape over a copy of `bytes` (native order).

@@ -142,9 +142,12 @@ fn a_writer_refuses_what_does_not_fit() {
     assert!(create(&[TensorInfo::new("y", Type::F32, &[1; 5])]).is_err());
     assert!(create(&[TensorInfo::new("y", Type::F32, &[u64::MAX, 2])]).is_err());
     let mut writer = create(std::slice::from_ref(&x)).unwrap();
-    let error = told(writer.write(&[0; 67]).unwrap_err());
-    assert!(error.contains("tensor `x`: expected 68 bytes, got 67"), "{error}");
-    writer.write(&[0; 68]).unwrap();
+    writer.write(&[0; 67]).unwrap();
+    let error = told(writer.write(&[0; 2]).unwrap_err());
+    assert!(error.contains("tensor `x`: expected 68 bytes, got 69"), "{error}");
+    let mut writer = create(std::slice::from_ref(&x)).unwrap();
+    writer.write(&[0; 67]).unwrap();
+    writer.write(&[0; 1]).unwrap();
     assert!(told(writer.write(&[0; 68]).unwrap_err()).contains("no more than 1 tensors"));
     writer.finish().unwrap();
     let error = told(create(&[x]).unwrap().finish().unwrap_err());

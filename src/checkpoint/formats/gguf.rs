@@ -6,7 +6,7 @@ use crate::checkpoint::hf_config;
 use crate::checkpoint::names::Naming;
 use crate::checkpoint::weights::{Store, Weights};
 use crate::error::WithHint;
-use crate::ffi;
+use crate::ffi::TensorView;
 use anyhow::{Context, Result};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -97,7 +97,7 @@ impl Store for GgufStore {
         Ok(self.info(name)?.bytes()?)
     }
 
-    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let info = self.info(name)?;
         let mut shape = self.shape(name).unwrap_or_default();
         // A vector is one row there, and each of its values one here.
@@ -112,16 +112,16 @@ impl Store for GgufStore {
                 let size = kind.elt_size_in_bytes();
                 let bytes = self.file.bytes(info);
                 let bytes = &bytes[values.start as usize * size..values.end as usize * size];
-                Ok(ffi::tensor_from_bytes(bytes, &shape, kind))
+                Ok(TensorView::over(bytes, &shape, kind))
             }
             None if whole => {
                 let all = Tensor::from_slice(&self.file.dequantize(info)?);
-                Ok(all.narrow(0, rows.start, rows.end - rows.start))
+                Ok(all.narrow(0, rows.start, rows.end - rows.start).into())
             }
             None => {
                 let inner: u64 = info.shape[1..info.shape.len() - 1].iter().product();
                 let values = self.file.dequantize_rows(info, start * inner..end * inner)?;
-                Ok(Tensor::from_slice(&values).view(&*shape))
+                Ok(Tensor::from_slice(&values).view(&*shape).into())
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::bail_hint;
 use crate::checkpoint::hf_config;
 use crate::checkpoint::names::Naming;
 use crate::checkpoint::weights::{Store, Weights};
-use crate::ffi;
+use crate::ffi::{self, TensorView};
 use anyhow::{Context, Result};
 use memmap2::Mmap;
 use serde_json::json;
@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 const MAGIC: &[u8] = b"24ka";
 const HEADER_1: u64 = 256;
@@ -172,13 +172,13 @@ impl Store for Llama2c {
         Ok(Kind::Float)
     }
 
-    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let (at, shape) = self.places.get(name).with_context(|| format!("no tensor `{name}`"))?;
         let row = 4 * shape[1..].iter().product::<i64>() as usize;
         let mut shape = shape.clone();
         shape[0] = rows.end - rows.start;
         let bytes = &self.map[at + rows.start as usize * row..at + rows.end as usize * row];
-        Ok(ffi::tensor_from_bytes(bytes, &shape, Kind::Float))
+        Ok(TensorView::over(bytes, &shape, Kind::Float))
     }
 }
 

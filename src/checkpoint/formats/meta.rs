@@ -9,6 +9,7 @@ use crate::bail_hint;
 use crate::checkpoint::hf_config;
 use crate::checkpoint::names::Naming;
 use crate::checkpoint::weights::{Store, Weights};
+use crate::ffi::TensorView;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::ops::Range;
@@ -156,13 +157,14 @@ impl Store for Shards {
         self.files.first().context("no files")?.kind(name)
     }
 
-    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let first = self.files.first().context("no files")?;
         match self.cut(name) {
             Cut::Same => first.rows(name, rows),
             Cut::Columns => {
                 let parts = self.files.iter().map(|file| file.rows(name, rows.clone()));
-                Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1))
+                let parts = parts.collect::<Result<Vec<_>>>()?;
+                Ok(Tensor::cat(&parts.iter().map(|part| &**part).collect::<Vec<_>>(), 1).into())
             }
             Cut::Rows => {
                 let each = first.shape(name).and_then(|shape| shape.first().copied()).unwrap_or(0);
@@ -175,7 +177,10 @@ impl Store for Shards {
                 }
                 match parts.is_empty() {
                     true => bail!("`{name}` has no rows {rows:?}"),
-                    false => Ok(Tensor::cat(&parts, 0)),
+                    false => {
+                        Ok(Tensor::cat(&parts.iter().map(|part| &**part).collect::<Vec<_>>(), 0)
+                            .into())
+                    }
                 }
             }
         }

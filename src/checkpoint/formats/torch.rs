@@ -10,14 +10,15 @@ use crate::checkpoint::torch_file::{Dtype, TorchFile, TorchTensor, Value};
 use crate::checkpoint::weights::{Store, Weights};
 use crate::checkpoint::{hf_config, litgpt};
 use crate::error::WithHint;
-use crate::ffi;
+use crate::ffi::{self, TensorView};
 use crate::model::ModelConfig;
 use anyhow::{Context, Result, anyhow};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 /// Keys under which training scripts put the weights.
 const MODEL: [&str; 3] = ["model", "state_dict", "module"];
@@ -233,17 +234,20 @@ impl Store for TorchStore {
             .with_context(|| format!("`{name}`: the dtype {} is not read here", dtype.name()))
     }
 
-    fn rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+    fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let (tensor, kind) = (self.find(name)?, self.kind(name)?);
         let mut shape = self.shape(name).unwrap_or_default();
         let bytes = self.file.bytes(tensor)?;
-        let Some(first) = shape.first_mut() else {
-            return Ok(ffi::tensor_from_bytes(&bytes, &shape, kind));
-        };
-        let row = bytes.len() / (*first).max(1) as usize;
-        *first = rows.end - rows.start;
-        let bytes = &bytes[rows.start as usize * row..rows.end as usize * row];
-        Ok(ffi::tensor_from_bytes(bytes, &shape, kind))
+        let mut range = 0..bytes.len();
+        if let Some(first) = shape.first_mut() {
+            let row = bytes.len() / (*first).max(1) as usize;
+            range = rows.start as usize * row..rows.end as usize * row;
+            *first = rows.end - rows.start;
+        }
+        Ok(match bytes {
+            Cow::Borrowed(bytes) => TensorView::over(&bytes[range], &shape, kind),
+            Cow::Owned(bytes) => ffi::tensor_from_bytes(&bytes[range], &shape, kind).into(),
+        })
     }
 }
 
