@@ -474,3 +474,10 @@ fn a_scalar_of_numpy_has_the_bytes_of_its_dtype() {
         assert_eq!(scalar(code, bytes).root().kind(), "numpy.generic", "{code}");
     }
 }
+
+#[test]
+fn inputs_that_reach_every_branch_do_no_harm() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/torch_file");
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    assert!(paths.map(|path| _ = read_all(fs::read(path).unwrap())).count() > 50);
+}
