@@ -34,7 +34,7 @@ impl Heap {
             (Global::Layout, [name]) => return self.text(*name).map(|_| *name),
             (Global::RebuildParameter, [data, ..]) => return self.parameter(*data),
             (Global::RebuildFromType, [inner, class, args, _]) => {
-                return self.from_type(*inner, *class, *args);
+                return self.rebuilt_from_type(*inner, *class, *args);
             }
             // Others are new.
             (Global::List | Global::Set | Global::Tuple | Global::Bytes, _) => {
@@ -181,7 +181,7 @@ impl Heap {
     }
 
     /// A tensor or parameter with attributes, which are left out.
-    fn from_type(&mut self, inner: Id, class: Id, args: Id) -> Result<Id> {
+    fn rebuilt_from_type(&mut self, inner: Id, class: Id, args: Id) -> Result<Id> {
         match (self.node(inner), self.node(class)) {
             // Not itself, so that this does not call itself ever deeper.
             (Node::Global(Global::RebuildFromType), _) => {

@@ -111,7 +111,7 @@ impl Heap {
 
     /// Adds keys and values, which alternate, to a dict.
     pub fn set_items(&mut self, dict: Id, items: &[Id]) -> Result<()> {
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err(self.damaged("a key without a value"));
         }
         match &mut self.nodes[dict as usize] {
