@@ -323,16 +323,32 @@ fn any_byte_changed_is_refused_or_read_within_bounds() {
     for at in 0..data {
         for change in [0xff, 0x01, 0x80] {
             bytes[at] = whole[at] ^ change;
-            if let Ok(header) = GgufFile::parse(&bytes) {
-                for tensor in &header.tensors {
-                    let raw = header.bytes(&bytes, tensor).unwrap();
-                    let mut out = vec![0.0; tensor.values().unwrap() as usize];
-                    _ = dequantize(tensor.kind, raw, &mut out);
-                }
-            }
+            read_all(&bytes);
         }
         bytes[at] = whole[at];
     }
+}
+
+/// Reads all there is in a file, which may be refused.
+fn read_all(bytes: &[u8]) {
+    let Ok(header) = GgufFile::parse(bytes) else { return };
+    for tensor in &header.tensors {
+        let raw = header.bytes(bytes, tensor).unwrap();
+        let mut out = vec![0.0; tensor.values().unwrap() as usize];
+        _ = dequantize(tensor.kind, raw, &mut out);
+    }
+    let metadata = &header.metadata;
+    _ = llama::config_json(metadata, &header.tensors, None);
+    _ = bpe::tokenizer_json(metadata);
+    _ = pieces::tokenizer_model(metadata);
+    _ = vocab::tokenizer_config(metadata);
+}
+
+#[test]
+fn inputs_that_reach_every_branch_do_no_harm() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/gguf");
+    let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    assert!(paths.map(|path| read_all(&std::fs::read(path).unwrap())).count() > 50);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! is how a pickle names storages. Nothing is executed; attributes of tensors, hooks and flags are
 //! left out.
 
-use super::error::{Result, unsupported};
+use super::error::{Result, shown, unsupported};
 use super::globals::Global;
 use super::heap::{EMPTY_TUPLE, Heap, NONE, REFUSED, Storage};
 use super::tensor::{Dtype, Part, TorchTensor};
@@ -34,7 +34,7 @@ impl Heap {
             (Global::Layout, [name]) => return self.text(*name).map(|_| *name),
             (Global::RebuildParameter, [data, ..]) => return self.parameter(*data),
             (Global::RebuildFromType, [inner, class, args, _]) => {
-                return self.from_type(*inner, *class, *args);
+                return self.rebuilt_from_type(*inner, *class, *args);
             }
             // Others are new.
             (Global::List | Global::Set | Global::Tuple | Global::Bytes, _) => {
@@ -103,7 +103,7 @@ impl Heap {
     fn encode(&mut self, text: Id, codec: Id) -> Result<Node> {
         let (text, codec) = (self.text(text)?, self.text(codec)?);
         if !matches!(codec, "latin1" | "latin-1") {
-            return Err(unsupported(format!("bytes in the encoding `{}`", codec.escape_debug())));
+            return Err(unsupported(format!("bytes in the encoding `{}`", shown(codec))));
         }
         let bytes: Option<Box<[u8]>> = text.chars().map(|c| u8::try_from(c).ok()).collect();
         let length = text.len();
@@ -159,10 +159,12 @@ impl Heap {
         let &[offset, size, stride, ..] = rest else {
             return Err(self.damaged("a tensor without offset, size or stride"));
         };
-        if let Some(Node::Dict(flags)) = metadata.map(|&id| self.node(id))
-            && flags.iter().any(|(_, flag)| matches!(self.node(*flag), Node::Bool(true)))
-        {
-            return Err(unsupported("a tensor that is to be conjugated or negated"));
+        if let Some(Node::Dict(flags)) = metadata.map(|&id| self.node(id)) {
+            let (length, is_true) = (flags.len(), |id| matches!(self.node(id), Node::Bool(true)));
+            if flags.iter().any(|&(_, flag)| is_true(flag)) {
+                return Err(unsupported("a tensor that is to be conjugated or negated"));
+            }
+            self.charge(length)?;
         }
         let (shape, strides) = (self.numbers(size)?, self.numbers(stride)?);
         let (offset, part) = (self.int(offset)?, self.part(storage)?);
@@ -179,7 +181,7 @@ impl Heap {
     }
 
     /// A tensor or parameter with attributes, which are left out.
-    fn from_type(&mut self, inner: Id, class: Id, args: Id) -> Result<Id> {
+    fn rebuilt_from_type(&mut self, inner: Id, class: Id, args: Id) -> Result<Id> {
         match (self.node(inner), self.node(class)) {
             // Not itself, so that this does not call itself ever deeper.
             (Node::Global(Global::RebuildFromType), _) => {
@@ -232,6 +234,7 @@ impl Heap {
             if known == bytes {
                 return Ok(index);
             }
+            let key = shown(&key);
             let told = format!("storage `{key}` has {known} bytes here and {bytes} there");
             return Err(self.damaged(told));
         }

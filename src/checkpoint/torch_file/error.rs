@@ -59,13 +59,24 @@ pub enum TorchFileError {
         limit: u64,
     },
     /// A tensor that its storage does not hold.
-    #[error("tensor `{name}`: {reason}")]
+    #[error("tensor `{}`: {reason}", shown(name))]
     Tensor {
         /// Its dotted path.
         name: String,
         /// What was expected, and what is there.
         reason: String,
     },
+}
+
+/// Letters of a text from a file that a message shows.
+const SHOWN: usize = 160;
+
+/// A text from a file for a message: printable, and cut if it is long.
+pub(super) fn shown(text: &str) -> String {
+    let mut letters = text.chars();
+    let short: String = letters.by_ref().take(SHOWN).collect();
+    let rest = if letters.next().is_some() { ".." } else { "" };
+    format!("{}{rest}", short.escape_debug())
 }
 
 /// Names as one enumeration.

@@ -1,6 +1,6 @@
 //! The values that a pickle has made so far, within bounds.
 
-use super::error::{Result, TorchFileError, damaged};
+use super::error::{Result, TorchFileError, damaged, shown};
 use super::globals::find;
 use super::value::{Id, Node};
 use std::collections::HashMap;
@@ -17,9 +17,6 @@ const MAX_NODES: usize = 4 << 20;
 
 /// Refused names that are told.
 const TOLD: usize = 8;
-
-/// Letters that are kept of a refused name.
-const TOLD_LETTERS: usize = 120;
 
 /// A storage that the pickle names.
 pub(super) struct Storage {
@@ -114,7 +111,7 @@ impl Heap {
 
     /// Adds keys and values, which alternate, to a dict.
     pub fn set_items(&mut self, dict: Id, items: &[Id]) -> Result<()> {
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err(self.damaged("a key without a value"));
         }
         match &mut self.nodes[dict as usize] {
@@ -153,25 +150,28 @@ impl Heap {
 
     /// A function or class by its full name.
     pub fn global(&mut self, module: &str, name: &str) -> Result<Id> {
-        if let Some(global) = find(module, name) {
-            return self.add(Node::Global(global));
+        match find(module, name) {
+            Some(global) => self.add(Node::Global(global)),
+            None => Ok(self.refuse(format!("{}.{}", shown(module), shown(name)))),
         }
-        // Names of other programs' making: shown, so kept short and printable.
-        let full: String = format!("{module}.{name}").chars().take(TOLD_LETTERS).collect();
-        let full = full.escape_debug().to_string();
-        let known = self.refused.contains(&full);
-        match self.refused.len() {
-            _ if known => {}
-            TOLD.. => self.refused_more += 1, // some of them perhaps more than once
-            _ => self.refused.push(full),
-        }
-        Ok(REFUSED)
     }
 
     /// The same, of two texts on the stack.
     pub fn stack_global(&mut self, module: Id, name: Id) -> Result<Id> {
-        let short = |text: &str| text.chars().take(TOLD_LETTERS).collect::<String>();
-        let (module, name) = (short(self.text(module)?), short(self.text(name)?));
-        self.global(&module, &name)
+        let (module, name) = (self.text(module)?, self.text(name)?);
+        match find(module, name) {
+            Some(global) => self.add(Node::Global(global)),
+            None => Ok(self.refuse(format!("{}.{}", shown(module), shown(name)))),
+        }
+    }
+
+    fn refuse(&mut self, name: String) -> Id {
+        let known = self.refused.contains(&name);
+        match self.refused.len() {
+            _ if known => {}
+            TOLD.. => self.refused_more += 1, // some of them perhaps more than once
+            _ => self.refused.push(name),
+        }
+        REFUSED
     }
 }

@@ -4,7 +4,7 @@
 //! of the storages' keys. Then, in the order of that list, each storage's number of elements (i64,
 //! little-endian) and its bytes. Nothing is aligned.
 
-use super::error::{Result, damaged, unsupported};
+use super::error::{Result, damaged, shown, unsupported};
 use super::heap::Storage;
 use super::pickle::{Parsed, parse, parse_plain};
 use super::value::{Tree, Value};
@@ -58,23 +58,24 @@ fn places(
         let count = count.ok_or_else(|| damaged(at as u64, "the storages end too early"))?;
         let bytes = u64::from_le_bytes(*count).checked_mul(storage.element_bytes);
         if bytes != Some(storage.bytes) {
-            let (key, bytes) = (&storage.key, storage.bytes);
+            let (key, bytes) = (shown(&storage.key), storage.bytes);
             let told = format!("storage `{key}`: expected {bytes} bytes, got another length");
             return Err(damaged(at as u64, told));
         }
         let start = at + 8;
         let end = usize::try_from(storage.bytes).ok().and_then(|n| start.checked_add(n));
         let end = end.filter(|&end| end <= file.len()).ok_or_else(|| {
-            let (key, bytes, left) = (&storage.key, storage.bytes, file.len() - start);
+            let (key, bytes, left) = (shown(&storage.key), storage.bytes, file.len() - start);
             damaged(start as u64, format!("storage `{key}`: expected {bytes} bytes, got {left}"))
         })?;
         if ranges[index].replace(start..end).is_some() {
-            return Err(damaged(at as u64, format!("storage `{}` comes twice", storage.key)));
+            let told = format!("storage `{}` comes twice", shown(&storage.key));
+            return Err(damaged(at as u64, told));
         }
         at = end;
     }
     let missing = |(i, range): (usize, Option<Range<usize>>)| {
-        range.ok_or_else(|| damaged(at as u64, format!("no storage `{}`", storages[i].key)))
+        range.ok_or_else(|| damaged(at as u64, format!("no storage `{}`", shown(&storages[i].key))))
     };
     ranges.into_iter().enumerate().map(missing).collect()
 }

@@ -30,16 +30,13 @@ mod tensor;
 mod value;
 mod zip;
 
-#[cfg(test)]
-mod tests;
-
 pub use error::TorchFileError;
 pub use tensor::{Dtype, TorchTensor};
 pub use value::Value;
 
 use crate::ffi;
 use anyhow::Context;
-use error::{Result, damaged, explain, unsupported};
+use error::{Result, damaged, explain, shown, unsupported};
 use memmap2::Mmap;
 use std::borrow::Cow;
 use std::fs::File;
@@ -230,7 +227,8 @@ fn read_archive(file: &[u8], archive: &Archive) -> Result<(Tree, Vec<Range<usize
     let base = pickle.data.start as u64;
     let parsed = pickle::parse(&file[pickle.data.clone()], base)?;
     let place = |storage: &heap::Storage| {
-        let told = |got| format!("`data/{}`: expected {} bytes, {got}", storage.key, storage.bytes);
+        let (key, bytes) = (shown(&storage.key), storage.bytes);
+        let told = |got| format!("`data/{key}`: expected {bytes} bytes, {got}");
         match entry(&format!("data/{}", storage.key)) {
             Some(entry) if entry.data.len() as u64 == storage.bytes => Ok(entry.data.clone()),
             Some(entry) => Err(damaged(base, told(format!("got {}", entry.data.len())))),

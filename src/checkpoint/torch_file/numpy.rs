@@ -1,13 +1,20 @@
 //! numpy's scalars, which get into hyper-parameters unnoticed; arrays stay uninterpreted.
 
-use super::error::{Result, unsupported};
+use super::error::{Result, shown, unsupported};
 use super::heap::Heap;
 use super::value::{Id, Node, Opaque};
+
+/// Longest name of a dtype, as `f8`, `U100`, `V16`: each scalar of it is read against the name.
+const MAX_CODE: usize = 32;
 
 impl Heap {
     /// `numpy.dtype("f4", ..)`.
     pub fn numpy_dtype(&mut self, code: Id) -> Result<Node> {
-        let code: Box<str> = self.text(code)?.into();
+        let code = self.text(code)?;
+        if code.len() > MAX_CODE {
+            return Err(unsupported(format!("the numpy dtype `{}`", shown(code))));
+        }
+        let code: Box<str> = code.into();
         self.charge(code.len())?;
         let big_endian = code.starts_with('>');
         Ok(Node::NumpyDtype { code, big_endian })
@@ -56,6 +63,9 @@ fn scalar(code: &str, bytes: &[u8]) -> Option<Node> {
     };
     let width: usize = code.get(1..)?.parse().ok()?;
     if code.starts_with('U') {
+        if width.checked_mul(4) != Some(bytes.len()) {
+            return None;
+        }
         let letter = |four: &[u8]| char::from_u32(u32::from_le_bytes(four.try_into().ok()?));
         let text: Option<String> = bytes.chunks_exact(4).map(letter).collect();
         return Some(Node::Text(text?.trim_end_matches('\0').into()));

@@ -4,7 +4,7 @@
 //! nothing is copied, freeing is no recursion, and [`names`] walks everything once, with bounds, so
 //! that whoever walks later stays within them.
 
-use super::error::{Result, TorchFileError, unsupported};
+use super::error::{Result, TorchFileError, shown, unsupported};
 use super::globals::Global;
 use super::tensor::{Part, TorchTensor};
 use std::collections::HashSet;
@@ -141,8 +141,8 @@ impl<'a> Value<'a> {
     pub fn as_u64(&self) -> Option<u64> {
         match self.node() {
             Node::Int(value) => u64::try_from(*value).ok(),
-            Node::BigInt(bytes) => match (bytes.first_chunk::<8>(), &bytes[8..]) {
-                (Some(low), [0]) => Some(u64::from_le_bytes(*low)),
+            Node::BigInt(bytes) => match bytes.split_first_chunk::<8>() {
+                Some((low, [0])) => Some(u64::from_le_bytes(*low)),
                 _ => None,
             },
             _ => None,
@@ -271,7 +271,7 @@ pub(super) fn names(tree: &Tree) -> Result<Vec<(String, Id)>> {
     let mut walk = Walk {
         tree,
         values: 16 * tree.pickle_bytes + 1000,
-        path_bytes: 64 * tree.pickle_bytes + 65_536,
+        path_bytes: path_limit(tree),
         path: String::new(),
         found: Vec::new(),
     };
@@ -279,10 +279,17 @@ pub(super) fn names(tree: &Tree) -> Result<Vec<(String, Id)>> {
     Ok(walk.found)
 }
 
+/// Bytes of keys that the walk may look at and of names that it may keep: about 3 times the pickle in
+/// honest files. Without it, one long key that many dicts share would cost its length in each.
+fn path_limit(tree: &Tree) -> usize {
+    8 * tree.pickle_bytes + 65_536
+}
+
 struct Walk<'a> {
     tree: &'a Tree,
     /// How many more may come.
     values: usize,
+    /// The same, of keys and names.
     path_bytes: usize,
     path: String,
     found: Vec<(String, Id)>,
@@ -314,11 +321,15 @@ impl Walk<'_> {
     }
 
     fn tensor(&mut self, id: Id) -> Result<()> {
-        let limit = 64 * self.tree.pickle_bytes as u64 + 65_536;
-        let what = "bytes of tensors' names";
-        let left = self.path_bytes.checked_sub(self.path.len());
-        self.path_bytes = left.ok_or(TorchFileError::Limit { what, limit })?;
+        self.pay(self.path.len() + 64)?; // with the table's entry
         self.found.push((self.path.clone(), id));
+        Ok(())
+    }
+
+    fn pay(&mut self, bytes: usize) -> Result<()> {
+        let (what, limit) = ("bytes of keys and tensors' names", path_limit(self.tree) as u64);
+        let left = self.path_bytes.checked_sub(bytes);
+        self.path_bytes = left.ok_or(TorchFileError::Limit { what, limit })?;
         Ok(())
     }
 
@@ -334,8 +345,11 @@ impl Walk<'_> {
         let (mut texts, mut numbers) = (HashSet::new(), HashSet::new());
         for &(key, value) in pairs {
             let twice = |key| unsupported(format!("a dict with the key `{key}` twice"));
+            if let Node::Text(text) = &tree.nodes[key as usize] {
+                self.pay(text.len())?;
+            }
             match &tree.nodes[key as usize] {
-                Node::Text(text) if !texts.insert(text) => return Err(twice(text.to_string())),
+                Node::Text(text) if !texts.insert(text) => return Err(twice(shown(text))),
                 Node::Text(text) => self.below(text, value, depth)?,
                 Node::Int(int) if !numbers.insert(int) => return Err(twice(int.to_string())),
                 Node::Int(int) => self.below(&int.to_string(), value, depth)?,

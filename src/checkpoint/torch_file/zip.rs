@@ -6,7 +6,7 @@
 //! directory, that no name comes twice, and that no two entries share a byte. The bytes' CRC-32 is
 //! left to [`Archive::verify`].
 
-use super::error::{Result, damaged, unsupported};
+use super::error::{Result, damaged, shown, unsupported};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -66,8 +66,14 @@ impl Archive {
             taken.push((record.header, data.end));
             let entry = Entry { data, crc: record.crc };
             if entries.insert(record.name.clone(), entry).is_some() {
-                return Err(damaged(at as u64, format!("two entries named `{}`", record.name)));
+                let told = format!("two entries named `{}`", shown(&record.name));
+                return Err(damaged(at as u64, told));
             }
+        }
+        if at != directory.bytes.end {
+            let (n, count) = (directory.bytes.end - at, directory.count);
+            let told = format!("{n} more bytes of directory behind its {count} entries");
+            return Err(damaged(at as u64, told));
         }
         taken.sort_unstable();
         for pair in taken.windows(2) {
@@ -100,7 +106,8 @@ impl Archive {
         for (name, entry) in &self.entries {
             let got = crc32fast::hash(&file[entry.data.clone()]);
             if got != entry.crc {
-                let told = format!("`{name}`: expected CRC-32 {:08x}, got {got:08x}", entry.crc);
+                let (name, crc) = (shown(name), entry.crc);
+                let told = format!("`{name}`: expected CRC-32 {crc:08x}, got {got:08x}");
                 return Err(damaged(entry.data.start as u64, told));
             }
             total += entry.data.len() as u64;
@@ -186,14 +193,15 @@ impl Record {
         let name = std::str::from_utf8(name_bytes)
             .map_err(|_| damaged(texts as u64, "the name of an entry is no UTF-8"))?;
         if method != 0 {
-            return Err(unsupported(format!("the compressed zip entry `{name}`")));
+            return Err(unsupported(format!("the compressed zip entry `{}`", shown(name))));
         }
         if flags & 1 != 0 {
-            return Err(unsupported(format!("the encrypted zip entry `{name}`")));
+            return Err(unsupported(format!("the encrypted zip entry `{}`", shown(name))));
         }
         let narrow = [24, 20, 42].map(|field| number::<4>(file, at + field));
         let [size, stored, header] = wide(narrow, extra, at)?;
         if size != stored {
+            let name = shown(name);
             let told = format!("`{name}`: expected {size} bytes in the archive, got {stored}");
             return Err(damaged(at as u64, told));
         }
@@ -205,12 +213,12 @@ impl Record {
     /// Where the bytes lie; the local header in front of them must agree.
     fn data(&self, file: &[u8], limit: usize) -> Result<Range<usize>> {
         let at = self.header;
-        signature(file, at, [3, 4], &format!("header of `{}`", self.name))?;
-        let wrong =
-            |what: &str| damaged(at as u64, format!("the header of `{}` {what}", self.name));
-        let (name, extra) = (number::<2>(file, at + 26)?, number::<2>(file, at + 28)?);
-        let (texts, start) = (at + LOCAL, at + LOCAL + name as usize + extra as usize);
-        if file.get(texts..texts + name as usize) != Some(self.name.as_bytes()) {
+        let name = shown(&self.name);
+        signature(file, at, [3, 4], &format!("header of `{name}`"))?;
+        let wrong = |what: &str| damaged(at as u64, format!("the header of `{name}` {what}"));
+        let (letters, extra) = (number::<2>(file, at + 26)?, number::<2>(file, at + 28)?);
+        let (texts, start) = (at + LOCAL, at + LOCAL + letters as usize + extra as usize);
+        if file.get(texts..texts + letters as usize) != Some(self.name.as_bytes()) {
             return Err(wrong("has another name"));
         }
         if number::<2>(file, at + 8)? != 0 {
