@@ -16,7 +16,8 @@ use std::process::{Child, Command, exit};
 
 /// Compute capabilities compiled in: A100, RTX 30 and RTX 40 series; H100 and H200.
 ///
-/// A program for 8.0 runs on 8.6 and 8.9 too, so that these need no compilation of their own.
+/// A program for 8.0 runs on 8.6 and 8.9 too, so that these need no compilation of their own. `TL_CUDA_ARCHS=80`
+/// in the environment compiles for fewer.
 const CUDA_ARCHS: [&str; 2] = ["80", "90a"];
 
 /// Where pip put libtorch and NVIDIA's packages.
@@ -41,12 +42,13 @@ fn main() {
     }
     let mut archs = String::new();
     if with_cuda {
+        let wanted = wanted_archs();
         for source in sources("csrc", "cu") {
-            let archs = archs_of(&source);
+            let archs = archs_of(&source, &wanted);
             jobs.push(Job::new(&source, nvcc_command(&layout, compiler.path(), &archs)));
         }
         println!("cargo:rustc-cfg=cuda_kernels");
-        archs = CUDA_ARCHS.join(",");
+        archs = wanted.join(",");
     }
     println!("cargo:rustc-env=TL_CUDA_ARCHS={archs}");
     println!("cargo:rustc-env=TL_TORCH_CUDA={}", u8::from(layout.torch_cuda));
@@ -124,10 +126,22 @@ fn nvcc_command(layout: &Layout, host_compiler: &Path, archs: &[&str]) -> Comman
     command
 }
 
-/// A file named `.._sm90.cu` uses instructions that only Hopper has.
-fn archs_of(source: &Path) -> Vec<&'static str> {
+/// Those of [`CUDA_ARCHS`] that `TL_CUDA_ARCHS` names, separated by commas; all where it is not set.
+fn wanted_archs() -> Vec<&'static str> {
+    println!("cargo:rerun-if-env-changed=TL_CUDA_ARCHS");
+    let Ok(names) = env::var("TL_CUDA_ARCHS") else { return CUDA_ARCHS.to_vec() };
+    let known = |name: &str| CUDA_ARCHS.into_iter().find(|arch| *arch == name.trim());
+    let archs: Option<Vec<_>> = names.split(',').map(known).collect();
+    archs.unwrap_or_else(|| {
+        let problem = format!("TL_CUDA_ARCHS: expected some of {CUDA_ARCHS:?}, got `{names}`");
+        stop(&problem, "set it as `80,90a`, or leave it out")
+    })
+}
+
+/// A file named `.._sm90.cu` uses instructions that only Hopper has, and is compiled for it alone, always.
+fn archs_of(source: &Path, wanted: &[&'static str]) -> Vec<&'static str> {
     let hopper_only = source.to_string_lossy().ends_with("_sm90.cu");
-    CUDA_ARCHS.into_iter().filter(|arch| !hopper_only || *arch == "90a").collect()
+    if hopper_only { vec!["90a"] } else { wanted.to_vec() }
 }
 
 /// A wrapper over kernels; `no_cuda.cpp` stands in for it.

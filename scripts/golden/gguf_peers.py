@@ -44,7 +44,7 @@ def greedy(model, ids, n):
     return ids
 
 
-def perplexity(model, ids, context=512, windows=20):
+def perplexity(model, ids, context=512, windows=8):
     total, count = 0.0, 0
     for start in range(0, min(len(ids) - context, windows * context), context):
         window = ids[start:start + context]

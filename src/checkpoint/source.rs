@@ -6,6 +6,7 @@ use super::outline::outline;
 use super::tensors::Entry;
 use super::weights::Weights;
 use crate::bail_hint;
+use crate::ffi;
 use crate::model::{GPT, ModelConfig, RopeScaling, RopeType};
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -14,8 +15,8 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
-/// Values of a tensor that are copied at a time: 64 MiB in fp32.
-const CHUNK: i64 = 1 << 24;
+/// Values of a tensor that are copied at a time: 16 MiB in fp32.
+const CHUNK: i64 = 1 << 22;
 
 /// The architecture of the checkpoint in `dir`.
 pub fn load_config(dir: &Path) -> Result<ModelConfig> {
@@ -219,6 +220,7 @@ impl Source {
         for ((name, ours), (planned, _, parts)) in model.named_parameters().iter().zip(self.plan())
         {
             assert_eq!(*name, planned, "outline and model differ");
+            ffi::want_huge_pages(ours);
             fill(ours, &self.weights, &parts, &self.config)?;
         }
         Ok(())

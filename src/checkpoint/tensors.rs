@@ -109,7 +109,8 @@ pub fn write_lazily(
         if tensor.size() != *shape {
             bail!("`{name}`: expected shape {shape:?}, got {:?}", tensor.size());
         }
-        file.write_all(&ffi::tensor_bytes(&tensor)).with_context(told)?;
+        let tensor = tensor.contiguous();
+        file.write_all(ffi::bytes_of(&tensor).unwrap_or_default()).with_context(told)?;
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ pub use gradients::*;
 pub use graph::*;
 pub use hooks::{Call, on_gradient};
 pub use kernels::*;
-pub use mmap::map_file;
+pub use mmap::{map_file, want_huge_pages};
 pub use offload::{HostLink, page_locked};
 pub use process_group::*;
 pub use recompute::{Part, recompute};
@@ -219,8 +219,20 @@ pub fn set_sdp_backends(b: SdpBackends) -> Result<()> {
     check(unsafe { tl_set_sdp_backends(mask) })
 }
 
-/// Copies a tensor's data (any device; made contiguous) into `out`, whose length must be its byte size.
-/// Makes the CPU wait for a CUDA tensor.
+/// The bytes of a contiguous CPU tensor themselves (native order); `None` for any other.
+pub fn bytes_of(tensor: &Tensor) -> Option<&[u8]> {
+    if tensor.device() != tch::Device::Cpu || !tensor.is_contiguous() {
+        return None;
+    }
+    let size = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if size == 0 {
+        return Some(&[]);
+    }
+    // SAFETY: a contiguous CPU tensor has exactly `size` readable bytes at `data_ptr`, as long as it lives.
+    Some(unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, size) })
+}
+
+/// A copy of a tensor's bytes, any device; made contiguous. Makes the CPU wait for a CUDA tensor.
 pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
     let t = tensor.detach().to_device(tch::Device::Cpu).contiguous();
     let size = t.numel() * t.kind().elt_size_in_bytes();
@@ -240,7 +252,10 @@ impl<'a> TensorView<'a> {
     pub fn over(bytes: &'a [u8], shape: &[i64], kind: Kind) -> Self {
         let size = kind.elt_size_in_bytes();
         let needed = shape.iter().product::<i64>() as usize * size;
-        if bytes.is_empty() || needed != bytes.len() || bytes.as_ptr() as usize % size != 0 {
+        if bytes.is_empty()
+            || needed != bytes.len()
+            || !(bytes.as_ptr() as usize).is_multiple_of(size)
+        {
             return tensor_from_bytes(bytes, shape, kind).into();
         }
         let mut strides = vec![1; shape.len()];

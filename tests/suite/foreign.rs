@@ -11,7 +11,7 @@ use tch::{Device, Kind};
 use tinyllama::checkpoint::gguf::GgufFile;
 use tinyllama::checkpoint::gguf::mix::Mix;
 use tinyllama::checkpoint::tensors::TensorFile;
-use tinyllama::checkpoint::{self, Change, MAX_SHARD_BYTES, Source, Target};
+use tinyllama::checkpoint::{self, Change, MAX_SHARD_BYTES, Source, Target, Tensors};
 use tinyllama::data::packed::PackedWriter;
 use tinyllama::model::{GPT, ModelConfig, RopeScaling, RopeType};
 use tinyllama::tokenizer::Tokenizer;
@@ -300,7 +300,7 @@ fn what_cannot_be_read_or_written_is_told_and_leaves_nothing() {
     let (from, model) = (path("keys"), golden("hf"));
     fs::create_dir(&from).unwrap();
     fs::copy(model.join("config.json"), from.join("config.json")).unwrap();
-    let rewrite = |edit: &dyn Fn(&mut Vec<(String, tch::Tensor)>)| {
+    let rewrite = |edit: &dyn Fn(&mut Tensors)| {
         let mut all = TensorFile::open(&model.join("model.safetensors")).unwrap().all().unwrap();
         edit(&mut all);
         checkpoint::tensors::write(&from.join("model.safetensors"), &all).unwrap();
