@@ -186,14 +186,11 @@ impl Source {
             problems.push(format!("`{name}`: missing, expected shape {shape:?}{near}"));
         }
         problems.extend(left.iter().map(|name| format!("`{name}`: not expected in this model")));
-        if !problems.is_empty() {
+        let fits = || {
             let fits = presets_that_fit(self.naming, |name| self.weights.shape(name));
-            let fits: Vec<String> = fits.into_iter().map(|config| config.name).collect();
-            if !fits.is_empty() {
-                problems.push(format!("the tensors are those of the preset {}", fits.join(" or ")));
-            }
-        }
-        refuse_tensors(problems, &self.path)
+            fits.into_iter().map(|config| config.name).collect::<Vec<_>>().join(" or ")
+        };
+        refuse_tensors(problems, &self.path, fits)
     }
 
     /// Adapters change what a model computes, so that its other weights alone are another model.
@@ -265,7 +262,7 @@ impl Source {
                 places.push((weights, parts));
             }
         }
-        refuse_tensors(problems, &self.path)?;
+        refuse_tensors(problems, &self.path, String::new)?;
         let all = entries.clone();
         let get = move |i: usize| {
             let ours = Tensor::empty(&all[i].shape, (Kind::Float, Device::Cpu));
@@ -289,6 +286,13 @@ fn fill(ours: &Tensor, weights: &Weights, parts: &[Part], config: &ModelConfig) 
             }
         };
         let shape = names::disk_shape(&ours.size(), *layout);
+        let mut whole = ours.narrow(0, first, shape.first().copied().unwrap_or(1));
+        if weights.kind(name)? == ours.kind()
+            && let Some(bytes) = ffi::bytes_of_mut(&mut whole)
+            && weights.read(name, bytes)?
+        {
+            continue;
+        }
         let row = shape.iter().skip(1).product::<i64>().max(1);
         let (rows, step) = (shape.first().copied().unwrap_or(1), (CHUNK / row).max(1));
         for start in (0..rows).step_by(step as usize) {
@@ -397,23 +401,28 @@ fn nearest<'a>(name: &str, others: &[&'a str]) -> Option<&'a str> {
     best.filter(|(likeness, _)| *likeness > 0.7).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, o)| o)
 }
 
-/// One message for all tensors that do not fit.
-fn refuse_tensors(problems: Vec<String>, path: &Path) -> Result<()> {
+/// One message for all tensors that do not fit; `preset` names the one whose tensors they are, if there is one.
+fn refuse_tensors(
+    mut problems: Vec<String>,
+    path: &Path,
+    preset: impl Fn() -> String,
+) -> Result<()> {
     const SHOWN: usize = 40;
-    if problems.is_empty() {
+    let n = problems.len();
+    if n == 0 {
         return Ok(());
     }
-    let n = problems.len();
-    let mut lines: Vec<String> = problems;
-    let last = lines.pop().unwrap_or_default(); // the preset that fits, if one does
-    if lines.len() > SHOWN {
-        lines.truncate(SHOWN);
-        lines.push(format!("... and {} more", n - 1 - SHOWN));
+    if n > SHOWN {
+        problems.truncate(SHOWN);
+        problems.push(format!("... and {} more", n - SHOWN));
     }
-    lines.push(last);
+    let preset = preset();
+    if !preset.is_empty() {
+        problems.push(format!("the tensors are those of the preset {preset}"));
+    }
     bail_hint!(
         "weights and configuration of a checkpoint must belong together; copy it again";
-        "the tensors of `{}` do not fit its configuration, {n} finding(s):\n  {}",
-        path.display(), lines.join("\n  ")
+        "{n} tensor(s) of `{}` do not fit its configuration:\n  {}",
+        path.display(), problems.join("\n  ")
     )
 }

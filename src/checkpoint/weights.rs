@@ -36,6 +36,12 @@ pub(super) trait Store {
     /// within its shape; a tensor without dimensions has the row 0. They lie in the file where its bytes can be taken
     /// as they are.
     fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>>;
+
+    /// Reads the whole tensor into memory of its size, where that is faster than copying it out of a map; `false`: it is
+    /// not, and nothing was done.
+    fn read(&self, _name: &str, _out: &mut [u8]) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// A dtype's short name, as safetensors writes it.
@@ -70,6 +76,10 @@ impl Store for TensorFile {
 
     fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         self.rows(name, rows)
+    }
+
+    fn read(&self, name: &str, out: &mut [u8]) -> Result<bool> {
+        self.read_into(name, out)
     }
 }
 
@@ -145,6 +155,11 @@ impl Weights {
     pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let (store, stored) = self.find(name)?;
         store.rows(stored, rows).with_context(|| format!("cannot read `{name}`"))
+    }
+
+    pub fn read(&self, name: &str, out: &mut [u8]) -> Result<bool> {
+        let (store, stored) = self.find(name)?;
+        store.read(stored, out).with_context(|| format!("cannot read `{name}`"))
     }
 
     /// What is wrong with one tensor, by the header alone.

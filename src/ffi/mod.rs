@@ -232,6 +232,14 @@ pub fn bytes_of(tensor: &Tensor) -> Option<&[u8]> {
     Some(unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, size) })
 }
 
+/// The same to write them.
+pub fn bytes_of_mut(tensor: &mut Tensor) -> Option<&mut [u8]> {
+    let bytes = bytes_of(tensor)?;
+    let (start, size) = (bytes.as_ptr().cast_mut(), bytes.len());
+    // SAFETY: as above; the tensor is borrowed mutably, and every pattern of bytes is a value of its dtype.
+    Some(unsafe { std::slice::from_raw_parts_mut(start, size) })
+}
+
 /// A copy of a tensor's bytes, any device; made contiguous. Makes the CPU wait for a CUDA tensor.
 pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
     let t = tensor.detach().to_device(tch::Device::Cpu).contiguous();

@@ -683,7 +683,7 @@ fn a_checkpoint_is_found_by_its_folder_its_run_or_a_file_in_it() {
     assert!(told.contains("does not exist"), "{told}");
     fs::write(empty.path().join("weights.pth"), "").unwrap();
     let told = message(checkpoint::resolve(&empty.path().join("weights.pth")));
-    assert!(told.contains("no safetensors file"), "{told}");
+    assert!(told.contains("no checkpoint of a format that is known here"), "{told}");
     fs::write(empty.path().join("model.safetensors"), "").unwrap();
     let told = message(checkpoint::resolve(&empty.path().join("model.safetensors")));
     assert!(told.contains("no `config.json` beside"), "{told}");

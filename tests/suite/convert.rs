@@ -186,7 +186,7 @@ fn a_checkpoint_that_is_broken_or_does_not_fit_leaves_no_folder() {
     assert!(err.contains("`model.embed_tokens.weight`: expected shape [8, "), "{err}");
     let (code, out, _) = run(&["inspect", &path("hf")]);
     assert_eq!(code, Some(1));
-    assert!(out.contains("2 finding(s)"), "{out}");
+    assert!(out.contains("bad         2 tensor(s)"), "{out}");
     // What litgpt has no place for is told before anything is there.
     let yarn = RopeScaling::new(RopeType::Yarn, 2.0);
     folder(
