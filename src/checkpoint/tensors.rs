@@ -111,7 +111,9 @@ pub fn write_lazily(
             bail!("`{name}`: expected shape {shape:?}, got {:?}", tensor.size());
         }
         let tensor = tensor.contiguous();
-        file.write_all(ffi::bytes_of(&tensor).unwrap_or_default()).with_context(told)?;
+        let bytes =
+            ffi::bytes_of(&tensor).with_context(|| format!("`{name}` is not on the CPU"))?;
+        file.write_all(bytes).with_context(told)?;
     }
     Ok(())
 }

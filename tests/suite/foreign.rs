@@ -8,8 +8,8 @@ use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind};
-use tinyllama::checkpoint::gguf::GgufFile;
 use tinyllama::checkpoint::gguf::mix::Mix;
+use tinyllama::checkpoint::gguf::{GgufFile, GgufWriter, Metadata};
 use tinyllama::checkpoint::tensors::TensorFile;
 use tinyllama::checkpoint::{self, Change, MAX_SHARD_BYTES, Source, Target, Tensors};
 use tinyllama::data::packed::PackedWriter;
@@ -376,6 +376,23 @@ fn what_cannot_be_read_or_written_is_told_and_leaves_nothing() {
         &hf,
         &["does not say its architecture", "`model_config.yaml` or `config.json` beside"],
     );
+
+    // Settings that are no numbers.
+    let mut metadata = Metadata::default();
+    metadata.set("general.architecture", "llama");
+    for key in [
+        "embedding_length",
+        "attention.head_count",
+        "feed_forward_length",
+        "block_count",
+        "context_length",
+    ] {
+        metadata.set(format!("llama.{key}"), 32u32);
+    }
+    metadata.set("llama.vocab_size", 64u32);
+    metadata.set("llama.attention.layer_norm_rms_epsilon", f32::NAN);
+    GgufWriter::create(&path("nan.gguf"), &metadata, &[]).unwrap().finish().unwrap();
+    refused(&path("nan.gguf"), &hf, &["layer_norm_rms_epsilon`: expected a finite number"]);
 
     // A llama2.c file of version 2, any file, and each cut short.
     let mut header = b"24ka".to_vec();

@@ -44,7 +44,7 @@ pub(super) fn open(dir: &Path) -> Result<Opened> {
 }
 
 /// `config.json` of a release. What `params.json` does not say is known by release: the context length, and with
-/// `use_scaled_rope` the factor, 8 but for Llama 3.2's 32.
+/// `use_scaled_rope` the factor, 8 but for Llama 3.2's 32, whose models have at most 3072 channels.
 fn config_json(params: &Value, shards: &Shards) -> Result<Value> {
     let int = |key: &str| params.get(key).and_then(Value::as_i64).filter(|&n| n > 0);
     let need = |key: &str| int(key).with_context(|| format!("`{key}`: expected a number above 0"));
@@ -58,7 +58,7 @@ fn config_json(params: &Value, shards: &Shards) -> Result<Value> {
     let scaled = params.get("use_scaled_rope").and_then(Value::as_bool).unwrap_or(false);
     let tied = shards.shape("output.weight").is_none();
     let factor = params.get("rope_scaling_factor").and_then(Value::as_f64);
-    let factor = factor.unwrap_or(if tied || need("dim")? == 3072 { 32.0 } else { 8.0 });
+    let factor = factor.unwrap_or(if need("dim")? <= 3072 { 32.0 } else { 8.0 });
     let length = int("max_seq_len").unwrap_or(match (vocab, scaled) {
         (100_000.., true) => 131_072,
         (100_000.., false) => 8192,

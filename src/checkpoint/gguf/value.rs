@@ -226,9 +226,9 @@ impl Metadata {
         Self::need(key, "an integer of at least 0", self.find_u64(key)?)
     }
 
-    /// A number, if the key is there.
+    /// A finite number, if the key is there.
     pub fn find_f64(&self, key: &str) -> Result<Option<f64>, GgufError> {
-        self.read(key, "a number", Value::as_f64)
+        self.read(key, "a finite number", |value| value.as_f64().filter(|x| x.is_finite()))
     }
 
     /// A number.
