@@ -1,16 +1,19 @@
 //! `tinyllama generate`.
 
 use crate::error::WithHint;
-use crate::generate::engine::{self, GenerateOptions, Generation, peak_memory};
+use crate::generate::engine::{Engine, EngineOptions, Event, Request};
 use crate::generate::load::{self, Loaded};
+use crate::generate::plain::generate_plain;
+use crate::generate::request::{FinishReason, GenerateOptions, Timings, Token, peak_memory};
 use crate::generate::sampler::SamplingParams;
-use crate::generate::text::{StopMatcher, TextGeneration, generate_text, parse_ids};
+use crate::generate::text::{StopMatcher, TextStream, parse_ids};
 use crate::tokenizer::Tokenizer;
 use crate::{device, error, guard};
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 use tch::{Device, Kind};
 
 /// Arguments of `generate`.
@@ -63,6 +66,9 @@ pub struct Args {
     /// The prompt is token ids ("1,15043"), and ids are printed; needs no tokenizer
     #[arg(long, conflicts_with_all = ["stop", "no_bos"])]
     ids: bool,
+    /// By the plain loop instead of the engine: one sample after the other, for comparison
+    #[arg(long)]
+    plain: bool,
 }
 
 /// Which model, where, in which number format; shared by `generate` and `score`.
@@ -105,7 +111,7 @@ struct JsonSample<'a> {
     text: &'a str,
     tokens: &'a [u32],
     logprobs: &'a [f64],
-    finish_reason: engine::FinishReason,
+    finish_reason: FinishReason,
     prompt_tokens: usize,
     new_tokens: usize,
     seed: u64,
@@ -132,18 +138,15 @@ fn generate_all(args: &Args, device: Device) -> Result<u8> {
         (None, None) => Vec::new(),
     };
 
-    for i in 0..args.num_samples {
-        let seed = args.seed.wrapping_add(i);
-        let sample = one_sample(args, &loaded, &ids, seed);
-        let result = sample.and_then(|sample| {
-            finish_sample(args, &prompt, &sample, seed)?;
-            Ok(sample)
-        });
-        match result {
-            Ok(sample) => report_speed(args, &loaded, &sample.generation, i),
-            Err(e) if is_broken_pipe(&e) => return Ok(error::exit::OK),
-            Err(e) => return Err(e),
-        }
+    let mut samples = Samples::new(args, &loaded, &prompt, &ids)?;
+    let done = match args.plain {
+        true => samples.run_plain(&ids),
+        false => samples.run(&ids),
+    };
+    match done {
+        Ok(()) => samples.report_speed(),
+        Err(e) if is_broken_pipe(&e) => {}
+        Err(e) => return Err(e),
     }
     Ok(error::exit::OK)
 }
@@ -200,70 +203,198 @@ fn encode_prompt(tokenizer: &Tokenizer, prompt: &str, no_bos: bool) -> Result<Ve
         .usage("give a prompt, or leave `--no-bos` out")
 }
 
-/// Generates, writing text to stdout as it comes.
-fn one_sample(args: &Args, loaded: &Loaded, ids: &[u32], seed: u64) -> Result<TextGeneration> {
-    let options = GenerateOptions {
-        max_new_tokens: args.max_new_tokens,
-        sampling: args.sampling(seed),
-        eos: loaded.eos.clone(),
-        vocab_size: loaded.tokenizer.as_ref().map(|t| t.vocab_size()),
-    };
-    let mut show = |piece: &str| if args.streams() { write_stdout(piece) } else { Ok(()) };
-    if let Some(tokenizer) = &loaded.tokenizer {
-        return generate_text(&loaded.model, tokenizer, ids, &options, &args.stop, &mut show);
-    }
-    let mut text = String::new();
-    let generation = engine::generate(&loaded.model, ids, &options, &mut |token| {
-        let space = if text.is_empty() { "" } else { " " };
-        let piece = format!("{space}{}", token.id);
-        text.push_str(&piece);
-        show(&piece).map(|()| true)
-    })?;
-    Ok(TextGeneration { text, generation })
+/// All samples of the prompt. They are made at the same time, and shown one after the other.
+struct Samples<'a> {
+    args: &'a Args,
+    loaded: &'a Loaded,
+    prompt: &'a str,
+    samples: Vec<Sample<'a>>,
+    /// The sample whose text is written as it comes.
+    turn: usize,
+    timings: Timings,
+    cache_bytes: u64,
 }
 
-/// Writes what streaming has not: the end of the line, the whole text, or the JSON object.
-fn finish_sample(args: &Args, prompt: &str, sample: &TextGeneration, seed: u64) -> Result<()> {
-    let TextGeneration { text, generation } = sample;
-    if args.streams() {
-        return write_stdout("\n");
-    }
-    if !args.json {
-        return write_stdout(&format!("{text}\n"));
-    }
-    let new_tokens = generation.tokens.len();
-    let object = JsonSample {
-        prompt,
-        text,
-        tokens: &generation.tokens,
-        logprobs: &generation.logprobs,
-        finish_reason: generation.finish_reason,
-        prompt_tokens: generation.timings.prompt_tokens,
-        new_tokens,
-        seed,
-        tokens_per_sec: generation.timings.tokens_per_sec(new_tokens),
-    };
-    write_stdout(&format!("{}\n", serde_json::to_string(&object)?))
+struct Sample<'a> {
+    /// `None` where ids are printed.
+    stream: Option<TextStream<'a>>,
+    text: String,
+    tokens: Vec<u32>,
+    logprobs: Vec<f64>,
+    ended: Option<FinishReason>,
+    time: Duration,
 }
 
-/// One line on stderr.
-fn report_speed(args: &Args, loaded: &Loaded, generation: &Generation, i: u64) {
-    let (t, gib) = (&generation.timings, |bytes: u64| bytes as f64 / (1u64 << 30) as f64);
-    let memory = peak_memory(loaded.model.device());
-    let memory = memory.map_or("unknown".into(), |bytes| format!("{:.2} GiB", gib(bytes)));
-    eprintln!(
-        "sample {}/{} | {} new tokens ({}) in {:.2} s | prefill {} tok, {:.1} tok/s | \
-         decode {:.1} tok/s | peak memory {memory}, cache {:.3} GiB",
-        i + 1,
-        args.num_samples,
-        generation.tokens.len(),
-        generation.finish_reason.name(),
-        (t.prefill + t.decode).as_secs_f64(),
-        t.prompt_tokens,
-        t.prefill_tokens_per_sec(),
-        t.decode_tokens_per_sec(),
-        gib(generation.cache_bytes),
-    );
+impl<'a> Samples<'a> {
+    fn new(args: &'a Args, loaded: &'a Loaded, prompt: &'a str, ids: &[u32]) -> Result<Self> {
+        let stream = loaded.tokenizer.as_ref().map(|t| TextStream::new(t, ids, &args.stop));
+        let stream = stream.transpose()?;
+        let sample = || Sample {
+            stream: stream.clone(),
+            text: String::new(),
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            ended: None,
+            time: Duration::ZERO,
+        };
+        let samples = (0..args.num_samples).map(|_| sample()).collect();
+        let timings = Timings { prompt_tokens: ids.len(), ..Default::default() };
+        Ok(Self { args, loaded, prompt, samples, turn: 0, timings, cache_bytes: 0 })
+    }
+
+    fn options(&self, index: u64) -> GenerateOptions {
+        GenerateOptions {
+            max_new_tokens: self.args.max_new_tokens,
+            sampling: self.args.sampling(self.args.seed.wrapping_add(index)),
+            eos: self.loaded.eos.clone(),
+            vocab_size: self.loaded.tokenizer.as_ref().map(|t| t.vocab_size()),
+            top_logprobs: 0,
+        }
+    }
+
+    /// By the engine: all samples together, the prompt read once.
+    fn run(&mut self, ids: &[u32]) -> Result<()> {
+        let (model, n) = (&self.loaded.model, self.samples.len());
+        let options = self.options(0);
+        let sizes = EngineOptions::for_samples(model, ids.len(), options.max_new_tokens, n);
+        let mut engine = Engine::new(model, sizes);
+        self.cache_bytes = sizes.cache_bytes(model);
+        let start = Instant::now();
+        let request = Request { prompt: ids.to_vec(), samples: n, options };
+        let id = engine.submit(request)?;
+        while !engine.is_idle() {
+            for event in engine.step() {
+                let time = start.elapsed();
+                match event {
+                    Event::Token { index, token, .. } => {
+                        self.note_speed(index, time);
+                        if !self.token(index, token, time)? {
+                            engine.stop(id, index);
+                            self.end(index, FinishReason::Stop)?;
+                        }
+                    }
+                    Event::Finished { index, reason, .. } => self.end(index, reason)?,
+                    Event::Failed { error, .. } => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// By the plain loop, one sample after the other.
+    fn run_plain(&mut self, ids: &[u32]) -> Result<()> {
+        for index in 0..self.samples.len() {
+            let (start, model) = (Instant::now(), &self.loaded.model);
+            let options = self.options(index as u64);
+            let out = generate_plain(model, ids, &options, &mut |token| {
+                self.token(index, token, start.elapsed())
+            })?;
+            self.cache_bytes = out.cache_bytes;
+            self.timings.prefill += out.timings.prefill;
+            self.timings.decode += out.timings.decode;
+            self.timings.decoded_tokens += out.timings.decoded_tokens;
+            self.end(index, out.finish_reason)?;
+        }
+        Ok(())
+    }
+
+    /// A token of a sample came so long after the start.
+    fn note_speed(&mut self, index: usize, time: Duration) {
+        match self.timings.prefill.is_zero() {
+            true => self.timings.prefill = time,
+            false => self.timings.decode = time.saturating_sub(self.timings.prefill),
+        }
+        self.timings.decoded_tokens += usize::from(!self.samples[index].tokens.is_empty());
+    }
+
+    /// Takes a sample's next token; whether more is wanted.
+    fn token(&mut self, index: usize, token: Token, time: Duration) -> Result<bool> {
+        let sample = &mut self.samples[index];
+        sample.tokens.push(token.id);
+        sample.logprobs.push(token.logprob);
+        sample.time = time;
+        let piece = match &mut sample.stream {
+            Some(_) if token.is_eos => String::new(),
+            Some(stream) => stream.push(token.id),
+            None if sample.text.is_empty() => token.id.to_string(),
+            None => format!(" {}", token.id),
+        };
+        self.add(index, &piece)?;
+        Ok(!self.samples[index].stream.as_ref().is_some_and(TextStream::stopped))
+    }
+
+    /// Adds to a sample's text, and writes it where it is this sample's turn.
+    fn add(&mut self, index: usize, piece: &str) -> Result<()> {
+        self.samples[index].text.push_str(piece);
+        match index == self.turn && self.args.streams() && !piece.is_empty() {
+            true => write_stdout(piece),
+            false => Ok(()),
+        }
+    }
+
+    /// A sample has ended, unless it had before: writes what is due.
+    fn end(&mut self, index: usize, reason: FinishReason) -> Result<()> {
+        if self.samples[index].ended.is_some() {
+            return Ok(());
+        }
+        let rest = self.samples[index].stream.as_mut().map(TextStream::finish).unwrap_or_default();
+        self.add(index, &rest)?;
+        self.samples[index].ended = Some(reason);
+        while let Some(reason) = self.samples.get(self.turn).and_then(|sample| sample.ended) {
+            self.finish(self.turn, reason)?;
+            self.turn += 1;
+            if let Some(next) = self.samples.get(self.turn).filter(|_| self.args.streams()) {
+                write_stdout(&next.text)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what streaming has not: the end of the line, the whole text, or the JSON object.
+    fn finish(&self, index: usize, finish_reason: FinishReason) -> Result<()> {
+        let sample = &self.samples[index];
+        if self.args.streams() {
+            return write_stdout("\n");
+        }
+        if !self.args.json {
+            return write_stdout(&format!("{}\n", sample.text));
+        }
+        let new_tokens = sample.tokens.len();
+        let object = JsonSample {
+            prompt: self.prompt,
+            text: &sample.text,
+            tokens: &sample.tokens,
+            logprobs: &sample.logprobs,
+            finish_reason,
+            prompt_tokens: self.timings.prompt_tokens,
+            new_tokens,
+            seed: self.args.seed.wrapping_add(index as u64),
+            tokens_per_sec: new_tokens as f64 / sample.time.as_secs_f64().max(1e-9),
+        };
+        write_stdout(&format!("{}\n", serde_json::to_string(&object)?))
+    }
+
+    /// One line on stderr.
+    fn report_speed(&self) {
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        let memory = peak_memory(self.loaded.model.device());
+        let memory = memory.map_or("unknown".into(), |bytes| format!("{:.2} GiB", gib(bytes)));
+        let t = &self.timings;
+        let samples = match self.samples.as_slice() {
+            [one] => format!("1 sample ({})", one.ended.map_or("-", FinishReason::name)),
+            all => format!("{} samples", all.len()),
+        };
+        eprintln!(
+            "{samples} | {} new tokens in {:.2} s | prefill {} tok, {:.1} tok/s | decode {:.1} tok/s | \
+             peak memory {memory}, cache {:.3} GiB",
+            self.samples.iter().map(|sample| sample.tokens.len()).sum::<usize>(),
+            (t.prefill + t.decode).as_secs_f64(),
+            t.prompt_tokens,
+            t.prefill_tokens_per_sec(),
+            t.decode_tokens_per_sec(),
+            gib(self.cache_bytes),
+        );
+    }
 }
 
 /// Writes and flushes. A closed pipe is an error that [`is_broken_pipe`] knows.

@@ -71,6 +71,7 @@ impl SamplingParams {
 #[derive(Debug)]
 pub struct Sampler {
     params: SamplingParams,
+    vocab_size: i64,
     rng: ChaCha8Rng,
     /// (V,) of bool: ids in prompt and output so far; kept only for the repetition penalty.
     seen: Option<Tensor>,
@@ -91,9 +92,22 @@ impl Sampler {
         let seen = (params.repetition_penalty != 1.0)
             .then(|| Tensor::zeros([vocab_size], (Kind::Bool, device)));
         let rng = ChaCha8Rng::seed_from_u64(params.seed);
-        let mut sampler = Self { params: params.clone(), rng, seen };
+        let mut sampler = Self { params: params.clone(), vocab_size, rng, seen };
         sampler.see(prompt);
         Ok(sampler)
+    }
+
+    /// For sample `index` of the same prompt, before the first draw: the seed is `index` more.
+    pub fn sibling(&self, index: u64) -> Self {
+        let seed = self.params.seed.wrapping_add(index);
+        let params = SamplingParams { seed, ..self.params.clone() };
+        let seen = self.seen.as_ref().map(Tensor::copy);
+        Self { params, vocab_size: self.vocab_size, rng: ChaCha8Rng::seed_from_u64(seed), seen }
+    }
+
+    /// Ids that it chooses from.
+    pub fn vocab_size(&self) -> i64 {
+        self.vocab_size
     }
 
     /// Notes tokens of the sequence that this sampler did not choose itself.
@@ -143,7 +157,7 @@ pub fn warp(logits: &Tensor, params: &SamplingParams) -> Tensor {
     if let Some(k) = params.top_k {
         logits = top_k(&logits, k);
     }
-    logits /= params.temperature;
+    logits = logits / params.temperature; // not in place: other samples may need the same logits
     if params.top_p < 1.0 {
         logits = top_p(&logits, params.top_p);
     }

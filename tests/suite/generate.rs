@@ -6,19 +6,20 @@ use serde_json::Value;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
-use tinyllama::generate::engine::{FinishReason, GenerateOptions, generate};
+use tinyllama::generate::engine::generate;
+use tinyllama::generate::request::{FinishReason, GenerateOptions};
 use tinyllama::generate::sampler::{SamplingParams, repetition_penalty, warp};
 use tinyllama::generate::{check_vocabulary, generate_text, score_tokens, score_windows};
 use tinyllama::model::{GPT, KvCache, ModelConfig};
 use tinyllama::tokenizer::Tokenizer;
 
 const BOS: u32 = 0;
-const EOS: u32 = 1;
+pub const EOS: u32 = 1;
 /// bos, eos and the 256 bytes.
-const VOCAB: i64 = 258;
+pub const VOCAB: i64 = 258;
 
 /// A small model of a preset's family with random weights.
-fn tiny(preset: &str, n_query_groups: i64) -> GPT {
+pub fn tiny(preset: &str, n_query_groups: i64) -> GPT {
     let config = ModelConfig {
         block_size: 64,
         vocab_size: VOCAB,
@@ -40,13 +41,13 @@ fn random(config: &ModelConfig) -> GPT {
 }
 
 /// Grouped queries, multi-query, NeoX: every shape of cache.
-fn families() -> [(&'static str, GPT); 3] {
+pub fn families() -> [(&'static str, GPT); 3] {
     let [llama, neox] = ["tiny-llama-1.1b", "pythia-14m"];
     [("GQA", tiny(llama, 2)), ("MQA", tiny(llama, 1)), ("NeoX", tiny(neox, 4))]
 }
 
 /// A model without thoughts: after byte b it says b + 1, after `m` eos, after `z` `a`.
-fn alphabet() -> GPT {
+pub fn alphabet() -> GPT {
     let mut config = tiny("tiny-llama-1.1b", 1).config;
     config.n_embd = VOCAB;
     let model = random(&config);
@@ -75,12 +76,12 @@ fn id_of(c: char) -> u32 {
     c as u32 + 2
 }
 
-fn ids_of(text: &str) -> Vec<u32> {
+pub fn ids_of(text: &str) -> Vec<u32> {
     text.bytes().map(|b| b as u32 + 2).collect()
 }
 
 /// A byte-level tokenizer without merges: id = byte + 2.
-fn write_tokenizer(dir: &Path, extra_tokens: usize) {
+pub fn write_tokenizer(dir: &Path, extra_tokens: usize) {
     // The characters that byte-level BPE writes bytes as.
     let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
     let mut shifted = 0..;
@@ -121,7 +122,7 @@ fn checkpoint(model: &GPT) -> TempDir {
     dir
 }
 
-fn random_ids(n: usize) -> Vec<u32> {
+pub fn random_ids(n: usize) -> Vec<u32> {
     (0..n).map(|i| (i as u32 * 7919 + 13) % VOCAB as u32).collect()
 }
 
@@ -130,16 +131,16 @@ fn tensor(ids: &[u32]) -> Tensor {
     Tensor::from_slice(&ids).unsqueeze(0)
 }
 
-fn greedy(max_new_tokens: usize) -> GenerateOptions {
+pub fn greedy(max_new_tokens: usize) -> GenerateOptions {
     GenerateOptions { max_new_tokens, sampling: SamplingParams::greedy(), ..Default::default() }
 }
 
-fn with_seed(seed: u64) -> GenerateOptions {
+pub fn with_seed(seed: u64) -> GenerateOptions {
     let sampling = SamplingParams { seed, temperature: 1.0, top_k: None, ..Default::default() };
     GenerateOptions { max_new_tokens: 20, sampling, ..Default::default() }
 }
 
-fn tokens_of(model: &GPT, prompt: &[u32], options: &GenerateOptions) -> Vec<u32> {
+pub fn tokens_of(model: &GPT, prompt: &[u32], options: &GenerateOptions) -> Vec<u32> {
     generate(model, prompt, options, &mut |_| Ok(true)).unwrap().tokens
 }
 
@@ -194,7 +195,7 @@ fn greedy_generation_follows_the_argmax_of_full_forwards_and_reports_their_logpr
         }
         assert_eq!((out.tokens.len(), out.finish_reason), (10, FinishReason::Length));
         assert_eq!(out.timings.prompt_tokens + out.timings.decoded_tokens, 6 + 9);
-        // k and v, L, G, D, S = 6 + 10, fp32
+        // k and v, L, G, D, a block of 16 tokens, fp32
         let bytes = 2 * 2 * model.config.n_query_groups as u64 * 8 * 16 * 4;
         assert_eq!(out.cache_bytes, bytes, "{name}");
     }

@@ -8,6 +8,7 @@ mod data;
 mod distributed;
 mod doctor;
 mod document_mask;
+mod engine;
 mod foreign;
 mod fsdp;
 mod generate;
