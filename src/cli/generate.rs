@@ -4,15 +4,18 @@ use crate::error::WithHint;
 use crate::generate::engine::{Engine, EngineOptions, Event, Request};
 use crate::generate::load::{self, Loaded};
 use crate::generate::plain::generate_plain;
-use crate::generate::request::{FinishReason, GenerateOptions, Timings, Token, peak_memory};
+use crate::generate::request::{
+    FinishReason, GenerateOptions, Generation, Timings, Token, peak_memory,
+};
 use crate::generate::sampler::SamplingParams;
+use crate::generate::speculative::{Draft, check_tokenizers, generate_speculative};
 use crate::generate::text::{StopMatcher, TextStream, parse_ids};
 use crate::tokenizer::Tokenizer;
 use crate::{device, error, guard};
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind};
 
@@ -29,6 +32,9 @@ pub struct Args {
     /// File with the text to continue (one line break at its end is dropped)
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
+    /// Each line of --prompt-file or stdin is a prompt of its own; all are continued at the same time
+    #[arg(long, conflicts_with_all = ["prompt", "plain"])]
+    lines: bool,
     /// Stop after this many new tokens
     #[arg(long, value_name = "N", default_value_t = 50)]
     max_new_tokens: usize,
@@ -63,12 +69,24 @@ pub struct Args {
     /// Do not put bos before the prompt
     #[arg(long)]
     no_bos: bool,
-    /// The prompt is token ids ("1,15043"), and ids are printed; needs no tokenizer
+    /// Prompts are token ids ("1,15043"), and ids are printed; needs no tokenizer
     #[arg(long, conflicts_with_all = ["stop", "no_bos"])]
     ids: bool,
     /// By the plain loop instead of the engine: one sample after the other, for comparison
     #[arg(long)]
     plain: bool,
+    /// Speculative decoding: the checkpoint of a smaller model with the same tokenizer proposes tokens
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["lines", "plain"])]
+    draft: Option<PathBuf>,
+    /// Speculative decoding without a second model: proposes what followed the last N tokens (or fewer) before
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "3",
+          conflicts_with_all = ["lines", "plain", "draft"],
+          value_parser = clap::value_parser!(u64).range(1..))]
+    draft_lookup: Option<u64>,
+    /// At most so many proposals at a time
+    #[arg(long, value_name = "K", default_value_t = 8,
+          value_parser = clap::value_parser!(u64).range(1..=64))]
+    draft_tokens: u64,
 }
 
 /// Which model, where, in which number format; shared by `generate` and `score`.
@@ -85,22 +103,36 @@ pub struct ModelArgs {
     pub device: String,
 }
 
+/// Number format of weights and activations.
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum InferencePrecision {
+pub enum InferencePrecision {
+    /// fp32
     #[value(name = "32-true")]
     Fp32True,
+    /// bf16
     #[value(name = "bf16-true")]
     Bf16True,
+}
+
+impl InferencePrecision {
+    /// Its dtype.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Fp32True => Kind::Float,
+            Self::Bf16True => Kind::BFloat16,
+        }
+    }
 }
 
 impl ModelArgs {
     /// Loads the checkpoint onto what [`ModelArgs::device`] names.
     pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
-        let kind = self.precision.map(|precision| match precision {
-            InferencePrecision::Fp32True => Kind::Float,
-            InferencePrecision::Bf16True => Kind::BFloat16,
-        });
-        load::load(&self.checkpoint, device, kind, with_tokenizer)
+        load::load(
+            &self.checkpoint,
+            device,
+            self.precision.map(InferencePrecision::kind),
+            with_tokenizer,
+        )
     }
 }
 
@@ -129,19 +161,34 @@ pub fn run(args: Args) -> Result<u8> {
 }
 
 fn generate_all(args: &Args, device: Device) -> Result<u8> {
-    let prompt = read_prompt(args)?;
-    let given_ids = if args.ids { Some(parse_ids(&prompt)?) } else { None };
+    let text = read_prompt(args)?;
+    let texts: Vec<&str> = if args.lines { text.lines().collect() } else { vec![&text] };
+    // Ids of all lines are checked before the model is loaded.
+    let ids =
+        args.ids.then(|| texts.iter().map(|text| parse_ids(text)).collect::<Result<Vec<_>>>());
+    let ids = ids.transpose()?;
     let loaded = args.model.load(device, !args.ids)?;
-    let ids = match (given_ids, &loaded.tokenizer) {
+    let ids = match (ids, &loaded.tokenizer) {
         (Some(ids), _) => ids,
-        (None, Some(tokenizer)) => encode_prompt(tokenizer, &prompt, args.no_bos)?,
+        (None, Some(tokenizer)) => {
+            let encode = |text: &&str| encode_prompt(tokenizer, text, args.no_bos);
+            texts.iter().map(encode).collect::<Result<_>>()?
+        }
         (None, None) => Vec::new(),
     };
-
-    let mut samples = Samples::new(args, &loaded, &prompt, &ids)?;
-    let done = match args.plain {
-        true => samples.run_plain(&ids),
-        false => samples.run(&ids),
+    let prompts: Vec<Prompt> =
+        texts.into_iter().zip(ids).map(|(text, ids)| Prompt { text, ids }).collect();
+    let mut samples = Samples::new(args, &loaded, &prompts)?;
+    let drafter = args.draft.as_ref().map(|dir| load_draft(dir, &loaded)).transpose()?;
+    let draft = match (&drafter, args.draft_lookup) {
+        (Some(drafter), _) => Some(Draft::Model(&drafter.model)),
+        (None, Some(longest)) => Some(Draft::Lookup(longest as usize)),
+        (None, None) => None,
+    };
+    let done = match draft {
+        Some(draft) => samples.run_speculative(draft),
+        None if args.plain => samples.run_plain(),
+        None => samples.run(),
     };
     match done {
         Ok(()) => samples.report_speed(),
@@ -203,11 +250,28 @@ fn encode_prompt(tokenizer: &Tokenizer, prompt: &str, no_bos: bool) -> Result<Ve
         .usage("give a prompt, or leave `--no-bos` out")
 }
 
-/// All samples of the prompt. They are made at the same time, and shown one after the other.
+/// The second model, on the first one's device.
+fn load_draft(dir: &Path, loaded: &Loaded) -> Result<Loaded> {
+    let (model, with_tokenizer) = (&loaded.model, loaded.tokenizer.is_some());
+    let draft = load::load(dir, model.device(), Some(model.kind()), with_tokenizer)?;
+    // Without a tokenizer, whoever gives ids answers for their meaning.
+    if let (Some(ours), Some(theirs)) = (&loaded.tokenizer, &draft.tokenizer) {
+        check_tokenizers(ours, theirs)?;
+    }
+    Ok(draft)
+}
+
+struct Prompt<'a> {
+    text: &'a str,
+    ids: Vec<u32>,
+}
+
+/// All samples of all prompts. They are made at the same time, and shown one after the other.
 struct Samples<'a> {
     args: &'a Args,
     loaded: &'a Loaded,
-    prompt: &'a str,
+    prompts: &'a [Prompt<'a>],
+    /// Those of the first prompt, then those of the second ..
     samples: Vec<Sample<'a>>,
     /// The sample whose text is written as it comes.
     turn: usize,
@@ -216,6 +280,8 @@ struct Samples<'a> {
 }
 
 struct Sample<'a> {
+    prompt: &'a Prompt<'a>,
+    seed: u64,
     /// `None` where ids are printed.
     stream: Option<TextStream<'a>>,
     text: String,
@@ -226,54 +292,68 @@ struct Sample<'a> {
 }
 
 impl<'a> Samples<'a> {
-    fn new(args: &'a Args, loaded: &'a Loaded, prompt: &'a str, ids: &[u32]) -> Result<Self> {
-        let stream = loaded.tokenizer.as_ref().map(|t| TextStream::new(t, ids, &args.stop));
-        let stream = stream.transpose()?;
-        let sample = || Sample {
-            stream: stream.clone(),
-            text: String::new(),
-            tokens: Vec::new(),
-            logprobs: Vec::new(),
-            ended: None,
-            time: Duration::ZERO,
-        };
-        let samples = (0..args.num_samples).map(|_| sample()).collect();
-        let timings = Timings { prompt_tokens: ids.len(), ..Default::default() };
-        Ok(Self { args, loaded, prompt, samples, turn: 0, timings, cache_bytes: 0 })
+    fn new(args: &'a Args, loaded: &'a Loaded, prompts: &'a [Prompt<'a>]) -> Result<Self> {
+        let mut samples = Vec::new();
+        for prompt in prompts {
+            let stream =
+                loaded.tokenizer.as_ref().map(|t| TextStream::new(t, &prompt.ids, &args.stop));
+            let stream = stream.transpose()?;
+            samples.extend((0..args.num_samples).map(|i| Sample {
+                prompt,
+                seed: args.seed.wrapping_add(i),
+                stream: stream.clone(),
+                text: String::new(),
+                tokens: Vec::new(),
+                logprobs: Vec::new(),
+                ended: None,
+                time: Duration::ZERO,
+            }));
+        }
+        let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
+        let timings = Timings { prompt_tokens, ..Default::default() };
+        Ok(Self { args, loaded, prompts, samples, turn: 0, timings, cache_bytes: 0 })
     }
 
-    fn options(&self, index: u64) -> GenerateOptions {
+    fn options(&self, seed: u64) -> GenerateOptions {
         GenerateOptions {
             max_new_tokens: self.args.max_new_tokens,
-            sampling: self.args.sampling(self.args.seed.wrapping_add(index)),
+            sampling: self.args.sampling(seed),
             eos: self.loaded.eos.clone(),
             vocab_size: self.loaded.tokenizer.as_ref().map(|t| t.vocab_size()),
             top_logprobs: 0,
         }
     }
 
-    /// By the engine: all samples together, the prompt read once.
-    fn run(&mut self, ids: &[u32]) -> Result<()> {
-        let (model, n) = (&self.loaded.model, self.samples.len());
-        let options = self.options(0);
-        let sizes = EngineOptions::for_samples(model, ids.len(), options.max_new_tokens, n);
+    /// By the engine: all prompts and samples together, each prompt read once.
+    fn run(&mut self) -> Result<()> {
+        let (model, n) = (&self.loaded.model, self.args.num_samples as usize);
+        let new = self.args.max_new_tokens;
+        let needs: Vec<_> = self.prompts.iter().map(|prompt| (prompt.ids.len(), new, n)).collect();
+        let sizes = EngineOptions::for_requests(model, &needs);
         let mut engine = Engine::new(model, sizes);
         self.cache_bytes = sizes.cache_bytes(model);
         let start = Instant::now();
-        let request = Request { prompt: ids.to_vec(), samples: n, options };
-        let id = engine.submit(request)?;
+        let mut ids = Vec::new(); // of the requests, in order of the prompts
+        for prompt in self.prompts {
+            let options = self.options(self.args.seed);
+            ids.push(engine.submit(Request { prompt: prompt.ids.clone(), samples: n, options })?);
+        }
+        let at = |id, index| ids.iter().position(|&i| i == id).unwrap_or(0) * n + index;
         while !engine.is_idle() {
             for event in engine.step() {
                 let time = start.elapsed();
                 match event {
-                    Event::Token { index, token, .. } => {
-                        self.note_speed(index, time);
-                        if !self.token(index, token, time)? {
-                            engine.stop(id, index);
-                            self.end(index, FinishReason::Stop)?;
+                    Event::Token { request, index, token } => {
+                        let sample = at(request, index);
+                        self.note_speed(sample, time);
+                        if !self.token(sample, token, time)? {
+                            engine.stop(request, index);
+                            self.end(sample, FinishReason::Stop)?;
                         }
                     }
-                    Event::Finished { index, reason, .. } => self.end(index, reason)?,
+                    Event::Finished { request, index, reason } => {
+                        self.end(at(request, index), reason)?;
+                    }
                     Event::Failed { error, .. } => return Err(error),
                 }
             }
@@ -282,20 +362,49 @@ impl<'a> Samples<'a> {
     }
 
     /// By the plain loop, one sample after the other.
-    fn run_plain(&mut self, ids: &[u32]) -> Result<()> {
+    fn run_plain(&mut self) -> Result<()> {
         for index in 0..self.samples.len() {
             let (start, model) = (Instant::now(), &self.loaded.model);
-            let options = self.options(index as u64);
-            let out = generate_plain(model, ids, &options, &mut |token| {
+            let (prompt, seed) = (self.samples[index].prompt, self.samples[index].seed);
+            let options = self.options(seed);
+            let out = generate_plain(model, &prompt.ids, &options, &mut |token| {
                 self.token(index, token, start.elapsed())
             })?;
-            self.cache_bytes = out.cache_bytes;
-            self.timings.prefill += out.timings.prefill;
-            self.timings.decode += out.timings.decode;
-            self.timings.decoded_tokens += out.timings.decoded_tokens;
+            self.add_timings(&out);
             self.end(index, out.finish_reason)?;
         }
         Ok(())
+    }
+
+    /// By speculative decoding, one sample after the other.
+    fn run_speculative(&mut self, draft: Draft) -> Result<()> {
+        for index in 0..self.samples.len() {
+            let (start, model) = (Instant::now(), &self.loaded.model);
+            let (prompt, seed) = (self.samples[index].prompt, self.samples[index].seed);
+            let (most, options) = (self.args.draft_tokens as usize, self.options(seed));
+            let on_token = &mut |token| self.token(index, token, start.elapsed());
+            let (out, acceptance) =
+                generate_speculative(model, draft, most, &prompt.ids, &options, on_token)?;
+            self.add_timings(&out);
+            self.end(index, out.finish_reason)?;
+            eprintln!(
+                "draft | {} of {} proposals kept ({:.1} %) | {:.2} tokens a pass | {:.2}x the speed of \
+                 one pass a token",
+                acceptance.accepted,
+                acceptance.proposed,
+                100.0 * acceptance.rate(),
+                out.timings.decoded_tokens as f64 / acceptance.passes.max(1) as f64,
+                acceptance.speed_up(&out),
+            );
+        }
+        Ok(())
+    }
+
+    fn add_timings(&mut self, out: &Generation) {
+        self.cache_bytes = out.cache_bytes;
+        self.timings.prefill += out.timings.prefill;
+        self.timings.decode += out.timings.decode;
+        self.timings.decoded_tokens += out.timings.decoded_tokens;
     }
 
     /// A token of a sample came so long after the start.
@@ -361,14 +470,14 @@ impl<'a> Samples<'a> {
         }
         let new_tokens = sample.tokens.len();
         let object = JsonSample {
-            prompt: self.prompt,
+            prompt: sample.prompt.text,
             text: &sample.text,
             tokens: &sample.tokens,
             logprobs: &sample.logprobs,
             finish_reason,
-            prompt_tokens: self.timings.prompt_tokens,
+            prompt_tokens: sample.prompt.ids.len(),
             new_tokens,
-            seed: self.args.seed.wrapping_add(index as u64),
+            seed: sample.seed,
             tokens_per_sec: new_tokens as f64 / sample.time.as_secs_f64().max(1e-9),
         };
         write_stdout(&format!("{}\n", serde_json::to_string(&object)?))

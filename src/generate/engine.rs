@@ -41,18 +41,20 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// Just large enough for `samples` samples of one prompt.
-    pub fn for_samples(
-        model: &GPT,
-        prompt_tokens: usize,
-        max_new_tokens: usize,
-        samples: usize,
-    ) -> Self {
-        let room = (model.config.max_length() as usize).saturating_sub(prompt_tokens);
-        let shared = prompt_tokens / BLOCK;
-        let all = (prompt_tokens + max_new_tokens.min(room)).div_ceil(BLOCK);
-        let blocks = shared + samples * (all - shared);
-        Self { blocks, max_sequences: samples, share_prefixes: false, ..Self::default() }
+    /// For these requests and no others, as `(prompt tokens, new tokens, samples)`: room for all of them, or for as many
+    /// as run at a time.
+    pub fn for_requests(model: &GPT, requests: &[(usize, usize, usize)]) -> Self {
+        let blocks_of = |&(prompt, new, samples): &(usize, usize, usize)| {
+            let room = (model.config.max_length() as usize).saturating_sub(prompt);
+            let (shared, all) = (prompt / BLOCK, (prompt + new.min(room)).div_ceil(BLOCK));
+            shared + samples * (all - shared)
+        };
+        let most = if model.device().is_cuda() { 1024 } else { 64 };
+        let mut needs: Vec<usize> = requests.iter().map(blocks_of).collect();
+        needs.sort_unstable_by(|a, b| b.cmp(a));
+        let blocks = needs.iter().take(most).sum();
+        let share_prefixes = requests.len() > 1;
+        Self { blocks, max_sequences: most, share_prefixes, ..Self::default() }
     }
 
     /// Bytes of the cache for this model.
@@ -559,7 +561,7 @@ pub fn generate(
     on_token: &mut dyn FnMut(Token) -> Result<bool>,
 ) -> Result<Generation> {
     check_prompt(model, prompt)?;
-    let sizes = EngineOptions::for_samples(model, prompt.len(), options.max_new_tokens, 1);
+    let sizes = EngineOptions::for_requests(model, &[(prompt.len(), options.max_new_tokens, 1)]);
     let mut engine = Engine::new(model, sizes);
     let mut out = Generation::new(prompt.len(), sizes.cache_bytes(model));
     let start = Instant::now();

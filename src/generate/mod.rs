@@ -2,7 +2,7 @@
 //!
 //! Read [`plain`] (the loop over tokens), [`sampler`] (how a token is chosen), [`engine`] (many sequences at a time, on
 //! the cache's [`blocks`]), then [`text`] (ids to text, stop strings), [`service`] (an engine on a thread of its own),
-//! [`score`].
+//! [`speculative`], [`score`].
 
 pub mod blocks;
 pub mod engine;
@@ -12,6 +12,7 @@ pub mod request;
 pub mod sampler;
 pub mod score;
 pub mod service;
+pub mod speculative;
 pub mod text;
 
 pub use engine::{Engine, EngineOptions, Event, Request, generate};

@@ -121,6 +121,30 @@ impl Sampler {
         }
     }
 
+    /// What the next token is drawn from: a [`Sampler::sample`] that stops before the draw.
+    ///
+    /// # Shapes
+    /// logits (V,), any float dtype.
+    ///
+    /// # Errors
+    /// Logits that are not finite.
+    pub fn distribution(&self, logits: &Tensor) -> Result<Distribution> {
+        let mut logits = logits.to_kind(Kind::Float); // (V,)
+        if let Some(seen) = &self.seen {
+            logits = repetition_penalty(&logits, seen, self.params.repetition_penalty);
+        }
+        if self.params.is_greedy() {
+            return Ok(Distribution::Certain(argmax(&logits)?));
+        }
+        let probs = warp(&logits, &self.params).softmax(-1, Kind::Float);
+        Ok(Distribution::Spread(Vec::try_from(&probs.to_device(Device::Cpu))?))
+    }
+
+    /// The next number in [0, 1) of this sampler's draws.
+    pub fn uniform(&mut self) -> f64 {
+        uniform(&mut self.rng)
+    }
+
     /// The next token.
     ///
     /// # Shapes
@@ -132,19 +156,51 @@ impl Sampler {
     /// # Errors
     /// Logits that are not finite.
     pub fn sample(&mut self, logits: &Tensor) -> Result<u32> {
-        let mut logits = logits.to_kind(Kind::Float); // (V,)
-        if let Some(seen) = &self.seen {
-            logits = repetition_penalty(&logits, seen, self.params.repetition_penalty);
-        }
-        let id = if self.params.is_greedy() {
-            argmax(&logits)?
-        } else {
-            let probs = warp(&logits, &self.params).softmax(-1, Kind::Float);
-            let probs: Vec<f32> = Vec::try_from(&probs.to_device(Device::Cpu))?;
-            draw(&probs, uniform(&mut self.rng))?
+        let id = match self.distribution(logits)? {
+            Distribution::Certain(id) => id,
+            spread => spread.draw(self.uniform())?,
         };
         self.see(&[id]);
         Ok(id)
+    }
+}
+
+/// Probabilities of all ids.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Distribution {
+    /// One id has probability 1.
+    Certain(u32),
+    /// (V,), in order of ids; their sum need not be 1.
+    Spread(Vec<f32>),
+}
+
+impl Distribution {
+    /// Probability of an id.
+    pub fn of(&self, id: u32) -> f64 {
+        match self {
+            Self::Certain(certain) => f64::from(u8::from(*certain == id)),
+            Self::Spread(probs) => probs.get(id as usize).map_or(0.0, |&p| p as f64),
+        }
+    }
+
+    /// max(0, self - other), where self is not other.
+    pub fn without(&self, other: &Self) -> Self {
+        let Self::Spread(probs) = self else { return self.clone() };
+        let rest = |(id, &p): (usize, &f32)| (p as f64 - other.of(id as u32)).max(0.0) as f32;
+        let rest: Vec<f32> = probs.iter().enumerate().map(rest).collect();
+        // Equal up to rounding: any draw from either is right.
+        if rest.iter().all(|&p| p == 0.0) { self.clone() } else { Self::Spread(rest) }
+    }
+
+    /// The id at `u` in [0, 1); certain ids need none.
+    ///
+    /// # Errors
+    /// Probabilities that are not finite.
+    pub fn draw(&self, u: f64) -> Result<u32> {
+        match self {
+            Self::Certain(id) => Ok(*id),
+            Self::Spread(probs) => draw(probs, u),
+        }
     }
 }
 

@@ -115,7 +115,7 @@ pub fn write_tokenizer(dir: &Path, extra_tokens: usize) {
 }
 
 /// A checkpoint folder with the byte tokenizer.
-fn checkpoint(model: &GPT) -> TempDir {
+pub fn checkpoint(model: &GPT) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     tinyllama::checkpoint::save(dir.path(), model).unwrap();
     write_tokenizer(dir.path(), 0);
@@ -420,7 +420,7 @@ fn texts_that_cannot_be_scored_are_refused_with_numbers() {
 // -------------------------------------------------------------------------------------------- CLI
 
 /// Runs the program on the CPU; gives exit code, stdout, stderr.
-fn tinyllama(verb: &str, dir: &Path, args: &[&str], stdin: &str) -> (i32, String, String) {
+pub fn run_program(verb: &str, dir: &Path, args: &[&str], stdin: &str) -> (i32, String, String) {
     let mut command = Command::cargo_bin("tinyllama").unwrap();
     command.arg(verb).arg("--checkpoint").arg(dir).args(["--device", "cpu"]).args(args);
     let out = command.write_stdin(stdin).output().unwrap();
@@ -432,7 +432,7 @@ fn tinyllama(verb: &str, dir: &Path, args: &[&str], stdin: &str) -> (i32, String
 fn generate_prints_the_text_on_stdout_and_the_speed_on_stderr() {
     let dir = checkpoint(&alphabet());
     let run = |args: &[&str], stdin: &str| {
-        let (code, out, err) = tinyllama("generate", dir.path(), args, stdin);
+        let (code, out, err) = run_program("generate", dir.path(), args, stdin);
         assert_eq!(code, 0, "{err}");
         assert!(err.contains("decode") && err.contains("peak memory"), "{err}");
         out
@@ -453,7 +453,7 @@ fn generate_prints_the_text_on_stdout_and_the_speed_on_stderr() {
 fn generate_prints_one_json_object_a_sample() {
     let dir = checkpoint(&tiny("tiny-llama-1.1b", 2));
     let args = ["--prompt", "Hi", "--json", "--num-samples", "2", "--seed", "5", "--top-k", "0"];
-    let (code, out, err) = tinyllama("generate", dir.path(), &args, "");
+    let (code, out, err) = run_program("generate", dir.path(), &args, "");
     assert_eq!(code, 0, "{err}");
     let samples: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let keys: Vec<&String> = samples[0].as_object().unwrap().keys().collect();
@@ -480,17 +480,17 @@ fn generate_prints_one_json_object_a_sample() {
 
     // The second sample again, by its seed; an empty prompt is bos alone.
     let again = ["--prompt", "Hi", "--json", "--seed", "6", "--top-k", "0"];
-    let (_, out, _) = tinyllama("generate", dir.path(), &again, "");
+    let (_, out, _) = run_program("generate", dir.path(), &again, "");
     let again: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(again["tokens"], samples[1]["tokens"]);
-    let (_, out, _) = tinyllama("generate", dir.path(), &["--prompt", "", "--json"], "");
+    let (_, out, _) = run_program("generate", dir.path(), &["--prompt", "", "--json"], "");
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["prompt_tokens"], 1);
     let no_bos = ["--prompt", "Hi", "--json", "--no-bos"];
-    let (_, out, _) = tinyllama("generate", dir.path(), &no_bos, "");
+    let (_, out, _) = run_program("generate", dir.path(), &no_bos, "");
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["prompt_tokens"], 2);
     let bf16 =
         ["--prompt", "Hi", "--json", "--precision", "bf16-true", "--repetition-penalty", "1.1"];
-    let (code, out, err) = tinyllama("generate", dir.path(), &bf16, "");
+    let (code, out, err) = run_program("generate", dir.path(), &bf16, "");
     assert_eq!(code, 0, "{err}");
     assert!(serde_json::from_str::<Value>(&out).unwrap()["new_tokens"].as_u64() > Some(0));
 }
@@ -499,7 +499,7 @@ fn generate_prints_one_json_object_a_sample() {
 fn score_prints_exactly_the_promised_json() {
     let model = tiny("tiny-llama-1.1b", 2);
     let dir = checkpoint(&model);
-    let (code, out, err) = tinyllama("score", dir.path(), &["--text", "Hi you", "--json"], "");
+    let (code, out, err) = run_program("score", dir.path(), &["--text", "Hi you", "--json"], "");
     assert_eq!(code, 0, "{err}");
     let json: Value = serde_json::from_str(&out).unwrap();
     let keys: Vec<&String> = json.as_object().unwrap().keys().collect();
@@ -515,14 +515,15 @@ fn score_prints_exactly_the_promised_json() {
 
     let list: Vec<String> = ids.iter().map(u32::to_string).collect();
     let by_ids = ["--tokens", &list.join(","), "--json"];
-    assert_eq!(tinyllama("score", dir.path(), &by_ids, "").1, out, "the same by ids");
+    assert_eq!(run_program("score", dir.path(), &by_ids, "").1, out, "the same by ids");
     let file = dir.path().join("text.txt");
     std::fs::write(&file, "a longer text. ".repeat(20)).unwrap();
     let file = file.to_str().unwrap();
-    let (code, out, err) = tinyllama("score", dir.path(), &["--file", file, "--window", "64"], "");
+    let (code, out, err) =
+        run_program("score", dir.path(), &["--file", file, "--window", "64"], "");
     assert_eq!(code, 0, "{err}");
     assert!(out.contains("301 tokens, 300 scored | nll ") && out.lines().count() == 304, "{out}");
-    let (code, _, err) = tinyllama("score", dir.path(), &["--file", file], "");
+    let (code, _, err) = run_program("score", dir.path(), &["--file", file], "");
     assert_eq!(code, 2);
     assert!(
         err.contains("sequence longer than block_size: 301 tokens, `block_size` is 64"),
@@ -561,17 +562,17 @@ fn bad_arguments_get_one_clear_message_and_exit_code_2() {
 fn files_that_are_missing_or_do_not_fit_are_named() {
     let dir = checkpoint(&tiny("tiny-llama-1.1b", 1));
     let missing = ["--file", "/nowhere/text.txt"];
-    let (code, _, err) = tinyllama("score", dir.path(), &missing, "");
+    let (code, _, err) = run_program("score", dir.path(), &missing, "");
     assert!(code == 1 && err.contains("cannot read the file `/nowhere/text.txt`"), "{err}");
-    let (code, _, err) = tinyllama("generate", Path::new("/nowhere/run"), &["--prompt", "a"], "");
+    let (code, _, err) = run_program("generate", Path::new("/nowhere/run"), &["--prompt", "a"], "");
     assert!((1..=2).contains(&code) && err.contains("/nowhere/run"), "{err}");
     write_tokenizer(dir.path(), 5);
-    let (code, _, err) = tinyllama("generate", dir.path(), &["--prompt", "a"], "");
+    let (code, _, err) = run_program("generate", dir.path(), &["--prompt", "a"], "");
     assert!(code == 2 && err.contains("263 ids, the model has 258"), "{err}");
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
-    let (code, _, err) = tinyllama("generate", dir.path(), &["--prompt", "a"], "");
+    let (code, _, err) = run_program("generate", dir.path(), &["--prompt", "a"], "");
     assert!(code == 1 && err.contains("hint: put `tokenizer.json`"), "{err}");
-    let (code, out, err) = tinyllama("generate", dir.path(), &["--prompt", "7 8", "--ids"], "");
+    let (code, out, err) = run_program("generate", dir.path(), &["--prompt", "7 8", "--ids"], "");
     assert!(code == 0 && !out.trim().is_empty(), "{err}");
 }
 

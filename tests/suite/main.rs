@@ -34,6 +34,7 @@ mod presets;
 mod pretrain;
 mod pretrain_ranks;
 mod recompute;
+mod speculative;
 mod tokenizer;
 mod torch_file;
 mod train;
