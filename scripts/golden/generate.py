@@ -37,7 +37,7 @@ def ours(folder, prompts, new, *options):
 @torch.no_grad()
 def theirs(model, prompt, new):
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return out[0, len(prompt):].tolist()
 
 
@@ -51,7 +51,6 @@ def gap(model, prompt, expected, got):
 
 def compare(name, folder, new):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
     limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
     torch.manual_seed(0)
     lengths = [n for n in LENGTHS if n + new <= limit]
