@@ -242,6 +242,20 @@ pub fn bytes_of_mut(tensor: &mut Tensor) -> Option<&mut [u8]> {
     Some(unsafe { std::slice::from_raw_parts_mut(start, size) })
 }
 
+/// The values of a contiguous fp32 tensor on the CPU, to read and write; `None` for any other.
+pub fn floats_of_mut(tensor: &mut Tensor) -> Option<&mut [f32]> {
+    if tensor.kind() != Kind::Float {
+        return None;
+    }
+    let bytes = bytes_of_mut(tensor)?;
+    let (start, len) = (bytes.as_mut_ptr().cast::<f32>(), bytes.len() / 4);
+    if len == 0 {
+        return Some(&mut []);
+    }
+    // SAFETY: libtorch aligns fp32 values to 4 bytes at least; the borrow is passed on.
+    Some(unsafe { std::slice::from_raw_parts_mut(start, len) })
+}
+
 /// A copy of a tensor's bytes, any device; made contiguous. Makes the CPU wait for a CUDA tensor.
 pub fn tensor_bytes(tensor: &Tensor) -> Vec<u8> {
     let t = tensor.detach().to_device(tch::Device::Cpu).contiguous();
