@@ -2,6 +2,7 @@
 //!
 //! Everything here takes and returns [`tch::Tensor`]; a failure carries the C++ exception's full text.
 
+mod cpu;
 pub mod driver;
 mod gradients;
 mod graph;
@@ -15,6 +16,7 @@ pub mod profile;
 mod recompute;
 mod store;
 
+pub use cpu::*;
 pub use gradients::*;
 pub use graph::*;
 pub use hooks::{Call, on_gradient};

@@ -5,6 +5,8 @@
 mod attention;
 pub mod llama;
 mod load;
+mod panel;
+mod round;
 pub mod matrix;
 
 pub use llama::{QuantLlama, obstacle};
