@@ -80,8 +80,8 @@ impl QuantMatrix {
             Type::Q4_0 => (Format::Q4_0, 18),
             Type::Q4_1 => (Format::Int4 { group: 32 }, 20),
             Type::Q8_0 => (Format::Int8 { group: 32 }, 34),
-            Type::Q4K => (Format::Q4K, 144),
-            Type::Q6K => (Format::Q6K, 210),
+            Type::Q4_K => (Format::Q4K, 144),
+            Type::Q6_K => (Format::Q6K, 210),
             _ => return Ok(None),
         };
         let row = columns / format.multiple() * block;
