@@ -68,7 +68,7 @@ int sum(const int8_t* x, int n) {
 }
 
 void matmul(const tl_quant_matrix& w, const tl_activation_block* x, int64_t rows, int64_t n0, int64_t n1, float* y,
-            int64_t stride, void*) {
+            int64_t stride) {
   const int64_t nb = w.k / TL_BLOCK;
   const Sections at = sections(w.format, w.k, w.group);
   for (int64_t n = n0; n < n1; n += TL_PANEL) {
@@ -158,13 +158,11 @@ int64_t tl_panel_bytes(int32_t format, int64_t k, int32_t group) {
   return suits(format, k, group) ? sections(format, k, group).bytes : 0;
 }
 
-int64_t tl_matmul_scratch(void) { return CHUNK * (8 * 32 + 2 * 32); }
-
 void tl_quantise_activations(int isa, const float* x, int64_t rows, int64_t k, int64_t stride, tl_activation_block* out) {
   for (int64_t m = 0; m < rows; ++m) kernels(isa).quantise(x + m * stride, k / TL_BLOCK, out + m * (k / TL_BLOCK));
 }
 
 void tl_quant_matmul(int isa, const tl_quant_matrix* w, const tl_activation_block* x, int64_t rows, int64_t n0, int64_t n1,
-                     float* y, int64_t stride, void* scratch) {
-  kernels(isa).matmul(*w, x, rows, n0, n1, y, stride, scratch);
+                     float* y, int64_t stride) {
+  kernels(isa).matmul(*w, x, rows, n0, n1, y, stride);
 }

@@ -61,11 +61,9 @@ int64_t tl_panel_bytes(int32_t format, int64_t k, int32_t group);
 // x (rows, k) with `stride` values between rows -> out (rows, k / 32).
 void tl_quantise_activations(int isa, const float* x, int64_t rows, int64_t k, int64_t stride, tl_activation_block* out);
 
-// y[m, n] for m < rows, n0 <= n < n1, n0 a multiple of 8; y has `stride` values between rows. scratch:
-// tl_matmul_scratch(k) bytes of this thread alone, aligned to 64.
+// y[m, n] for m < rows, n0 <= n < n1, n0 a multiple of 8; y has `stride` values between rows.
 void tl_quant_matmul(int isa, const tl_quant_matrix* w, const tl_activation_block* x, int64_t rows, int64_t n0, int64_t n1,
-                     float* y, int64_t stride, void* scratch);
-int64_t tl_matmul_scratch(void);
+                     float* y, int64_t stride);
 
 #ifdef __cplusplus
 }

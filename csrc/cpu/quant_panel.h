@@ -38,14 +38,11 @@ inline bool suits(int format, int64_t k, int64_t group) {
 // Below this a block of activations is zero: 127 / x would overflow.
 constexpr float TINY = 1e-36f;
 
-// K is worked on so many blocks at a time, whose codes are kept unpacked: 16 KiB of them.
-constexpr int64_t CHUNK = 64;
-
 // One set of functions an instruction set.
 struct Kernels {
   void (*quantise)(const float* x, int64_t blocks, tl_activation_block* out);
   void (*matmul)(const tl_quant_matrix& w, const tl_activation_block* x, int64_t rows, int64_t n0, int64_t n1, float* y,
-                 int64_t stride, void* scratch);
+                 int64_t stride);
 };
 extern const Kernels portable, avx2, avx512_vnni;
 

@@ -5,14 +5,11 @@
 // activations in all rows, so these are broadcast. Unsigned codes of 4 bits may be added up in 16 bits over a block:
 // 8 products of two, 15 * 127 * 16 = 30,480. Those of 6 bits over 16 values, where the start -32 sum x makes the end
 // fit though it wraps between: 32 * 127 * 8 = 32,512.
-// Few rows of x: W is unpacked in registers, MT rows of x a time. Many: a chunk of a panel is unpacked to memory, which
-// all rows then read.
+// W is unpacked in registers for MT rows of x at a time. Unpacking it to memory once for all rows was no faster: twice the
+// bytes then come from the cache.
 #include <immintrin.h>
 
 #include "quant_panel.h"
-#ifndef TL_HINT
-#define TL_HINT _MM_HINT_T1
-#endif
 
 #define TL_FN static inline __attribute__((always_inline, target(TL_TARGET)))
 #define TL_METHOD inline __attribute__((always_inline, target(TL_TARGET)))
@@ -80,10 +77,10 @@ TL_FN Int finish_scaled(Int sums, Int s) {
 }
 
 // Asks for n cache lines, `ahead` bytes on: the same place in the next panel. The hardware alone keeps too few lines of
-// W under way between two cores' worth of arithmetic: a quarter of the speed of one row of x. 0: no.
+// W under way between two cores' worth of arithmetic: a quarter of the speed of one row of x.
 TL_FN void fetch(const uint8_t* p, int64_t ahead, int64_t lines) {
-  for (int64_t i = 0; ahead && i < lines; ++i)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + ahead + i * 64, TL_HINT);
+  for (int64_t i = 0; i < lines; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(p) + ahead + i * 64, _MM_HINT_T1);
 }
 
 // Codes: quads j and j + 4 of a block.
@@ -167,17 +164,10 @@ struct SixBitScales {  // Q4_K: 8 blocks at a time
     }
   }
 };
-struct Floats {  // unpacked ones
-  const float* scales;
-  TL_METHOD void get(int64_t b, Float& d, Float& m) {
-    d = _mm256_load_ps(scales + b * 16);
-    m = _mm256_load_ps(scales + b * 16 + 8);
-  }
-};
 
-// 4-bit codes, scale and minimum: blocks [0, nb) of MT rows of x, which lie `stride` blocks apart.
+// 4-bit codes, scale and minimum: MT rows of x, of nb blocks each.
 template <int MT, class Codes, class Scales>
-TL_FN void add_blocks(Float (&acc)[MT], Codes codes, Scales& scales, const Activations* x, int64_t stride, int64_t nb) {
+TL_FN void add_blocks(Float (&acc)[MT], Codes codes, Scales& scales, const Activations* x, int64_t nb) {
   for (int64_t b = 0; b < nb; ++b, ++x) {
     codes.fetch_next(b);
     Int sums[MT];
@@ -189,15 +179,15 @@ TL_FN void add_blocks(Float (&acc)[MT], Codes codes, Scales& scales, const Activ
       codes.pair(b, j, low, high);
 #pragma GCC unroll 8
       for (int m = 0; m < MT; ++m) {
-        sums[m] = add_products(sums[m], low, broadcast4(x[m * stride].q + j * 4));
-        sums[m] = add_products(sums[m], high, broadcast4(x[m * stride].q + j * 4 + 16));
+        sums[m] = add_products(sums[m], low, broadcast4(x[m * nb].q + j * 4));
+        sums[m] = add_products(sums[m], high, broadcast4(x[m * nb].q + j * 4 + 16));
       }
     }
     Float d, min;
     scales.get(b, d, min);
 #pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) {
-      const Activations& a = x[m * stride];
+      const Activations& a = x[m * nb];
       const Float sum = _mm256_mul_ps(_mm256_cvtepi32_ps(finish(sums[m])), _mm256_set1_ps(a.d));
       acc[m] = _mm256_fmadd_ps(sum, d, acc[m]);
       acc[m] = _mm256_fmadd_ps(min, _mm256_set1_ps(a.s), acc[m]);
@@ -210,7 +200,7 @@ struct TwoScales {
   const uint8_t *scales, *tail;
 };
 template <int MT, class Codes>
-TL_FN void add_blocks(Float (&acc)[MT], Codes codes, TwoScales& scales, const Activations* x, int64_t stride, int64_t nb) {
+TL_FN void add_blocks(Float (&acc)[MT], Codes codes, TwoScales& scales, const Activations* x, int64_t nb) {
   const Int first_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
   const Int second_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
   for (int64_t b = 0; b < nb; ++b, ++x) {
@@ -218,8 +208,8 @@ TL_FN void add_blocks(Float (&acc)[MT], Codes codes, TwoScales& scales, const Ac
     Int first[MT], second[MT];
 #pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) {
-      first[m] = start_sums(x[m * stride].offset);
-      second[m] = start_sums(x[m * stride].offset + 2);
+      first[m] = start_sums(x[m * nb].offset);
+      second[m] = start_sums(x[m * nb].offset + 2);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -227,8 +217,8 @@ TL_FN void add_blocks(Float (&acc)[MT], Codes codes, TwoScales& scales, const Ac
       codes.pair(b, j, low, high);
 #pragma GCC unroll 8
       for (int m = 0; m < MT; ++m) {
-        first[m] = add_products(first[m], low, broadcast4(x[m * stride].q + j * 4));
-        second[m] = add_products(second[m], high, broadcast4(x[m * stride].q + j * 4 + 16));
+        first[m] = add_products(first[m], low, broadcast4(x[m * nb].q + j * 4));
+        second[m] = add_products(second[m], high, broadcast4(x[m * nb].q + j * 4 + 16));
       }
     }
     const Int s = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales.scales + b * 16)));
@@ -237,7 +227,7 @@ TL_FN void add_blocks(Float (&acc)[MT], Codes codes, TwoScales& scales, const Ac
 #pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) {
       const Int sum = _mm256_add_epi32(finish_scaled(first[m], s_first), finish_scaled(second[m], s_second));
-      acc[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(x[m * stride].d)), d, acc[m]);
+      acc[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(x[m * nb].d)), d, acc[m]);
     }
   }
 }
@@ -248,7 +238,7 @@ struct Scale {
   int shift;
 };
 template <int MT>
-TL_FN void add_blocks(Float (&acc)[MT], Bytes codes, Scale& scales, const Activations* x, int64_t stride, int64_t nb) {
+TL_FN void add_blocks(Float (&acc)[MT], Bytes codes, Scale& scales, const Activations* x, int64_t nb) {
   for (int64_t b = 0; b < nb; ++b, ++x) {
     codes.fetch_next(b);
     Int sums[MT];
@@ -259,14 +249,14 @@ TL_FN void add_blocks(Float (&acc)[MT], Bytes codes, Scale& scales, const Activa
       const Int q = load(codes.codes + b * 256 + t * 32), size = _mm256_abs_epi8(q);
 #pragma GCC unroll 8
       for (int m = 0; m < MT; ++m) {
-        const Int signed_x = _mm256_sign_epi8(broadcast4(x[m * stride].q + t * 4), q);
+        const Int signed_x = _mm256_sign_epi8(broadcast4(x[m * nb].q + t * 4), q);
         sums[m] = add_wide_products(sums[m], size, signed_x);
       }
     }
     const Float d = halves(scales.scales + (b >> scales.shift) * 16);
 #pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) {
-      const Float sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[m]), _mm256_set1_ps(x[m * stride].d));
+      const Float sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[m]), _mm256_set1_ps(x[m * nb].d));
       acc[m] = _mm256_fmadd_ps(sum, d, acc[m]);
     }
   }
@@ -276,17 +266,15 @@ TL_FN void add_blocks(Float (&acc)[MT], Bytes codes, Scale& scales, const Activa
 struct Output {
   float* y;
   int64_t stride;
-  Int mask;    // of the lanes that exist
-  bool first;  // begin at 0, not at y
+  Int mask;  // of the lanes that exist
 };
 
 template <int MT, class Codes, class Scales>
-TL_FN void tile(const Output& out, Codes codes, Scales scales, const Activations* x, int64_t stride, int64_t nb) {
+TL_FN void tile(const Output& out, Codes codes, Scales scales, const Activations* x, int64_t nb) {
   Float acc[MT];
 #pragma GCC unroll 8
-  for (int m = 0; m < MT; ++m)
-    acc[m] = out.first ? _mm256_setzero_ps() : _mm256_maskload_ps(out.y + m * out.stride, out.mask);
-  add_blocks<MT>(acc, codes, scales, x, stride, nb);
+  for (int m = 0; m < MT; ++m) acc[m] = _mm256_setzero_ps();
+  add_blocks<MT>(acc, codes, scales, x, nb);
 #pragma GCC unroll 8
   for (int m = 0; m < MT; ++m) _mm256_maskstore_ps(out.y + m * out.stride, out.mask, acc[m]);
 }
@@ -294,100 +282,43 @@ TL_FN void tile(const Output& out, Codes codes, Scales scales, const Activations
 // All rows of x, MT at a time.
 template <class Codes, class Scales>
 __attribute__((noinline, target(TL_TARGET))) void all_rows(Output out, Codes codes, Scales scales, const Activations* x,
-                                                           int64_t stride, int64_t rows, int64_t nb) {
+                                                           int64_t rows, int64_t nb) {
   int64_t m = 0;
-  for (; m + 4 <= rows; m += 4, x += 4 * stride, out.y += 4 * out.stride) tile<4>(out, codes, scales, x, stride, nb);
-  if (rows - m == 3) tile<3>(out, codes, scales, x, stride, nb);
-  if (rows - m == 2) tile<2>(out, codes, scales, x, stride, nb);
-  if (rows - m == 1) tile<1>(out, codes, scales, x, stride, nb);
+  for (; m + 4 <= rows; m += 4, x += 4 * nb, out.y += 4 * out.stride) tile<4>(out, codes, scales, x, nb);
+  if (rows - m == 3) tile<3>(out, codes, scales, x, nb);
+  if (rows - m == 2) tile<2>(out, codes, scales, x, nb);
+  if (rows - m == 1) tile<1>(out, codes, scales, x, nb);
 }
 
-// From so many rows of x on, codes are unpacked to memory.
-constexpr int64_t MANY = 9;
-// Rows of x that stay in the second-level cache while W passes by.
-constexpr int64_t ROWS = 64;
-
-template <class Codes>
-TL_FN void unpack_codes(Codes codes, int64_t nb, uint8_t* out) {
-  for (int64_t b = 0; b < nb; ++b) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      Int low, high;
-      codes.pair(b, j, low, high);
-      _mm256_store_si256(reinterpret_cast<Int*>(out + b * 256 + j * 32), low);
-      _mm256_store_si256(reinterpret_cast<Int*>(out + b * 256 + j * 32 + 128), high);
-    }
-  }
-}
-
-template <class Scales>
-TL_FN void unpack_scales(Scales scales, int64_t nb, float* out) {
-  for (int64_t b = 0; b < nb; ++b) {
-    Float d, m;
-    scales.get(b, d, m);
-    _mm256_store_ps(out + b * 16, d);
-    _mm256_store_ps(out + b * 16 + 8, m);
-  }
-}
-
-// One panel: blocks [b0, b0 + nb) of `rows` rows of x, which have `stride` blocks.
-struct Piece {
-  const uint8_t* panel;
-  Sections at;
-  const Activations* x;
-  int64_t stride, rows, b0, nb, ahead;
-  uint8_t* scratch;
-};
-
-template <class Scales>
-__attribute__((target(TL_TARGET))) void four_bits(const Piece& p, const Output& out, Scales scales) {
-  const Nibbles codes{p.panel + p.b0 * 128, p.ahead};
-  if (p.rows < MANY) return all_rows(out, codes, scales, p.x, p.stride, p.rows, p.nb);
-  auto* floats = reinterpret_cast<float*>(p.scratch + CHUNK * 256);
-  unpack_codes(codes, p.nb, p.scratch);
-  unpack_scales(scales, p.nb, floats);
-  all_rows(out, Bytes{p.scratch, 0}, Floats{floats}, p.x, p.stride, p.rows, p.nb);
-}
-
-__attribute__((target(TL_TARGET))) void six_bits(const Piece& p, const Output& out) {
-  const SixBits codes{p.panel + p.b0 * 128, p.panel + p.at.high + p.b0 * 64, p.ahead};
-  const TwoScales scales{p.panel + p.at.scales + p.b0 * 16, p.panel + p.at.tail + p.b0 / 8 * 16};
-  if (p.rows < MANY) return all_rows(out, codes, scales, p.x, p.stride, p.rows, p.nb);
-  unpack_codes(codes, p.nb, p.scratch);
-  all_rows(out, Bytes{p.scratch, 0}, scales, p.x, p.stride, p.rows, p.nb);
-}
-
-__attribute__((target(TL_TARGET))) void one_panel(const tl_quant_matrix& w, const Piece& p, const Output& out) {
-  const uint8_t* scales = p.panel + p.at.scales;
+// A panel against `rows` rows of x, which have nb blocks.
+__attribute__((target(TL_TARGET))) void one_panel(const tl_quant_matrix& w, const Sections& at, const uint8_t* panel,
+                                                  const Output& out, const Activations* x, int64_t rows) {
+  const int64_t nb = w.k / TL_BLOCK, next = at.bytes;
+  const uint8_t *scales = panel + at.scales, *high = panel + at.high, *tail = panel + at.tail;
   const int shift = w.format >= TL_INT4 ? group_shift(w.k, w.group) : 0;
-  fetch(scales, p.ahead, (p.at.bytes - p.at.scales) / 64);
+  fetch(scales, next, (at.bytes - at.scales) / 64);
   switch (w.format) {
-    case TL_Q4_0: return four_bits(p, out, ScaleOfBlock{scales + p.b0 * 16});
-    case TL_Q4_K: return four_bits(p, out, SixBitScales{scales + p.b0 / 8 * 128, {}, {}});
-    case TL_Q6_K: return six_bits(p, out);
-    case TL_INT4: return four_bits(p, out, ScaleAndMin{scales + (p.b0 >> shift) * 32, shift});
-    default: {
-      const Scale of_group{scales + (p.b0 >> shift) * 16, shift};
-      return all_rows(out, Bytes{p.panel + p.b0 * 256, p.ahead}, of_group, p.x, p.stride, p.rows, p.nb);
-    }
+    case TL_Q4_0: return all_rows(out, Nibbles{panel, next}, ScaleOfBlock{scales}, x, rows, nb);
+    case TL_Q4_K: return all_rows(out, Nibbles{panel, next}, SixBitScales{scales, {}, {}}, x, rows, nb);
+    case TL_Q6_K: return all_rows(out, SixBits{panel, high, next}, TwoScales{scales, tail}, x, rows, nb);
+    case TL_INT4: return all_rows(out, Nibbles{panel, next}, ScaleAndMin{scales, shift}, x, rows, nb);
+    default: return all_rows(out, Bytes{panel, next}, Scale{scales, shift}, x, rows, nb);
   }
 }
+
+// Bytes of x that stay in the second-level cache while W passes by.
+constexpr int64_t CACHED = 192 << 10;
 
 __attribute__((target(TL_TARGET))) void matmul(const tl_quant_matrix& w, const Activations* x, int64_t rows, int64_t n0,
-                                               int64_t n1, float* y, int64_t stride, void* scratch) {
+                                               int64_t n1, float* y, int64_t stride) {
   const Sections at = sections(w.format, w.k, w.group);
-  const int64_t nb = w.k / TL_BLOCK, chunk = rows < MANY ? nb : CHUNK, many = rows < MANY ? rows : ROWS;
+  const int64_t nb = w.k / TL_BLOCK, fit = CACHED / (nb * int64_t{sizeof(Activations)}) / 4 * 4, some = fit < 8 ? 8 : fit;
   const Int lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (int64_t b0 = 0; b0 < nb; b0 += chunk) {
-    for (int64_t m = 0; m < rows; m += many) {
-      for (int64_t n = n0; n < n1; n += TL_PANEL) {
-        const int64_t lanes = n1 - n, blocks = nb - b0 < chunk ? nb - b0 : chunk, rest = rows - m < many ? rows - m : many;
-        const Int mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes < 8 ? lanes : 8)), lane);
-        const Output out{y + m * stride + n, stride, mask, b0 == 0};
-        const Piece piece{w.panels + n / TL_PANEL * at.bytes, at,     x + m * nb + b0, nb, rest, b0, blocks,
-                          rows < MANY ? at.bytes : 0,         static_cast<uint8_t*>(scratch)};
-        one_panel(w, piece, out);
-      }
+  for (int64_t m = 0; m < rows; m += some) {
+    for (int64_t n = n0; n < n1; n += TL_PANEL) {
+      const int lanes = static_cast<int>(n1 - n < 8 ? n1 - n : 8);
+      const Output out{y + m * stride + n, stride, _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), lane)};
+      one_panel(w, at, w.panels + n / TL_PANEL * at.bytes, out, x + m * nb, rows - m < some ? rows - m : some);
     }
   }
 }
