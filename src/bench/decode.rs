@@ -61,7 +61,12 @@ pub struct Report {
 ///
 /// # Errors
 /// Prompts that the model has no room for; logits that are not finite.
-pub fn run(model: NetworkRef, case: Case, sampling: &SamplingParams, repeats: usize) -> Result<Report> {
+pub fn run(
+    model: NetworkRef,
+    case: Case,
+    sampling: &SamplingParams,
+    repeats: usize,
+) -> Result<Report> {
     let read_bandwidth = read_bandwidth(model.device());
     let mut runs = Vec::new();
     for repeat in 0..=repeats {

@@ -262,7 +262,8 @@ fn encode_prompt(tokenizer: &Tokenizer, prompt: &str, no_bos: bool) -> Result<Ve
 /// The second model, on the first one's device.
 fn load_draft(dir: &Path, loaded: &Loaded) -> Result<Loaded> {
     let model = loaded.dense("speculative decoding")?;
-    let draft = load::load(dir, model.device(), Form::Dense(model.kind()), loaded.tokenizer.is_some())?;
+    let draft =
+        load::load(dir, model.device(), Form::Dense(model.kind()), loaded.tokenizer.is_some())?;
     // Without a tokenizer, whoever gives ids answers for their meaning.
     if let (Some(ours), Some(theirs)) = (&loaded.tokenizer, &draft.tokenizer) {
         check_tokenizers(ours, theirs)?;

@@ -1,8 +1,8 @@
 //! A checkpoint folder -> model, tokenizer and the ids that end a text.
 
+use super::network::Network;
 use crate::checkpoint::{self, Source};
 use crate::error::WithHint;
-use super::network::Network;
 use crate::model::{GPT, ModelConfig};
 use crate::quant::{self, Scheme, obstacle};
 use crate::tokenizer::Tokenizer;

@@ -56,7 +56,10 @@ impl Score {
 ///
 /// # Errors
 /// More tokens than the model's context, or one out of its vocabulary.
-pub fn score_tokens<'m>(model: impl Into<NetworkRef<'m>>, tokens: &[u32]) -> Result<Vec<Option<f64>>> {
+pub fn score_tokens<'m>(
+    model: impl Into<NetworkRef<'m>>,
+    tokens: &[u32],
+) -> Result<Vec<Option<f64>>> {
     let model = model.into();
     check_ids(model, tokens)?;
     let context = model.config().max_length() as usize;

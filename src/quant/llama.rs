@@ -122,7 +122,9 @@ impl QuantLlama {
             block.gate_up.multiply(&input, &mut gate_up);
             gate_up.par_chunks_mut(2 * f).for_each(|row| {
                 let (gate, up) = row.split_at_mut(f);
-                gate.iter_mut().zip(up).for_each(|(gate, up)| *gate *= *up / (1.0 + (-*gate).exp()));
+                gate.iter_mut()
+                    .zip(up)
+                    .for_each(|(gate, up)| *gate *= *up / (1.0 + (-*gate).exp()));
             });
             input.quantise_strided(&gate_up, f, 2 * f);
             block.down.multiply(&input, &mut delta, c);

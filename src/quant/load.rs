@@ -2,8 +2,7 @@
 
 use super::llama::{QuantBlock, QuantLlama, Stack, obstacle};
 use super::matrix::{Format, QuantMatrix};
-use crate::checkpoint::Source;
-use crate::checkpoint::source::{Blocks, Parameters};
+use crate::checkpoint::{Blocks, Parameters, Source};
 use crate::error::WithHint;
 use crate::model::rope::Rope;
 use anyhow::{Context, Result, anyhow};
@@ -105,7 +104,9 @@ impl Reader<'_> {
             Scheme::Stored => Format::Int8 { group: GROUP },
             Scheme::Int8 { group } => Format::Int8 { group },
             // A token reads one row of the embedding: its bits cost memory, not time.
-            Scheme::Int4 { .. } if name == "transformer.wte.weight" => Format::Int8 { group: GROUP },
+            Scheme::Int4 { .. } if name == "transformer.wte.weight" => {
+                Format::Int8 { group: GROUP }
+            }
             Scheme::Int4 { group } => Format::Int4 { group },
         };
         let weight = self.tensor(name)?; // (N, K)

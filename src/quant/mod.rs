@@ -5,9 +5,9 @@
 mod attention;
 pub mod llama;
 mod load;
+pub mod matrix;
 mod panel;
 mod round;
-pub mod matrix;
 
 pub use llama::{QuantLlama, obstacle};
 pub use load::{Scheme, load};
@@ -17,7 +17,8 @@ pub use load::{Scheme, load};
 /// # Errors
 /// Anything else, in words for a command line.
 pub fn parse_scheme(text: &str) -> Result<Scheme, String> {
-    let (name, group) = text.split_once(':').map_or((text, None), |(name, group)| (name, Some(group)));
+    let (name, group) =
+        text.split_once(':').map_or((text, None), |(name, group)| (name, Some(group)));
     let group = match group {
         None => None,
         Some("32") => Some(32),

@@ -16,7 +16,9 @@ pub fn best(values: &[f32]) -> (f32, f32) {
     let mut best = (low, 0.0, f32::INFINITY);
     for step in 0..8 {
         let cut = 0.03 * step as f32 * (high - low);
-        for (low, high) in [(low + cut / 2.0, high - cut / 2.0), (low, high - cut), (low + cut, high)] {
+        for (low, high) in
+            [(low + cut / 2.0, high - cut / 2.0), (low, high - cut), (low + cut, high)]
+        {
             let (scale, min) = fit(values, (high - low) / LEVELS, low);
             let error = error(values, scale, min);
             if error < best.2 {
@@ -75,7 +77,8 @@ mod tests {
 
     #[test]
     fn one_large_value_costs_the_others_little() {
-        let mut values: Vec<f32> = (0..127).map(|i| ((i * 37 % 101) as f32 - 50.0) / 500.0).collect();
+        let mut values: Vec<f32> =
+            (0..127).map(|i| ((i * 37 % 101) as f32 - 50.0) / 500.0).collect();
         values.push(0.4);
         let (low, high) = (-0.1, 0.4);
         let (scale, min) = best(&values);

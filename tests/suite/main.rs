@@ -33,6 +33,7 @@ mod prepare;
 mod presets;
 mod pretrain;
 mod pretrain_ranks;
+mod quant;
 mod recompute;
 mod speculative;
 mod tokenizer;
