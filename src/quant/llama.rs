@@ -38,8 +38,6 @@ pub struct QuantBlock {
     pub norm_1: Vec<f32>,
     /// ((H+2G) D, C), rows `[Q; K; V]`, in one or three parts
     pub qkv: Stack,
-    /// ((H+2G) D,)
-    pub qkv_bias: Option<Vec<f32>>,
     /// (C, H D)
     pub proj: QuantMatrix,
     /// (C,)
@@ -75,7 +73,7 @@ pub fn obstacle(config: &ModelConfig) -> Option<String> {
         .into_iter()
         .find(|n| n % 32 != 0);
     match odd {
-        _ if !llama || config.parallel_residual || config.bias => {
+        _ if !llama || config.parallel_residual || config.bias || config.attn_bias => {
             Some("only the Llama family without biases can be quantised".into())
         }
         Some(n) => Some(format!("a width of {n} is no multiple of 32")),
@@ -108,9 +106,6 @@ impl QuantLlama {
             self.norm(&x, &block.norm_1, &mut normed);
             input.quantise(&normed, c);
             block.qkv.multiply(&input, &mut qkv);
-            if let Some(bias) = &block.qkv_bias {
-                qkv.chunks_mut(bias.len()).for_each(|row| add(row, bias));
-            }
             rotate(&mut qkv, &cos, &sin, (h, g, d));
             super::attention::append_and_attend(&qkv, cache, i, batch, (h, g, d), &mut y);
             input.quantise(&y, h * d);

@@ -44,11 +44,9 @@ pub fn load(source: &Source, scheme: Scheme) -> Result<QuantLlama> {
     let reader = Reader { source, scheme, parameters, names };
     let layer = |i: i64| {
         let name = |leaf: &str| format!("transformer.h.{i}.{leaf}.weight");
-        let bias = format!("transformer.h.{i}.attn.qkv.bias");
         Ok(QuantBlock {
             norm_1: reader.vector(&name("norm_1"))?,
             qkv: Stack(reader.matrices(&name("attn.qkv"))?),
-            qkv_bias: config.attn_bias.then(|| reader.vector(&bias)).transpose()?,
             proj: reader.matrix(&name("attn.proj"))?,
             norm_2: reader.vector(&name("norm_2"))?,
             gate_up: Stack(
@@ -100,10 +98,11 @@ impl Reader<'_> {
         if let Some(parts) = stored {
             return parts.iter().map(from_blocks).collect();
         }
+        let is_embedding = name == "transformer.wte.weight";
         let format = match self.scheme {
             Scheme::Stored => Format::Int8 { group: GROUP },
             Scheme::Int8 { group } => Format::Int8 { group },
-            // A token reads one row of the embedding: its bits cost memory, not time.
+            // A token reads one row of the embedding, which costs no time in finer groups.
             Scheme::Int4 { .. } if name == "transformer.wte.weight" => {
                 Format::Int8 { group: GROUP }
             }
