@@ -574,7 +574,8 @@ fn fake_server() {
         "Llamas eat **grass**, hay and leaves.\n\n1. Grass, which they graze for most of the day\n\
          2. Hay in winter\n3. Shrubs, where `grass` is rare\n\n```python\nfor food in [\"grass\", \"hay\"]:\n    \
          print(f\"<b>{food}</b> & more\")\n```\n\nThey chew it twice: like cows, they are ruminants. \u{1f999}",
-        "A short answer: <script>alert(1)</script> hay, mostly.",
+        "A plain answer: <script>alert(1)</script> hay, mostly, and whatever else grows where they live; a \
+         grown llama eats about two percent of its weight a day, and drinks when it finds water.",
         "They eat what they find.\n\n- in the Andes: *ichu*, a hard grass\n- on farms: hay\n- in gardens: \
          your roses\n\nAnd they drink little.",
     ];
