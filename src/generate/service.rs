@@ -3,6 +3,10 @@
 //! Callers hand in a [`TextRequest`] and a function that is told what becomes of it. That function runs on the engine's
 //! thread, between two steps, so it must not wait for anything.
 
+#[cfg(test)]
+#[allow(missing_docs)]
+pub mod scripted;
+
 use super::engine::{Engine, EngineOptions, Event, Request, RequestId};
 use super::load::Loaded;
 use super::network::NetworkRef;
