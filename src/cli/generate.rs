@@ -135,6 +135,17 @@ impl ModelArgs {
         load::load(&self.checkpoint, device, self.form(), with_tokenizer)
     }
 
+    /// The checkpoint.
+    pub fn path(&self) -> &Path {
+        &self.checkpoint
+    }
+
+    /// Name of the checkpoint's folder or file.
+    pub fn name(&self) -> String {
+        let path = self.checkpoint.canonicalize().unwrap_or_else(|_| self.checkpoint.clone());
+        path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+    }
+
     /// What --precision and --quantize ask for.
     pub fn form(&self) -> Form {
         match (self.precision, self.quantize) {

@@ -58,6 +58,15 @@ impl EngineOptions {
         Self { blocks, max_sequences: most, share_prefixes, ..Self::default() }
     }
 
+    /// For requests that are not known yet, within so many bytes of cache: at most what all sequences can use.
+    pub fn within(model: NetworkRef, cache_bytes: u64, max_sequences: usize) -> Self {
+        let longest = (model.config().max_length() as usize).div_ceil(BLOCK);
+        let fit = cache_bytes / PagedCache::block_bytes(model.config(), model.kind()).max(1);
+        let blocks = (fit as usize).min(longest * max_sequences);
+        let max_step_tokens = if model.device().is_cuda() { 4096 } else { 256 };
+        Self { blocks, max_sequences, max_step_tokens, share_prefixes: true }
+    }
+
     /// Bytes of the cache for this model.
     pub fn cache_bytes(&self, model: NetworkRef) -> u64 {
         self.blocks as u64 * PagedCache::block_bytes(model.config(), model.kind())

@@ -6,6 +6,7 @@ use crate::error::WithHint;
 use crate::model::{GPT, ModelConfig};
 use crate::quant::{self, Scheme, obstacle};
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::{ChatTemplate, SpecialTokens};
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use std::path::Path;
@@ -69,6 +70,22 @@ pub fn load(path: &Path, device: Device, form: Form, with_tokenizer: bool) -> Re
     let mut eos = configured_eos(dir)?;
     eos.extend(tokenizer.as_ref().and_then(|t| t.eos_id()));
     Ok(Loaded { network, tokenizer, eos })
+}
+
+/// The chat template of a checkpoint, or the built-in one of this name; `None` where the checkpoint has none.
+///
+/// # Errors
+/// A template that is no Jinja, a name that is not known.
+pub fn chat_template(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    name: Option<&str>,
+) -> Result<Option<ChatTemplate>> {
+    let source = Source::open(&checkpoint::resolve(path)?)?;
+    source.with_tokenizer(|dir| match name {
+        Some(name) => ChatTemplate::named(name, SpecialTokens::load(dir, tokenizer)?).map(Some),
+        None => ChatTemplate::load(dir, tokenizer),
+    })
 }
 
 fn load_network(source: &Source, device: Device, form: Form) -> Result<Network> {

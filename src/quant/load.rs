@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 pub enum Scheme {
     /// As the checkpoint has them, where that is quantised; what is not, in 8 bits.
     Stored,
-    /// All in 4 bits, but the embedding in 8.
+    /// All in 4 bits; the embedding in groups of 32.
     Int4 {
         /// Values that share a scale and a minimum: 32, 64 or 128.
         group: usize,
@@ -103,9 +103,7 @@ impl Reader<'_> {
             Scheme::Stored => Format::Int8 { group: GROUP },
             Scheme::Int8 { group } => Format::Int8 { group },
             // A token reads one row of the embedding, which costs no time in finer groups.
-            Scheme::Int4 { .. } if name == "transformer.wte.weight" => {
-                Format::Int8 { group: GROUP }
-            }
+            Scheme::Int4 { .. } if is_embedding => Format::Int4 { group: GROUP },
             Scheme::Int4 { group } => Format::Int4 { group },
         };
         let weight = self.tensor(name)?; // (N, K)
