@@ -146,13 +146,13 @@ impl Place {
 }
 
 impl PagedCache {
-    /// Room for `blocks` blocks of keys and values of dtype `kind`, not initialised.
+    /// Room for `blocks` blocks of keys and values of dtype `kind`.
     pub fn new(config: &ModelConfig, blocks: usize, kind: Kind, device: Device) -> Self {
         let slots = (blocks * BLOCK) as i64;
         let shape = [slots, config.n_query_groups, config.head_size];
-        let empty = || Tensor::empty(shape, (kind, device));
+        let zeros = || Tensor::zeros(shape, (kind, device)); // all memory now, or an error now
         Self {
-            layers: (0..config.n_layer).map(|_| PagedLayer { k: empty(), v: empty() }).collect(),
+            layers: (0..config.n_layer).map(|_| PagedLayer { k: zeros(), v: zeros() }).collect(),
         }
     }
 

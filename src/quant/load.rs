@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 pub enum Scheme {
     /// As the checkpoint has them, where that is quantised; what is not, in 8 bits.
     Stored,
-    /// All in 4 bits; the embedding in groups of 32.
+    /// All in 4 bits, an embedding in groups of 32; in 8 bits one that is the head too.
     Int4 {
         /// Values that share a scale and a minimum: 32, 64 or 128.
         group: usize,
@@ -102,7 +102,10 @@ impl Reader<'_> {
         let format = match self.scheme {
             Scheme::Stored => Format::Int8 { group: GROUP },
             Scheme::Int8 { group } => Format::Int8 { group },
-            // A token reads one row of the embedding, which costs no time in finer groups.
+            // Of an embedding a token reads one row, which costs no time in finer groups; as a head it is worth 8 bits.
+            Scheme::Int4 { .. } if is_embedding && self.source.config.tie_embeddings => {
+                Format::Int8 { group: GROUP }
+            }
             Scheme::Int4 { .. } if is_embedding => Format::Int4 { group: GROUP },
             Scheme::Int4 { group } => Format::Int4 { group },
         };

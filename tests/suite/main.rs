@@ -36,6 +36,7 @@ mod pretrain;
 mod pretrain_ranks;
 mod quant;
 mod recompute;
+mod serve;
 mod speculative;
 mod tokenizer;
 mod torch_file;
