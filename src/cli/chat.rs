@@ -1,6 +1,6 @@
 //! `tinyllama chat`: a conversation in the terminal.
 
-use super::generate::{ModelArgs, write_stdout};
+use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
 use super::serve::EngineArgs;
 use crate::error::{WithHint, exit};
 use crate::generate::load;
@@ -131,7 +131,14 @@ impl Chat<'_> {
                 "" => continue,
                 "/exit" | "/quit" => break,
                 text if text.starts_with('/') => self.command(text),
-                text => self.turn(text)?,
+                text => match self.turn(text) {
+                    // Who types can go on without that answer.
+                    Err(error) if self.talks && !is_broken_pipe(&error) => {
+                        self.messages.pop();
+                        eprintln!("error: {error:#}");
+                    }
+                    done => done?,
+                },
             }
         }
         if self.talks { write_stdout("\n") } else { Ok(()) }
@@ -172,14 +179,7 @@ impl Chat<'_> {
     /// What somebody said, and the answer to it.
     fn turn(&mut self, text: &str) -> Result<()> {
         self.messages.push(Message::new("user", text));
-        let prompt = match self.prompt() {
-            Ok(prompt) => prompt,
-            Err(error) => {
-                self.messages.pop();
-                eprintln!("error: {error:#}");
-                return Ok(());
-            }
-        };
+        let prompt = self.prompt()?;
         self.stop.store(false, Relaxed);
         let (sender, updates) = channel();
         let request = TextRequest {
@@ -237,6 +237,7 @@ impl Chat<'_> {
         let (start, mut first) = (Instant::now(), None);
         let mut answer = String::new();
         let end = loop {
+            check(); // also where pieces come without a pause
             match updates.recv_timeout(Duration::from_millis(50)) {
                 Ok(Update::Piece { text, .. }) => {
                     first.get_or_insert_with(|| start.elapsed());
@@ -247,7 +248,7 @@ impl Chat<'_> {
                 }
                 Ok(Update::Finished { reason, new_tokens, .. }) => break Ok((reason, new_tokens)),
                 Ok(Update::Failed { message }) => break Err(anyhow!("{message}")),
-                Err(RecvTimeoutError::Timeout) => check(),
+                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break Err(anyhow!("the engine has ended")),
             }
         };
