@@ -6,13 +6,13 @@ use axum::http::{Request, StatusCode};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
+use tinyllama::generate::Network;
 use tinyllama::generate::engine::EngineOptions;
 use tinyllama::generate::load::Loaded;
 use tinyllama::generate::service::Service;
-use tinyllama::generate::Network;
 use tinyllama::serve::{App, Limits, Options, router};
-use tinyllama::tokenizer::chat_template::{ChatTemplate, SpecialTokens};
 use tinyllama::tokenizer::Tokenizer;
+use tinyllama::tokenizer::chat_template::{ChatTemplate, SpecialTokens};
 use tower::ServiceExt;
 
 /// A server over the alphabet: after byte b comes b + 1, after `m` the end.
