@@ -206,6 +206,15 @@ fn dense(model: &GPT, quantised: &QuantLlama) -> GPT {
     copy
 }
 
+/// Log-probabilities that differ by no more than activations in 8 bits explain.
+fn close(got: &[Option<f64>], expected: &[Option<f64>], what: &str) {
+    let pairs = got.iter().flatten().zip(expected.iter().flatten());
+    let differences: Vec<f64> = pairs.map(|(got, expected)| (got - expected).abs()).collect();
+    let mean = differences.iter().sum::<f64>() / differences.len() as f64;
+    let worst = differences.iter().copied().fold(0.0, f64::max);
+    assert!(mean < 0.015 && worst < 0.08, "{what}: mean {mean}, worst {worst}");
+}
+
 #[test]
 fn a_quantised_model_computes_what_its_weights_say() {
     let _no_grad = tch::no_grad_guard();
@@ -219,10 +228,7 @@ fn a_quantised_model_computes_what_its_weights_say() {
             let ids = random_ids(50);
             let expected = score_tokens(&dense, &ids).unwrap();
             let got = score_tokens(NetworkRef::Quantised(&quantised), &ids).unwrap();
-            for (t, (got, expected)) in got.iter().zip(&expected).enumerate().skip(1) {
-                let difference = (got.unwrap() - expected.unwrap()).abs();
-                assert!(difference < 0.03, "{scheme:?}, token {t}: {got:?} {expected:?}");
-            }
+            close(&got, &expected, &format!("{scheme:?}, tied {tied}"));
         }
     }
 }
@@ -248,10 +254,7 @@ fn a_gguf_files_own_blocks_are_used() {
     let dense = source.load_model(Kind::Float, Device::Cpu).unwrap();
     let expected = score_tokens(&dense, &random_ids(60)).unwrap();
     let got = score_tokens(NetworkRef::Quantised(&stored), &random_ids(60)).unwrap();
-    for (t, (got, expected)) in got.iter().zip(&expected).enumerate().skip(1) {
-        let difference = (got.unwrap() - expected.unwrap()).abs();
-        assert!(difference < 0.03, "token {t}: {got:?} {expected:?}");
-    }
+    close(&got, &expected, "Q4_K_M");
 }
 
 #[test]
