@@ -159,7 +159,7 @@ impl Writer {
     /// The event of a piece of text.
     pub fn piece(&mut self, out: &mut String, index: usize, text: String, tokens: &[TokenInfo]) {
         let text = self.begin(index, text);
-        if text.is_empty() && !(self.with_logprobs && !tokens.is_empty()) {
+        if text.is_empty() && (tokens.is_empty() || !self.with_logprobs) {
             return;
         }
         match self.shape {
