@@ -1,6 +1,6 @@
 //! `tinyllama bench decode`.
 
-use super::generate::InferencePrecision;
+use super::generate::{InferencePrecision, form};
 use crate::bench::decode::{self, Case, Report};
 use crate::error::WithHint;
 use crate::generate::load::{self, Form};
@@ -68,11 +68,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn measure(args: &Args, device: Device, sampling: &SamplingParams) -> Result<()> {
-    let form = match (args.precision, args.quantize) {
-        (Some(precision), _) => Form::Dense(precision.kind()),
-        (None, Some(scheme)) => Form::Quantised(scheme),
-        (None, None) => Form::Usual,
-    };
+    let form = form(args.precision, args.quantize);
     let network = match (&args.checkpoint, &args.preset) {
         (Some(dir), _) => load::load(dir, device, form, false)?.network,
         (None, name) => random_model(name.as_deref().unwrap_or_default(), form, device)?,

@@ -15,6 +15,7 @@ use crate::tokenizer::Tokenizer;
 use crate::{device, error, guard};
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
+use std::collections::HashMap;
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -132,7 +133,8 @@ impl InferencePrecision {
 impl ModelArgs {
     /// Loads the checkpoint onto what [`ModelArgs::device`] names.
     pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
-        load::load(&self.checkpoint, device, self.form(), with_tokenizer)
+        let form = form(self.precision, self.quantize);
+        load::load(&self.checkpoint, device, form, with_tokenizer)
     }
 
     /// The checkpoint.
@@ -145,14 +147,14 @@ impl ModelArgs {
         let path = self.checkpoint.canonicalize().unwrap_or_else(|_| self.checkpoint.clone());
         path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
     }
+}
 
-    /// What --precision and --quantize ask for.
-    pub fn form(&self) -> Form {
-        match (self.precision, self.quantize) {
-            (Some(precision), _) => Form::Dense(precision.kind()),
-            (None, Some(scheme)) => Form::Quantised(scheme),
-            (None, None) => Form::Usual,
-        }
+/// What --precision and --quantize ask for.
+pub fn form(precision: Option<InferencePrecision>, quantize: Option<Scheme>) -> Form {
+    match (precision, quantize) {
+        (Some(precision), _) => Form::Dense(precision.kind()),
+        (None, Some(scheme)) => Form::Quantised(scheme),
+        (None, None) => Form::Usual,
     }
 }
 
@@ -354,12 +356,13 @@ impl<'a> Samples<'a> {
         let mut engine = Engine::new(model, sizes);
         self.cache_bytes = sizes.cache_bytes(model);
         let start = Instant::now();
-        let mut ids = Vec::new(); // of the requests, in order of the prompts
-        for prompt in self.prompts {
+        let mut first = HashMap::new(); // sample of each request
+        for (i, prompt) in self.prompts.iter().enumerate() {
             let options = self.options(self.args.seed);
-            ids.push(engine.submit(Request { prompt: prompt.ids.clone(), samples: n, options })?);
+            let request = Request { prompt: prompt.ids.clone(), samples: n, options };
+            first.insert(engine.submit(request)?, i * n);
         }
-        let at = |id, index| ids.iter().position(|&i| i == id).unwrap_or(0) * n + index;
+        let at = |request, index: usize| first[&request] + index;
         while !engine.is_idle() {
             for event in engine.step() {
                 let time = start.elapsed();

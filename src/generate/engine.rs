@@ -533,14 +533,8 @@ impl Sequence {
 
     /// Whether and why the sequence ends with this token.
     fn ended(&self, token: &Token, context: usize) -> Option<FinishReason> {
-        match () {
-            _ if token.is_eos => Some(FinishReason::Eos),
-            _ if self.tokens.len() - self.prompt_tokens >= self.options.max_new_tokens => {
-                Some(FinishReason::Length)
-            }
-            _ if self.tokens.len() >= context => Some(FinishReason::Context),
-            _ => None,
-        }
+        let (made, room) = (self.tokens.len() - self.prompt_tokens, context - self.prompt_tokens);
+        self.options.ended(token.is_eos, true, made, room)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The loop over tokens in its plainest form: one sequence, its cache in one piece. The [engine](super::engine) must say
 //! the same.
 
-use super::request::{FinishReason, GenerateOptions, Generation, Token, check_prompt, ids_tensor};
+use super::request::{GenerateOptions, Generation, Token, check_prompt, ids_tensor};
 use super::sampler::Sampler;
 use crate::model::{GPT, KvCache};
 use anyhow::Result;
@@ -50,14 +50,7 @@ pub fn generate_plain(
 
         let is_eos = options.eos.contains(&id);
         let go_on = on_token(Token { id, logprob, is_eos, top: Vec::new() })?;
-        let reason = match () {
-            _ if is_eos => Some(FinishReason::Eos),
-            _ if !go_on => Some(FinishReason::Stop),
-            _ if out.tokens.len() == options.max_new_tokens => Some(FinishReason::Length),
-            _ if out.tokens.len() == room => Some(FinishReason::Context),
-            _ => None,
-        };
-        if let Some(reason) = reason {
+        if let Some(reason) = options.ended(is_eos, go_on, out.tokens.len(), room) {
             out.finish_reason = reason;
             return Ok(out);
         }

@@ -31,6 +31,26 @@ impl Default for GenerateOptions {
     }
 }
 
+impl GenerateOptions {
+    /// Whether and why a text ends with its newest token. `made`: its tokens so far, of which the context has room for
+    /// `room`; `go_on`: its receiver wants more.
+    pub(super) fn ended(
+        &self,
+        is_eos: bool,
+        go_on: bool,
+        made: usize,
+        room: usize,
+    ) -> Option<FinishReason> {
+        match () {
+            _ if is_eos => Some(FinishReason::Eos),
+            _ if !go_on => Some(FinishReason::Stop),
+            _ if made >= self.max_new_tokens => Some(FinishReason::Length),
+            _ if made >= room => Some(FinishReason::Context),
+            _ => None,
+        }
+    }
+}
+
 /// A new token, as soon as it is known.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Token {

@@ -226,7 +226,8 @@ impl Service {
         Ok(id)
     }
 
-    /// Ends a request; its function is told `Cancelled` for each sample that had not ended.
+    /// Ends a request; its function is told `Cancelled` for each sample that had not ended. After
+    /// [`Service::stop_accepting`] only the function itself can end it, by `false`.
     pub fn cancel(&self, id: RequestId) {
         if let Some(orders) = lock(&self.orders).as_ref() {
             let _ = orders.send(Order::Cancel(id)); // fails only where nothing runs any more

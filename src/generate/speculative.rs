@@ -10,7 +10,7 @@
 //! # Source
 //! Speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (A. Saxena, 2023).
 
-use super::request::{FinishReason, GenerateOptions, Generation, Token, check_prompt, ids_tensor};
+use super::request::{GenerateOptions, Generation, Token, check_prompt, ids_tensor};
 use super::sampler::{Distribution, Sampler, SamplingParams};
 use crate::error::WithHint;
 use crate::model::{GPT, KvCache};
@@ -140,14 +140,7 @@ pub fn generate_speculative(
             out.push(id, logprob, start.elapsed());
             let is_eos = options.eos.contains(&id);
             let go_on = on_token(Token { id, logprob, is_eos, top: Vec::new() })?;
-            let reason = match () {
-                _ if is_eos => Some(FinishReason::Eos),
-                _ if !go_on => Some(FinishReason::Stop),
-                _ if out.tokens.len() == options.max_new_tokens => Some(FinishReason::Length),
-                _ if out.tokens.len() == room => Some(FinishReason::Context),
-                _ => None,
-            };
-            if let Some(reason) = reason {
+            if let Some(reason) = options.ended(is_eos, go_on, out.tokens.len(), room) {
                 out.finish_reason = reason;
                 return Ok((out, acceptance));
             }

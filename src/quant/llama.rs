@@ -158,11 +158,6 @@ impl QuantLlama {
         ends + self.h.iter().map(block).sum::<u64>()
     }
 
-    /// Values of all weights; a tied head counts once.
-    pub fn n_params(&self) -> u64 {
-        self.config.n_params()
-    }
-
     /// H, G, D.
     fn heads(&self) -> (usize, usize, usize) {
         let c = &self.config;

@@ -1,6 +1,6 @@
 //! The engine: whatever it does at the same time, each sequence is what the plain loop says alone.
 
-use crate::generate::{
+use crate::small_models::{
     EOS, VOCAB, alphabet, families, greedy, ids_of, random_ids, tiny, tokens_of, with_seed,
     write_tokenizer,
 };

@@ -37,6 +37,7 @@ mod pretrain_ranks;
 mod quant;
 mod recompute;
 mod serve;
+mod small_models;
 mod speculative;
 mod tokenizer;
 mod torch_file;

@@ -1,6 +1,6 @@
 //! Quantised matrices on the CPU, and a Llama of them.
 
-use crate::generate::{checkpoint, families, random_ids, run_program, with_seed};
+use crate::small_models::{checkpoint, families, random_ids, run_program, with_seed};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tinyllama::checkpoint::gguf::{Type, quants};

@@ -1,6 +1,6 @@
 //! `serve` and `chat` on a real engine; what a scripted one can show is tested beside the code in src/serve.
 
-use crate::generate::{EOS, alphabet, checkpoint, run_program, write_tokenizer};
+use crate::small_models::{EOS, alphabet, checkpoint, run_program, write_tokenizer};
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use serde_json::{Value, json};

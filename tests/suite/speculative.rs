@@ -1,6 +1,6 @@
 //! Speculative decoding: the model's own output, greedily; the model's own distribution, drawn.
 
-use crate::generate::{
+use crate::small_models::{
     EOS, alphabet, checkpoint, greedy, ids_of, random_ids, run_program, tiny, tokens_of, with_seed,
     write_tokenizer,
 };
