@@ -98,7 +98,8 @@ fn with_cuda(layout: &Layout) -> bool {
 /// The compiler of the wrappers over libtorch, for cargo's target, with `CXX` and `CXXFLAGS`.
 fn host_command(compiler: &cc::Tool, layout: &Layout, with_cuda: bool) -> Command {
     let mut command = compiler.to_command();
-    command.args(["-std=c++17", "-MMD", "-Icsrc"]);
+    // A product and a sum that are two steps stay two: csrc/cpu promises the same bits everywhere.
+    command.args(["-std=c++17", "-ffp-contract=off", "-MMD", "-Icsrc"]);
     for folder in ["include", "include/torch/csrc/api/include"] {
         command.arg("-isystem").arg(layout.torch.join(folder));
     }
