@@ -38,13 +38,17 @@ TL_FN void load_head(const tl_paged_cache& c, const void* from, const float* sca
 // Keys and values of positions [first, first + n): k transposed (D, TILE), v (TILE, D). The rest of k is zeros.
 TL_FN void load_tile(const tl_paged_cache& c, const int32_t* table, int64_t group, int64_t first, int n, float* k, float* v) {
   const int64_t d = c.head_size;
-  alignas(32) float row[LARGEST_HEAD];
-  if (n < TILE) std::memset(k, 0, d * TILE * sizeof(float));
-  for (int j = 0; j < n; ++j) {
-    const int64_t slot = slot_of(c, table, first + j);
-    load_head(c, c.k, c.k_scale, slot, group, row);
-    for (int64_t i = 0; i < d; ++i) k[i * TILE + j] = row[i];
-    load_head(c, c.v, c.v_scale, slot, group, v + j * d);
+  alignas(32) float eight[8][LARGEST_HEAD];
+  for (int j = 0; j < TILE; ++j) {
+    if (j < n) {
+      const int64_t slot = slot_of(c, table, first + j);
+      load_head(c, c.k, c.k_scale, slot, group, eight[j % 8]);
+      load_head(c, c.v, c.v_scale, slot, group, v + j * d);
+    } else {
+      std::memset(eight[j % 8], 0, d * sizeof(float));
+    }
+    if (j % 8 < 7) continue;
+    for (int64_t i = 0; i < d; i += 8) transpose8(eight[0] + i, LARGEST_HEAD, k + i * TILE + j - 7, TILE);
   }
 }
 
@@ -53,54 +57,90 @@ struct Row {
   float most, sum[8];
 };
 
-// R rows against a tile; row r sees its first n[r] keys.
+// Scores of R rows with all keys of a tile: scale q K^T.
 template <int R>
-TL_FN void add_tile(const float* const (&q)[R], const int (&n)[R], float scale, const float* k, const float* v, int64_t d,
-                    Row* const (&rows)[R], float* const (&out)[R]) {
+TL_FN void scores(const float* const (&q)[R], float scale, const float* k, int64_t d, float (&out)[R][TILE]) {
   Float8 s[R][4];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) s[r][c] = all8(0);
   for (int64_t i = 0; i < d; ++i) {
+    Float8 x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Float8 x = all8(q[r][i]);
+    for (int r = 0; r < R; ++r) x[r] = all8(q[r][i]);
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) s[r][c] = fma8(x, load8(k + i * TILE + c * 8), s[r][c]);
+    for (int c = 0; c < 4; ++c) {
+      const Float8 keys = load8(k + i * TILE + c * 8);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) s[r][c] = fma8(x[r], keys, s[r][c]);
     }
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) store8(out[r] + c * 8, mul8(s[r][c], all8(scale)));
+}
+
+// out = out shrink + P V for 8 C values of R rows; row r has n[r] keys, the others at least n[0].
+template <int R, int C>
+TL_FN void add_values(const float (&p)[R][TILE], const int (&n)[R], const float (&shrink)[R], const float* v, int64_t d,
+                      float* const (&out)[R], int64_t i) {
+  Float8 o[R][C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) o[r][c] = mul8(load8(out[r] + i + c * 8), all8(shrink[r]));
+  for (int j = 0; j < n[0]; ++j) {
+    Float8 x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) x[r] = all8(p[r][j]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const Float8 values = load8(v + j * d + i + c * 8);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) o[r][c] = fma8(x[r], values, o[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 1; r < R; ++r)
+    for (int j = n[0]; j < n[r]; ++j)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) o[r][c] = fma8(all8(p[r][j]), load8(v + j * d + i + c * 8), o[r][c]);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store8(out[r] + i + c * 8, o[r][c]);
+}
+
+// R rows against a tile; row r sees its first n[r] keys, a later row no fewer.
+template <int R>
+TL_FN void add_tile(const float* const (&q)[R], const int (&n)[R], float scale, const float* k, const float* v, int64_t d,
+                    Row* rows, float* const (&out)[R]) {
   alignas(32) float p[R][TILE];
-  Float8 shrink[R];
-  int longest = 0;
+  float shrink[R];
+  scores(q, scale, k, d, p);
   for (int r = 0; r < R; ++r) {
-    alignas(32) float score[TILE];
-    for (int c = 0; c < 4; ++c) store8(score + c * 8, mul8(s[r][c], all8(scale)));
-    float most = rows[r]->most;
-    for (int j = 0; j < n[r]; ++j) most = score[j] > most ? score[j] : most;
-    shrink[r] = exp8(all8(rows[r]->most - most));
-    rows[r]->most = most;
-    Float8 sum = mul8(load8(rows[r]->sum), shrink[r]);
+    Float8 largest = all8(rows[r].most);
+    if (n[r] == TILE) {
+      for (int c = 0; c < 4; ++c) largest = max8(load8(p[r] + c * 8), largest);
+    } else {
+      for (int j = 0; j < n[r]; ++j) largest = max8(all8(p[r][j]), largest);
+    }
+    const float most = max_of8(largest);
+    shrink[r] = max_of8(exp8(all8(rows[r].most - most)));
+    rows[r].most = most;
+    Float8 sum = mul8(load8(rows[r].sum), all8(shrink[r]));
     for (int c = 0; c < 4; ++c) {
-      const Float8 e = first8(exp8(add8(load8(score + c * 8), all8(-most))), n[r] - c * 8);
+      const Float8 e = first8(exp8(add8(load8(p[r] + c * 8), all8(-most))), n[r] - c * 8);
       sum = add8(sum, e);
       store8(p[r] + c * 8, e);
     }
-    store8(rows[r]->sum, sum);
-    if (n[r] > longest) longest = n[r];
+    store8(rows[r].sum, sum);
   }
-  for (int64_t i = 0; i < d; i += 8) {
-    Float8 o[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) o[r] = mul8(load8(out[r] + i), shrink[r]);
-    for (int j = 0; j < longest; ++j) {
-      const Float8 x = load8(v + j * d + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        if (j < n[r]) o[r] = fma8(all8(p[r][j]), x, o[r]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store8(out[r] + i, o[r]);
-  }
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32) add_values<R, 4>(p, n, shrink, v, d, out, i);
+  for (; i < d; i += 8) add_values<R, 1>(p, n, shrink, v, d, out, i);
 }
 
 // Tokens [t0, t1) of a chunk.
@@ -128,11 +168,11 @@ TL_ENTRY void attend(const tl_paged_cache& c, const int32_t* table, int64_t grou
     for (int64_t r = 0; r < rows; ++r) {
       if (sees(r) == 0) continue;
       if (r + 1 < rows) {
-        add_tile<2>({q_of(r), q_of(r + 1)}, {sees(r), sees(r + 1)}, scale, k, v, d, {states + r, states + r + 1},
+        add_tile<2>({q_of(r), q_of(r + 1)}, {sees(r), sees(r + 1)}, scale, k, v, d, states + r,
                     {out_of(r), out_of(r + 1)});
         ++r;
       } else {
-        add_tile<1>({q_of(r)}, {sees(r)}, scale, k, v, d, {states + r}, {out_of(r)});
+        add_tile<1>({q_of(r)}, {sees(r)}, scale, k, v, d, states + r, {out_of(r)});
       }
     }
   }

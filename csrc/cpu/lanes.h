@@ -47,6 +47,28 @@ TL_FN void to_f16(uint16_t* p, Float8 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// out[i][j] = in[j][i] of 8 x 8 floats, whose rows lie a stride apart.
+TL_FN void transpose8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m256 x[8], y[8];
+#pragma GCC unroll 8
+  for (int j = 0; j < 4; ++j) {  // columns 0-3 of rows j and j + 4; columns 4-7
+    const float *upper = in + j * in_stride, *lower = upper + 4 * in_stride;
+    x[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper)), _mm_loadu_ps(lower), 1);
+    x[j + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper + 4)), _mm_loadu_ps(lower + 4), 1);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 8; h += 4) {
+    y[h] = _mm256_unpacklo_ps(x[h], x[h + 1]);
+    y[h + 1] = _mm256_unpackhi_ps(x[h], x[h + 1]);
+    y[h + 2] = _mm256_unpacklo_ps(x[h + 2], x[h + 3]);
+    y[h + 3] = _mm256_unpackhi_ps(x[h + 2], x[h + 3]);
+    store8(out + h * out_stride, _mm256_shuffle_ps(y[h], y[h + 2], 0x44));
+    store8(out + (h + 1) * out_stride, _mm256_shuffle_ps(y[h], y[h + 2], 0xee));
+    store8(out + (h + 2) * out_stride, _mm256_shuffle_ps(y[h + 1], y[h + 3], 0x44));
+    store8(out + (h + 3) * out_stride, _mm256_shuffle_ps(y[h + 1], y[h + 3], 0xee));
+  }
+}
+
 #else
 
 struct Float8 {
@@ -93,6 +115,10 @@ TL_FN uint16_t to_half(float x) {
 TL_FN Float8 from_f16(const uint16_t* p) { TL_EACH(half(p[i])); }
 TL_FN Float8 from_bf16(const uint16_t* p) { TL_EACH(float_of(static_cast<uint32_t>(p[i]) << 16)); }
 TL_FN Float8 from_i8(const int8_t* p) { TL_EACH(static_cast<float>(p[i])); }
+TL_FN void transpose8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) out[i * out_stride + j] = in[j * in_stride + i];
+}
 TL_FN void to_f16(uint16_t* p, Float8 x) {
   for (int i = 0; i < 8; ++i) p[i] = to_half(x.lane[i]);
 }
