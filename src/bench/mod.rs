@@ -2,6 +2,7 @@
 
 pub mod comm;
 pub mod data;
+pub mod decode;
 pub mod kernels;
 pub mod load;
 pub mod profile;

@@ -29,6 +29,8 @@ enum Kind {
     Train(TrainArgs),
     /// Tokens a second and CPU time of reading alone, from memory maps and from files opened for each block
     Data(super::bench_data::Args),
+    /// Tokens a second of the engine: reading prompts, making tokens, beside what memory bandwidth allows
+    Decode(super::bench_decode::Args),
     /// Bytes a second of loading a checkpoint into host memory, beside reading its files
     Load(LoadArgs),
     /// Bandwidth of all-gather and reduce-scatter between ranks, as nccl-tests define it: threads of
@@ -178,6 +180,7 @@ pub fn run(args: Args) -> Result<u8> {
         Kind::Kernels(args) => run_kernels(args)?,
         Kind::Data(args) => super::bench_data::run(args)?,
         Kind::Train(args) => return run_train(args),
+        Kind::Decode(args) => super::bench_decode::run(&args)?,
         Kind::Load(args) => run_load(&args)?,
         Kind::Comm(args) => run_comm(args)?,
         Kind::Tokenizer(args) => return run_tokenizer(&args),

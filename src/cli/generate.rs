@@ -1,16 +1,22 @@
 //! `tinyllama generate`.
 
 use crate::error::WithHint;
-use crate::generate::engine::{self, GenerateOptions, Generation, peak_memory};
+use crate::generate::engine::{Engine, EngineOptions, Event, Request};
 use crate::generate::load::{self, Loaded};
+use crate::generate::plain::generate_plain;
+use crate::generate::request::{
+    FinishReason, GenerateOptions, Generation, Timings, Token, peak_memory,
+};
 use crate::generate::sampler::SamplingParams;
-use crate::generate::text::{StopMatcher, TextGeneration, generate_text, parse_ids};
+use crate::generate::speculative::{Draft, check_tokenizers, generate_speculative};
+use crate::generate::text::{StopMatcher, TextStream, parse_ids};
 use crate::tokenizer::Tokenizer;
 use crate::{device, error, guard};
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use tch::{Device, Kind};
 
 /// Arguments of `generate`.
@@ -26,6 +32,9 @@ pub struct Args {
     /// File with the text to continue (one line break at its end is dropped)
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
+    /// Each line of --prompt-file or stdin is a prompt of its own; all are continued at the same time
+    #[arg(long, conflicts_with_all = ["prompt", "plain"])]
+    lines: bool,
     /// Stop after this many new tokens
     #[arg(long, value_name = "N", default_value_t = 50)]
     max_new_tokens: usize,
@@ -60,9 +69,24 @@ pub struct Args {
     /// Do not put bos before the prompt
     #[arg(long)]
     no_bos: bool,
-    /// The prompt is token ids ("1,15043"), and ids are printed; needs no tokenizer
+    /// Prompts are token ids ("1,15043"), and ids are printed; needs no tokenizer
     #[arg(long, conflicts_with_all = ["stop", "no_bos"])]
     ids: bool,
+    /// By the plain loop instead of the engine: one sample after the other, for comparison
+    #[arg(long)]
+    plain: bool,
+    /// Speculative decoding: the checkpoint of a smaller model with the same tokenizer proposes tokens
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["lines", "plain"])]
+    draft: Option<PathBuf>,
+    /// Speculative decoding without a second model: proposes what followed the last N tokens (or fewer) before
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "3",
+          conflicts_with_all = ["lines", "plain", "draft"],
+          value_parser = clap::value_parser!(u64).range(1..))]
+    draft_lookup: Option<u64>,
+    /// At most so many proposals at a time
+    #[arg(long, value_name = "K", default_value_t = 8,
+          value_parser = clap::value_parser!(u64).range(1..=64))]
+    draft_tokens: u64,
 }
 
 /// Which model, where, in which number format; shared by `generate` and `score`.
@@ -79,22 +103,36 @@ pub struct ModelArgs {
     pub device: String,
 }
 
+/// Number format of weights and activations.
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum InferencePrecision {
+pub enum InferencePrecision {
+    /// fp32
     #[value(name = "32-true")]
     Fp32True,
+    /// bf16
     #[value(name = "bf16-true")]
     Bf16True,
+}
+
+impl InferencePrecision {
+    /// Its dtype.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Fp32True => Kind::Float,
+            Self::Bf16True => Kind::BFloat16,
+        }
+    }
 }
 
 impl ModelArgs {
     /// Loads the checkpoint onto what [`ModelArgs::device`] names.
     pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
-        let kind = self.precision.map(|precision| match precision {
-            InferencePrecision::Fp32True => Kind::Float,
-            InferencePrecision::Bf16True => Kind::BFloat16,
-        });
-        load::load(&self.checkpoint, device, kind, with_tokenizer)
+        load::load(
+            &self.checkpoint,
+            device,
+            self.precision.map(InferencePrecision::kind),
+            with_tokenizer,
+        )
     }
 }
 
@@ -105,7 +143,7 @@ struct JsonSample<'a> {
     text: &'a str,
     tokens: &'a [u32],
     logprobs: &'a [f64],
-    finish_reason: engine::FinishReason,
+    finish_reason: FinishReason,
     prompt_tokens: usize,
     new_tokens: usize,
     seed: u64,
@@ -123,27 +161,39 @@ pub fn run(args: Args) -> Result<u8> {
 }
 
 fn generate_all(args: &Args, device: Device) -> Result<u8> {
-    let prompt = read_prompt(args)?;
-    let given_ids = if args.ids { Some(parse_ids(&prompt)?) } else { None };
+    let text = read_prompt(args)?;
+    let texts: Vec<&str> = if args.lines { text.lines().collect() } else { vec![&text] };
+    // Ids of all lines are checked before the model is loaded.
+    let ids =
+        args.ids.then(|| texts.iter().map(|text| parse_ids(text)).collect::<Result<Vec<_>>>());
+    let ids = ids.transpose()?;
     let loaded = args.model.load(device, !args.ids)?;
-    let ids = match (given_ids, &loaded.tokenizer) {
+    let ids = match (ids, &loaded.tokenizer) {
         (Some(ids), _) => ids,
-        (None, Some(tokenizer)) => encode_prompt(tokenizer, &prompt, args.no_bos)?,
+        (None, Some(tokenizer)) => {
+            let encode = |text: &&str| encode_prompt(tokenizer, text, args.no_bos);
+            texts.iter().map(encode).collect::<Result<_>>()?
+        }
         (None, None) => Vec::new(),
     };
-
-    for i in 0..args.num_samples {
-        let seed = args.seed.wrapping_add(i);
-        let sample = one_sample(args, &loaded, &ids, seed);
-        let result = sample.and_then(|sample| {
-            finish_sample(args, &prompt, &sample, seed)?;
-            Ok(sample)
-        });
-        match result {
-            Ok(sample) => report_speed(args, &loaded, &sample.generation, i),
-            Err(e) if is_broken_pipe(&e) => return Ok(error::exit::OK),
-            Err(e) => return Err(e),
-        }
+    let prompts: Vec<Prompt> =
+        texts.into_iter().zip(ids).map(|(text, ids)| Prompt { text, ids }).collect();
+    let mut samples = Samples::new(args, &loaded, &prompts)?;
+    let drafter = args.draft.as_ref().map(|dir| load_draft(dir, &loaded)).transpose()?;
+    let draft = match (&drafter, args.draft_lookup) {
+        (Some(drafter), _) => Some(Draft::Model(&drafter.model)),
+        (None, Some(longest)) => Some(Draft::Lookup(longest as usize)),
+        (None, None) => None,
+    };
+    let done = match draft {
+        Some(draft) => samples.run_speculative(draft),
+        None if args.plain => samples.run_plain(),
+        None => samples.run(),
+    };
+    match done {
+        Ok(()) => samples.report_speed(),
+        Err(e) if is_broken_pipe(&e) => {}
+        Err(e) => return Err(e),
     }
     Ok(error::exit::OK)
 }
@@ -200,70 +250,260 @@ fn encode_prompt(tokenizer: &Tokenizer, prompt: &str, no_bos: bool) -> Result<Ve
         .usage("give a prompt, or leave `--no-bos` out")
 }
 
-/// Generates, writing text to stdout as it comes.
-fn one_sample(args: &Args, loaded: &Loaded, ids: &[u32], seed: u64) -> Result<TextGeneration> {
-    let options = GenerateOptions {
-        max_new_tokens: args.max_new_tokens,
-        sampling: args.sampling(seed),
-        eos: loaded.eos.clone(),
-        vocab_size: loaded.tokenizer.as_ref().map(|t| t.vocab_size()),
-    };
-    let mut show = |piece: &str| if args.streams() { write_stdout(piece) } else { Ok(()) };
-    if let Some(tokenizer) = &loaded.tokenizer {
-        return generate_text(&loaded.model, tokenizer, ids, &options, &args.stop, &mut show);
+/// The second model, on the first one's device.
+fn load_draft(dir: &Path, loaded: &Loaded) -> Result<Loaded> {
+    let (model, with_tokenizer) = (&loaded.model, loaded.tokenizer.is_some());
+    let draft = load::load(dir, model.device(), Some(model.kind()), with_tokenizer)?;
+    // Without a tokenizer, whoever gives ids answers for their meaning.
+    if let (Some(ours), Some(theirs)) = (&loaded.tokenizer, &draft.tokenizer) {
+        check_tokenizers(ours, theirs)?;
     }
-    let mut text = String::new();
-    let generation = engine::generate(&loaded.model, ids, &options, &mut |token| {
-        let space = if text.is_empty() { "" } else { " " };
-        let piece = format!("{space}{}", token.id);
-        text.push_str(&piece);
-        show(&piece).map(|()| true)
-    })?;
-    Ok(TextGeneration { text, generation })
+    Ok(draft)
 }
 
-/// Writes what streaming has not: the end of the line, the whole text, or the JSON object.
-fn finish_sample(args: &Args, prompt: &str, sample: &TextGeneration, seed: u64) -> Result<()> {
-    let TextGeneration { text, generation } = sample;
-    if args.streams() {
-        return write_stdout("\n");
-    }
-    if !args.json {
-        return write_stdout(&format!("{text}\n"));
-    }
-    let new_tokens = generation.tokens.len();
-    let object = JsonSample {
-        prompt,
-        text,
-        tokens: &generation.tokens,
-        logprobs: &generation.logprobs,
-        finish_reason: generation.finish_reason,
-        prompt_tokens: generation.timings.prompt_tokens,
-        new_tokens,
-        seed,
-        tokens_per_sec: generation.timings.tokens_per_sec(new_tokens),
-    };
-    write_stdout(&format!("{}\n", serde_json::to_string(&object)?))
+struct Prompt<'a> {
+    text: &'a str,
+    ids: Vec<u32>,
 }
 
-/// One line on stderr.
-fn report_speed(args: &Args, loaded: &Loaded, generation: &Generation, i: u64) {
-    let (t, gib) = (&generation.timings, |bytes: u64| bytes as f64 / (1u64 << 30) as f64);
-    let memory = peak_memory(loaded.model.device());
-    let memory = memory.map_or("unknown".into(), |bytes| format!("{:.2} GiB", gib(bytes)));
-    eprintln!(
-        "sample {}/{} | {} new tokens ({}) in {:.2} s | prefill {} tok, {:.1} tok/s | \
-         decode {:.1} tok/s | peak memory {memory}, cache {:.3} GiB",
-        i + 1,
-        args.num_samples,
-        generation.tokens.len(),
-        generation.finish_reason.name(),
-        (t.prefill + t.decode).as_secs_f64(),
-        t.prompt_tokens,
-        t.prefill_tokens_per_sec(),
-        t.decode_tokens_per_sec(),
-        gib(generation.cache_bytes),
-    );
+/// All samples of all prompts. They are made at the same time, and shown one after the other.
+struct Samples<'a> {
+    args: &'a Args,
+    loaded: &'a Loaded,
+    prompts: &'a [Prompt<'a>],
+    /// Those of the first prompt, then those of the second ..
+    samples: Vec<Sample<'a>>,
+    /// The sample whose text is written as it comes.
+    turn: usize,
+    timings: Timings,
+    cache_bytes: u64,
+}
+
+struct Sample<'a> {
+    prompt: &'a Prompt<'a>,
+    seed: u64,
+    /// `None` where ids are printed.
+    stream: Option<TextStream<'a>>,
+    text: String,
+    tokens: Vec<u32>,
+    logprobs: Vec<f64>,
+    ended: Option<FinishReason>,
+    time: Duration,
+}
+
+impl<'a> Samples<'a> {
+    fn new(args: &'a Args, loaded: &'a Loaded, prompts: &'a [Prompt<'a>]) -> Result<Self> {
+        let mut samples = Vec::new();
+        for prompt in prompts {
+            let stream =
+                loaded.tokenizer.as_ref().map(|t| TextStream::new(t, &prompt.ids, &args.stop));
+            let stream = stream.transpose()?;
+            samples.extend((0..args.num_samples).map(|i| Sample {
+                prompt,
+                seed: args.seed.wrapping_add(i),
+                stream: stream.clone(),
+                text: String::new(),
+                tokens: Vec::new(),
+                logprobs: Vec::new(),
+                ended: None,
+                time: Duration::ZERO,
+            }));
+        }
+        let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
+        let timings = Timings { prompt_tokens, ..Default::default() };
+        Ok(Self { args, loaded, prompts, samples, turn: 0, timings, cache_bytes: 0 })
+    }
+
+    fn options(&self, seed: u64) -> GenerateOptions {
+        GenerateOptions {
+            max_new_tokens: self.args.max_new_tokens,
+            sampling: self.args.sampling(seed),
+            eos: self.loaded.eos.clone(),
+            vocab_size: self.loaded.tokenizer.as_ref().map(|t| t.vocab_size()),
+            top_logprobs: 0,
+        }
+    }
+
+    /// By the engine: all prompts and samples together, each prompt read once.
+    fn run(&mut self) -> Result<()> {
+        let (model, n) = (&self.loaded.model, self.args.num_samples as usize);
+        let new = self.args.max_new_tokens;
+        let needs: Vec<_> = self.prompts.iter().map(|prompt| (prompt.ids.len(), new, n)).collect();
+        let sizes = EngineOptions::for_requests(model, &needs);
+        let mut engine = Engine::new(model, sizes);
+        self.cache_bytes = sizes.cache_bytes(model);
+        let start = Instant::now();
+        let mut ids = Vec::new(); // of the requests, in order of the prompts
+        for prompt in self.prompts {
+            let options = self.options(self.args.seed);
+            ids.push(engine.submit(Request { prompt: prompt.ids.clone(), samples: n, options })?);
+        }
+        let at = |id, index| ids.iter().position(|&i| i == id).unwrap_or(0) * n + index;
+        while !engine.is_idle() {
+            for event in engine.step() {
+                let time = start.elapsed();
+                match event {
+                    Event::Token { request, index, token } => {
+                        let sample = at(request, index);
+                        self.note_speed(sample, time);
+                        if !self.token(sample, token, time)? {
+                            engine.stop(request, index);
+                            self.end(sample, FinishReason::Stop)?;
+                        }
+                    }
+                    Event::Finished { request, index, reason } => {
+                        self.end(at(request, index), reason)?;
+                    }
+                    Event::Failed { error, .. } => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// By the plain loop, one sample after the other.
+    fn run_plain(&mut self) -> Result<()> {
+        for index in 0..self.samples.len() {
+            let (start, model) = (Instant::now(), &self.loaded.model);
+            let (prompt, seed) = (self.samples[index].prompt, self.samples[index].seed);
+            let options = self.options(seed);
+            let out = generate_plain(model, &prompt.ids, &options, &mut |token| {
+                self.token(index, token, start.elapsed())
+            })?;
+            self.add_timings(&out);
+            self.end(index, out.finish_reason)?;
+        }
+        Ok(())
+    }
+
+    /// By speculative decoding, one sample after the other.
+    fn run_speculative(&mut self, draft: Draft) -> Result<()> {
+        for index in 0..self.samples.len() {
+            let (start, model) = (Instant::now(), &self.loaded.model);
+            let (prompt, seed) = (self.samples[index].prompt, self.samples[index].seed);
+            let (most, options) = (self.args.draft_tokens as usize, self.options(seed));
+            let on_token = &mut |token| self.token(index, token, start.elapsed());
+            let (out, acceptance) =
+                generate_speculative(model, draft, most, &prompt.ids, &options, on_token)?;
+            self.add_timings(&out);
+            self.end(index, out.finish_reason)?;
+            eprintln!(
+                "draft | {} of {} proposals kept ({:.1} %) | {:.2} tokens a pass | {:.2}x the speed of \
+                 one pass a token",
+                acceptance.accepted,
+                acceptance.proposed,
+                100.0 * acceptance.rate(),
+                out.timings.decoded_tokens as f64 / acceptance.passes.max(1) as f64,
+                acceptance.speed_up(&out),
+            );
+        }
+        Ok(())
+    }
+
+    fn add_timings(&mut self, out: &Generation) {
+        self.cache_bytes = out.cache_bytes;
+        self.timings.prefill += out.timings.prefill;
+        self.timings.decode += out.timings.decode;
+        self.timings.decoded_tokens += out.timings.decoded_tokens;
+    }
+
+    /// A token of a sample came so long after the start.
+    fn note_speed(&mut self, index: usize, time: Duration) {
+        match self.timings.prefill.is_zero() {
+            true => self.timings.prefill = time,
+            false => self.timings.decode = time.saturating_sub(self.timings.prefill),
+        }
+        self.timings.decoded_tokens += usize::from(!self.samples[index].tokens.is_empty());
+    }
+
+    /// Takes a sample's next token; whether more is wanted.
+    fn token(&mut self, index: usize, token: Token, time: Duration) -> Result<bool> {
+        let sample = &mut self.samples[index];
+        sample.tokens.push(token.id);
+        sample.logprobs.push(token.logprob);
+        sample.time = time;
+        let piece = match &mut sample.stream {
+            Some(_) if token.is_eos => String::new(),
+            Some(stream) => stream.push(token.id),
+            None if sample.text.is_empty() => token.id.to_string(),
+            None => format!(" {}", token.id),
+        };
+        self.add(index, &piece)?;
+        Ok(!self.samples[index].stream.as_ref().is_some_and(TextStream::stopped))
+    }
+
+    /// Adds to a sample's text, and writes it where it is this sample's turn.
+    fn add(&mut self, index: usize, piece: &str) -> Result<()> {
+        self.samples[index].text.push_str(piece);
+        match index == self.turn && self.args.streams() && !piece.is_empty() {
+            true => write_stdout(piece),
+            false => Ok(()),
+        }
+    }
+
+    /// A sample has ended, unless it had before: writes what is due.
+    fn end(&mut self, index: usize, reason: FinishReason) -> Result<()> {
+        if self.samples[index].ended.is_some() {
+            return Ok(());
+        }
+        let rest = self.samples[index].stream.as_mut().map(TextStream::finish).unwrap_or_default();
+        self.add(index, &rest)?;
+        self.samples[index].ended = Some(reason);
+        while let Some(reason) = self.samples.get(self.turn).and_then(|sample| sample.ended) {
+            self.finish(self.turn, reason)?;
+            self.turn += 1;
+            if let Some(next) = self.samples.get(self.turn).filter(|_| self.args.streams()) {
+                write_stdout(&next.text)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what streaming has not: the end of the line, the whole text, or the JSON object.
+    fn finish(&self, index: usize, finish_reason: FinishReason) -> Result<()> {
+        let sample = &self.samples[index];
+        if self.args.streams() {
+            return write_stdout("\n");
+        }
+        if !self.args.json {
+            return write_stdout(&format!("{}\n", sample.text));
+        }
+        let new_tokens = sample.tokens.len();
+        let object = JsonSample {
+            prompt: sample.prompt.text,
+            text: &sample.text,
+            tokens: &sample.tokens,
+            logprobs: &sample.logprobs,
+            finish_reason,
+            prompt_tokens: sample.prompt.ids.len(),
+            new_tokens,
+            seed: sample.seed,
+            tokens_per_sec: new_tokens as f64 / sample.time.as_secs_f64().max(1e-9),
+        };
+        write_stdout(&format!("{}\n", serde_json::to_string(&object)?))
+    }
+
+    /// One line on stderr.
+    fn report_speed(&self) {
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        let memory = peak_memory(self.loaded.model.device());
+        let memory = memory.map_or("unknown".into(), |bytes| format!("{:.2} GiB", gib(bytes)));
+        let t = &self.timings;
+        let samples = match self.samples.as_slice() {
+            [one] => format!("1 sample ({})", one.ended.map_or("-", FinishReason::name)),
+            all => format!("{} samples", all.len()),
+        };
+        eprintln!(
+            "{samples} | {} new tokens in {:.2} s | prefill {} tok, {:.1} tok/s | decode {:.1} tok/s | \
+             peak memory {memory}, cache {:.3} GiB",
+            self.samples.iter().map(|sample| sample.tokens.len()).sum::<usize>(),
+            (t.prefill + t.decode).as_secs_f64(),
+            t.prompt_tokens,
+            t.prefill_tokens_per_sec(),
+            t.decode_tokens_per_sec(),
+            gib(self.cache_bytes),
+        );
+    }
 }
 
 /// Writes and flushes. A closed pipe is an error that [`is_broken_pipe`] knows.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_data;
+mod bench_decode;
 mod config;
 mod convert;
 mod doctor;

@@ -1,248 +1,586 @@
-//! The loop over tokens: read the prompt at once, then one token at a time from the cache.
+//! Many sequences through one model: each step reads some tokens of each, and the end of each chooses its next one.
+//!
+//! A sequence waits, then runs until it ends. New ones join while others run (continuous batching); long prompts are
+//! read in pieces between the others' tokens (chunked prefill); samples of one prompt, and prompts that begin alike,
+//! share the cache's blocks. Where blocks run out, the youngest sequence gives its own back and is read again later:
+//! nothing that it said is lost. Every sequence has its own sampler, so that its draws do not depend on its company.
+//!
+//! Read [`Engine::step`] first. What it must say is what [`super::plain`] says.
+//!
+//! # Source
+//! Orca (OSDI 2022), PagedAttention (arXiv 2309.06180), SARATHI (arXiv 2308.16369).
 
-use super::sampler::{Sampler, SamplingParams};
+use super::blocks::{BlockPool, Prefix, prefix};
+use super::request::{FinishReason, GenerateOptions, Generation, Token, check_prompt};
+use super::sampler::Sampler;
 use crate::error::WithHint;
-use crate::ffi;
-use crate::model::{GPT, KvCache};
+use crate::model::paged_cache::{BLOCK, Batch};
+use crate::model::{GPT, PagedCache, RopeType};
 use anyhow::{Result, anyhow};
-use serde::Serialize;
-use std::time::{Duration, Instant};
-use tch::{Device, Kind, Tensor};
+use std::collections::VecDeque;
+use std::time::Instant;
+use tch::{Kind, Tensor};
 
-/// What to generate and when to stop.
-#[derive(Clone, Debug)]
-pub struct GenerateOptions {
-    /// Stop after this many new tokens.
-    pub max_new_tokens: usize,
-    /// How to choose tokens.
-    pub sampling: SamplingParams,
-    /// Ids that end the text; the one that did is in the output.
-    pub eos: Vec<u32>,
-    /// Never choose ids from here on, such as the rows that pad the head; `None`: all rows.
-    pub vocab_size: Option<usize>,
+/// Sizes of an engine.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Blocks of [`BLOCK`] tokens in the cache.
+    pub blocks: usize,
+    /// Sequences that run at a time.
+    pub max_sequences: usize,
+    /// Tokens of a step: a prompt that has more is read in pieces.
+    pub max_step_tokens: usize,
+    /// Sequences that begin alike share what the cache has of it.
+    pub share_prefixes: bool,
 }
 
-impl Default for GenerateOptions {
+impl Default for EngineOptions {
     fn default() -> Self {
-        let sampling = SamplingParams::default();
-        Self { max_new_tokens: 50, sampling, eos: Vec::new(), vocab_size: None }
+        Self { blocks: 1024, max_sequences: 64, max_step_tokens: 512, share_prefixes: true }
     }
 }
 
-/// A new token, as soon as it is known.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Token {
-    /// Its id.
-    pub id: u32,
-    /// Natural log of its probability under the model itself: temperature 1, nothing masked.
-    pub logprob: f64,
-    /// Whether it is one of [`GenerateOptions::eos`].
-    pub is_eos: bool,
+impl EngineOptions {
+    /// For these requests and no others, as `(prompt tokens, new tokens, samples)`: room for all of them, or for as many
+    /// as run at a time.
+    pub fn for_requests(model: &GPT, requests: &[(usize, usize, usize)]) -> Self {
+        let blocks_of = |&(prompt, new, samples): &(usize, usize, usize)| {
+            let room = (model.config.max_length() as usize).saturating_sub(prompt);
+            let (shared, all) = (prompt / BLOCK, (prompt + new.min(room)).div_ceil(BLOCK));
+            shared + samples * (all - shared)
+        };
+        let most = if model.device().is_cuda() { 1024 } else { 64 };
+        let mut needs: Vec<usize> = requests.iter().map(blocks_of).collect();
+        needs.sort_unstable_by(|a, b| b.cmp(a));
+        let blocks = needs.iter().take(most).sum();
+        let share_prefixes = requests.len() > 1;
+        Self { blocks, max_sequences: most, share_prefixes, ..Self::default() }
+    }
+
+    /// Bytes of the cache for this model.
+    pub fn cache_bytes(&self, model: &GPT) -> u64 {
+        self.blocks as u64 * PagedCache::block_bytes(&model.config, model.kind())
+    }
 }
 
-/// Why generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FinishReason {
-    /// `max_new_tokens` were made.
-    Length,
-    /// The model ended the text.
-    Eos,
-    /// The receiver of the tokens wanted no more: a stop string.
-    Stop,
-    /// Prompt and output fill the model's context.
-    Context,
+/// Names a request.
+pub type RequestId = u64;
+
+/// A prompt to continue.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Ids.
+    pub prompt: Vec<u32>,
+    /// Continuations; number i draws with `seed + i`.
+    pub samples: usize,
+    /// How.
+    pub options: GenerateOptions,
 }
 
-impl FinishReason {
-    /// As in JSON: `length`, `eos`, `stop`, `context`.
-    pub fn name(self) -> &'static str {
+/// What a step made known.
+#[derive(Debug)]
+pub enum Event {
+    /// A new token of sample `index`.
+    Token {
+        /// Whose.
+        request: RequestId,
+        /// Which of its samples.
+        index: usize,
+        /// The token.
+        token: Token,
+    },
+    /// Sample `index` has ended; no more of it comes.
+    Finished {
+        /// Whose.
+        request: RequestId,
+        /// Which of its samples.
+        index: usize,
+        /// Why.
+        reason: FinishReason,
+    },
+    /// A request came to nothing, all samples of it.
+    Failed {
+        /// Whose.
+        request: RequestId,
+        /// Why.
+        error: anyhow::Error,
+    },
+}
+
+/// Sums since the engine began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Tokens of prompts, once a request.
+    pub prompt_tokens: u64,
+    /// Of these, found in the cache.
+    pub cached_prompt_tokens: u64,
+    /// Tokens made.
+    pub new_tokens: u64,
+    /// Sequences that gave their blocks back for others.
+    pub preempted: u64,
+    /// Passes through the model.
+    pub steps: u64,
+}
+
+/// One sample of a request.
+struct Sequence {
+    request: RequestId,
+    index: usize,
+    options: GenerateOptions,
+    /// Prompt and output.
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
+    /// The first so many have keys and values in the blocks of `table`.
+    cached: usize,
+    table: Vec<u32>,
+    /// Of the blocks that others may know: how many, and the hash up to the last.
+    published: (usize, Prefix),
+    sampler: Sampler,
+    /// Samples 1.. of the request, which begin once the prompt is read.
+    siblings: usize,
+}
+
+/// Continues many prompts at a time.
+pub struct Engine<'m> {
+    model: &'m GPT,
+    options: EngineOptions,
+    cache: PagedCache,
+    pool: BlockPool,
+    waiting: VecDeque<Sequence>,
+    /// In order of arrival.
+    running: Vec<Sequence>,
+    /// Events that no step made.
+    early: Vec<Event>,
+    next: RequestId,
+    counters: Counters,
+}
+
+impl<'m> Engine<'m> {
+    /// An engine over a model, with its cache in the model's dtype and on its device.
+    pub fn new(model: &'m GPT, options: EngineOptions) -> Self {
+        let share = options.share_prefixes && !angles_depend_on_length(model);
+        Self {
+            model,
+            options,
+            cache: PagedCache::new(&model.config, options.blocks, model.kind(), model.device()),
+            pool: BlockPool::new(options.blocks, share),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            early: Vec::new(),
+            next: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Takes a request in; the next steps work on it.
+    ///
+    /// # Errors
+    /// An empty prompt, one that leaves no room in the context or in the whole cache, an id that the model does not
+    /// have, sampling parameters out of range.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId> {
+        let Request { prompt, samples, mut options } = request;
+        check_prompt(self.model, &prompt)?;
+        let room = self.model.config.max_length() as usize - prompt.len();
+        let longest = prompt.len() + options.max_new_tokens.min(room);
+        self.check_room(longest)?;
+        let rows = self.model.config.padded_vocab_size as usize;
+        let vocab_size = options.vocab_size.unwrap_or(rows).min(rows);
+        options.vocab_size = Some(vocab_size);
+        let device = self.model.device();
+        let sampler = Sampler::new(&options.sampling, &prompt, vocab_size as i64, device)?;
+
+        let id = self.next;
+        self.next += 1;
+        self.counters.prompt_tokens += prompt.len() as u64;
+        if options.max_new_tokens == 0 {
+            let reason = FinishReason::Length;
+            let finished = |index| Event::Finished { request: id, index, reason };
+            self.early.extend((0..samples).map(finished));
+        } else if samples > 0 {
+            self.waiting.push_back(Sequence {
+                request: id,
+                index: 0,
+                options,
+                prompt_tokens: prompt.len(),
+                tokens: prompt,
+                cached: 0,
+                table: Vec::new(),
+                published: Default::default(),
+                sampler,
+                siblings: samples - 1,
+            });
+        }
+        Ok(id)
+    }
+
+    /// Ends a request without an event; its blocks are free at once.
+    pub fn cancel(&mut self, request: RequestId) {
+        self.remove(|sequence| sequence.request == request);
+        self.early.retain(|event| event.request() != request);
+    }
+
+    /// Ends one sample without an event, as where its text has met a stop string.
+    pub fn stop(&mut self, request: RequestId, index: usize) {
+        self.remove(|s| s.request == request && s.index == index && s.siblings == 0);
+    }
+
+    /// Forgets all requests and all that the cache holds, without events.
+    pub fn reset(&mut self) {
+        self.waiting.clear();
+        self.running.clear();
+        self.early.clear();
+        self.pool = BlockPool::new(self.options.blocks, self.pool.shares());
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty() && self.early.is_empty()
+    }
+
+    /// Samples that run, and that wait to run.
+    pub fn sequences(&self) -> (usize, usize) {
+        let all = |sequence: &Sequence| 1 + sequence.siblings;
+        (self.running.iter().map(all).sum(), self.waiting.iter().map(all).sum())
+    }
+
+    /// Blocks that nobody uses, and all.
+    pub fn blocks(&self) -> (usize, usize) {
+        (self.pool.free(), self.pool.len())
+    }
+
+    /// Sums since the beginning.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// One pass through the model: the next token of every sequence that has been read to its end, the next piece of
+    /// the others.
+    ///
+    /// # Sync
+    /// Waits for the chosen tokens.
+    ///
+    /// # Panics
+    /// Where libtorch fails, such as without memory ([`crate::guard::catch`]).
+    pub fn step(&mut self) -> Vec<Event> {
+        let _no_grad = tch::no_grad_guard();
+        let mut events = std::mem::take(&mut self.early);
+        self.admit();
+        let plan = self.plan();
+        if plan.is_empty() {
+            return events;
+        }
+        let parts: Vec<(&[u32], usize, &[u32])> = plan
+            .iter()
+            .map(|&(i, new)| (&self.running[i], new))
+            .map(|(s, new)| (&s.tokens[s.cached..s.cached + new], s.cached, &s.table[..]))
+            .collect();
+        let batch = Batch::new(&parts, self.model.device());
+        let x = self.model.hidden_paged(&batch, &mut self.cache); // (N, C)
+        self.counters.steps += 1;
+
+        let mut ends = Vec::new(); // (sequence, row) of those read to the end
+        for (&(i, new), span) in plan.iter().zip(&batch.spans) {
+            let sequence = &mut self.running[i];
+            sequence.cached += new;
+            if sequence.cached == sequence.tokens.len() {
+                ends.push((i, span.start + span.tokens - 1));
+            }
+        }
+        self.publish(&plan);
+        if !ends.is_empty() {
+            self.choose(&x, ends, &mut events);
+        }
+        events
+    }
+
+    /// Lets sequences run while there are places and blocks for all their tokens so far.
+    fn admit(&mut self) {
+        while let Some(first) = self.waiting.front() {
+            let places = self.options.max_sequences.saturating_sub(self.sequences().0);
+            if places < 1 + first.siblings && !self.running.is_empty() {
+                return;
+            }
+            // The last token is always read: its output is wanted.
+            let known = self.pool.take_known(&first.tokens[..first.tokens.len() - 1]);
+            let missing = first.tokens.len().div_ceil(BLOCK) - known.len();
+            if missing > self.pool.free() {
+                self.pool.give_back(&known);
+                return;
+            }
+            let Some(mut sequence) = self.waiting.pop_front() else { return };
+            sequence.cached = known.len() * BLOCK;
+            if sequence.tokens.len() == sequence.prompt_tokens {
+                self.counters.cached_prompt_tokens += sequence.cached as u64;
+            }
+            sequence.published = (known.len(), hash_up_to(&sequence.tokens, known.len()));
+            sequence.table = known;
+            sequence.table.extend((0..missing).filter_map(|_| self.pool.take()));
+            self.running.push(sequence);
+        }
+    }
+
+    /// Which sequence reads how many tokens in this step. Those that only lack their last token come first, then
+    /// pieces of prompts in order of arrival, while `max_step_tokens` allow.
+    fn plan(&mut self) -> Vec<(usize, usize)> {
+        let mut i = 0;
+        while i < self.running.len() {
+            match self.grow(i) {
+                true => i += 1,
+                false => self.preempt(), // the last one: perhaps i itself
+            }
+        }
+        let left = |s: &Sequence| s.tokens.len() - s.cached;
+        let whole = angles_depend_on_length(self.model);
+        let mut budget = self.options.max_step_tokens.max(1);
+        let mut plan = Vec::new();
+        for decoding in [true, false] {
+            for (i, sequence) in self.running.iter().enumerate() {
+                let left = left(sequence);
+                if (left == 1) == decoding && budget > 0 {
+                    let new = if whole { left } else { left.min(budget) };
+                    budget = budget.saturating_sub(new);
+                    plan.push((i, new));
+                }
+            }
+        }
+        plan
+    }
+
+    /// Gives sequence i the block that its last token needs; `false` where none is free.
+    fn grow(&mut self, i: usize) -> bool {
+        let sequence = &mut self.running[i];
+        if sequence.tokens.len() <= sequence.table.len() * BLOCK {
+            return true;
+        }
+        let block = self.pool.take();
+        sequence.table.extend(block);
+        block.is_some()
+    }
+
+    /// The youngest sequence gives its blocks back and waits, before all others.
+    fn preempt(&mut self) {
+        let Some(mut sequence) = self.running.pop() else { return };
+        self.pool.give_back(&sequence.table);
+        sequence.table.clear();
+        sequence.cached = 0;
+        self.counters.preempted += 1;
+        self.waiting.push_front(sequence);
+    }
+
+    /// Tells the pool of blocks that are full now.
+    fn publish(&mut self, plan: &[(usize, usize)]) {
+        if !self.pool.shares() {
+            return;
+        }
+        for &(i, _) in plan {
+            let s = &mut self.running[i];
+            let (mut blocks, mut before) = s.published;
+            while (blocks + 1) * BLOCK <= s.cached {
+                before = prefix(&before, &s.tokens[blocks * BLOCK..(blocks + 1) * BLOCK]);
+                self.pool.publish(s.table[blocks], before);
+                blocks += 1;
+            }
+            s.published = (blocks, before);
+        }
+    }
+
+    /// The next token of the sequences that end at these rows of x (N, C).
+    fn choose(&mut self, x: &Tensor, mut ends: Vec<(usize, i64)>, events: &mut Vec<Event>) {
+        let rows: Vec<i64> = ends.iter().map(|&(_, row)| row).collect();
+        let rows = Tensor::from_slice(&rows).to_device(x.device()); // (E,)
+        let logits = self.model.head(&x.index_select(0, &rows)); // (E, V)
+        let logprobs = logits.log_softmax(-1, Kind::Float); // (E, V)
+
+        // From here on: (sequence, row of the logits). Siblings begin with the row of their first.
+        ends.iter_mut().enumerate().for_each(|(row, end)| end.1 = row as i64);
+        for at in 0..ends.len() {
+            let (i, row) = ends[at];
+            let siblings = self.fork(i);
+            ends.extend(siblings.map(|sibling| (sibling, row)));
+        }
+
+        let mut ended = Vec::new(); // (request, index)
+        for (i, row) in ends {
+            let sequence = &mut self.running[i];
+            let (request, index) = (sequence.request, sequence.index);
+            match sequence.choose(&logits.select(0, row), &logprobs.select(0, row)) {
+                Ok(token) => {
+                    self.counters.new_tokens += 1;
+                    let reason = sequence.ended(&token, self.model.config.max_length() as usize);
+                    events.push(Event::Token { request, index, token });
+                    if let Some(reason) = reason {
+                        events.push(Event::Finished { request, index, reason });
+                        ended.push((request, Some(index)));
+                    }
+                }
+                Err(error) => {
+                    events.push(Event::Failed { request, error });
+                    ended.push((request, None));
+                }
+            }
+        }
+        if !ended.is_empty() {
+            let is = |s: &Sequence, (request, index): (RequestId, Option<usize>)| {
+                s.request == request && index.is_none_or(|index| index == s.index)
+            };
+            self.remove(|sequence| ended.iter().any(|&end| is(sequence, end)));
+        }
+    }
+
+    /// Once sequence i has its prompt read, its siblings run beside it: they share its full blocks and copy the last.
+    /// Those that find no block wait and read the prompt again. Returns where they run.
+    fn fork(&mut self, i: usize) -> std::ops::Range<usize> {
+        let first_new = self.running.len();
+        let siblings = std::mem::take(&mut self.running[i].siblings);
+        for index in 1..=siblings {
+            let leader = &self.running[i];
+            let mut sequence = leader.sibling(index);
+            let full = leader.cached / BLOCK;
+            let last =
+                leader.table.get(full).copied().filter(|_| !leader.cached.is_multiple_of(BLOCK));
+            let copy = last.and_then(|_| self.pool.take());
+            if last.is_some() && copy.is_none() {
+                self.waiting.push_back(sequence);
+                continue;
+            }
+            sequence.table = leader.table[..full].to_vec();
+            sequence.table.iter().for_each(|&block| self.pool.share(block));
+            if let (Some(last), Some(copy)) = (last, copy) {
+                self.cache.copy_block(last, copy);
+                sequence.table.push(copy);
+            }
+            sequence.cached = leader.cached;
+            sequence.published = leader.published;
+            self.running.push(sequence);
+        }
+        first_new..self.running.len()
+    }
+
+    fn remove(&mut self, is: impl Fn(&Sequence) -> bool) {
+        self.waiting.retain(|sequence| !is(sequence));
+        let (gone, stay) = std::mem::take(&mut self.running).into_iter().partition(is);
+        self.running = stay;
+        let gone: Vec<Sequence> = gone;
+        gone.iter().for_each(|sequence| self.pool.give_back(&sequence.table));
+    }
+
+    /// Refuses a sequence that the whole cache could not hold.
+    fn check_room(&self, tokens: usize) -> Result<()> {
+        let (needed, all) = (tokens.div_ceil(BLOCK), self.pool.len());
+        if needed <= all {
+            return Ok(());
+        }
+        let room = all * BLOCK;
+        Err(anyhow!(
+            "the cache is too small: {tokens} tokens of prompt and output, room for {room}"
+        ))
+        .usage("lower the number of new tokens, shorten the prompt, or give the cache more memory")
+    }
+}
+
+impl Event {
+    /// The request it is about.
+    pub fn request(&self) -> RequestId {
         match self {
-            Self::Length => "length",
-            Self::Eos => "eos",
-            Self::Stop => "stop",
-            Self::Context => "context",
+            Self::Token { request, .. } => *request,
+            Self::Finished { request, .. } => *request,
+            Self::Failed { request, .. } => *request,
         }
     }
 }
 
-/// New tokens and how long they took.
-#[derive(Clone, Debug)]
-pub struct Generation {
-    /// New tokens, without the prompt.
-    pub tokens: Vec<u32>,
-    /// See [`Token::logprob`]; one a token.
-    pub logprobs: Vec<f64>,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// Speed.
-    pub timings: Timings,
-    /// Bytes of the key/value cache.
-    pub cache_bytes: u64,
-}
-
-/// Wall-clock of one generation.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Timings {
-    /// Tokens read before the first new one.
-    pub prompt_tokens: usize,
-    /// Until the first new token was known.
-    pub prefill: Duration,
-    /// Tokens made after the first.
-    pub decoded_tokens: usize,
-    /// From the first new token to the last.
-    pub decode: Duration,
-}
-
-impl Timings {
-    /// Prompt tokens read in a second.
-    pub fn prefill_tokens_per_sec(&self) -> f64 {
-        rate(self.prompt_tokens, self.prefill)
+impl Sequence {
+    /// Sample `index` of the same request, with nothing read yet.
+    fn sibling(&self, index: usize) -> Self {
+        Self {
+            request: self.request,
+            index,
+            options: self.options.clone(),
+            tokens: self.tokens.clone(),
+            prompt_tokens: self.prompt_tokens,
+            cached: 0,
+            table: Vec::new(),
+            published: Default::default(),
+            sampler: self.sampler.sibling(index as u64),
+            siblings: 0,
+        }
     }
 
-    /// Tokens made in a second after the first; 0 where there is one only.
-    pub fn decode_tokens_per_sec(&self) -> f64 {
-        rate(self.decoded_tokens, self.decode)
+    /// # Shapes
+    /// logits, logprobs (V,).
+    fn choose(&mut self, logits: &Tensor, logprobs: &Tensor) -> Result<Token> {
+        let vocab_size = self.sampler.vocab_size();
+        let id = self.sampler.sample(&logits.narrow(0, 0, vocab_size))?;
+        let logprob = logprobs.double_value(&[id as i64]);
+        let top = match (self.options.top_logprobs as i64).min(vocab_size) {
+            0 => Vec::new(),
+            k => best(&logprobs.narrow(0, 0, vocab_size), k)?,
+        };
+        self.tokens.push(id);
+        Ok(Token { id, logprob, is_eos: self.options.eos.contains(&id), top })
     }
 
-    /// New tokens in a second of the whole call, reading the prompt included.
-    pub fn tokens_per_sec(&self, new_tokens: usize) -> f64 {
-        rate(new_tokens, self.prefill + self.decode)
+    /// Whether and why the sequence ends with this token.
+    fn ended(&self, token: &Token, context: usize) -> Option<FinishReason> {
+        match () {
+            _ if token.is_eos => Some(FinishReason::Eos),
+            _ if self.tokens.len() - self.prompt_tokens >= self.options.max_new_tokens => {
+                Some(FinishReason::Length)
+            }
+            _ if self.tokens.len() >= context => Some(FinishReason::Context),
+            _ => None,
+        }
     }
 }
 
-fn rate(tokens: usize, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() }
+/// The k largest of (V,), best first.
+fn best(logprobs: &Tensor, k: i64) -> Result<Vec<(u32, f64)>> {
+    let (values, ids) = logprobs.topk(k, 0, true, true); // (k,) x2
+    let values: Vec<f64> = Vec::try_from(&values.to_kind(Kind::Double))?;
+    let ids: Vec<i64> = Vec::try_from(&ids)?;
+    Ok(ids.into_iter().map(|id| id as u32).zip(values).collect())
 }
 
-/// Continues `prompt`. `on_token` gets each new token at once and says whether to go on; an error
-/// of its own ends the generation with that error.
-///
-/// # Sync
-/// Once or twice a token: the next one depends on the last.
+fn hash_up_to(tokens: &[u32], blocks: usize) -> Prefix {
+    tokens.chunks_exact(BLOCK).take(blocks).fold(Prefix::default(), |hash, ids| prefix(&hash, ids))
+}
+
+/// Dynamic scaling turns a prompt beyond `block_size` by angles of its whole length: it cannot be read in pieces.
+fn angles_depend_on_length(model: &GPT) -> bool {
+    model.config.rope_scaling.as_ref().is_some_and(|s| s.rope_type == RopeType::Dynamic)
+}
+
+/// Continues `prompt` by an engine of its own: see [`super::plain::generate_plain`].
 ///
 /// # Errors
-/// An empty prompt, one that leaves no room in the context, an id that the model does not have,
-/// sampling parameters out of range, logits that are not finite, errors of `on_token`.
+/// As [`Engine::submit`]; logits that are not finite, errors of `on_token`.
 pub fn generate(
     model: &GPT,
     prompt: &[u32],
     options: &GenerateOptions,
     on_token: &mut dyn FnMut(Token) -> Result<bool>,
 ) -> Result<Generation> {
-    let _no_grad = tch::no_grad_guard();
-    let (config, device) = (&model.config, model.device());
     check_prompt(model, prompt)?;
-    let room = config.max_length() as usize - prompt.len();
-    let new = options.max_new_tokens.min(room);
-    let vocab_size =
-        options.vocab_size.unwrap_or(usize::MAX).min(config.padded_vocab_size as usize);
-    let mut sampler = Sampler::new(&options.sampling, prompt, vocab_size as i64, device)?;
-    let mut out = Generation::new(prompt.len(), model, prompt.len() + new);
-    if new == 0 {
-        return Ok(out);
-    }
-
-    let mut cache = KvCache::new(config, 1, (prompt.len() + new) as i64, model.kind(), device);
-    let mut input = ids_tensor(prompt, device); // (1, P), later (1, 1)
+    let sizes = EngineOptions::for_requests(model, &[(prompt.len(), options.max_new_tokens, 1)]);
+    let mut engine = Engine::new(model, sizes);
+    let mut out = Generation::new(prompt.len(), sizes.cache_bytes(model));
     let start = Instant::now();
-    loop {
-        let x = model.hidden(&input, None, Some(&mut cache)); // (1, T, C)
-        let last = x.select(1, -1); // (1, C): only the last position chooses a token
-        let logits = model.head(&last).squeeze_dim(0); // (V,)
-        let id = sampler.sample(&logits.narrow(0, 0, vocab_size as i64))?;
-        let logprob = logits.log_softmax(-1, Kind::Float).double_value(&[id as i64]);
-        out.push(id, logprob, start.elapsed());
-
-        let is_eos = options.eos.contains(&id);
-        let go_on = on_token(Token { id, logprob, is_eos })?;
-        let reason = match () {
-            _ if is_eos => Some(FinishReason::Eos),
-            _ if !go_on => Some(FinishReason::Stop),
-            _ if out.tokens.len() == options.max_new_tokens => Some(FinishReason::Length),
-            _ if out.tokens.len() == room => Some(FinishReason::Context),
-            _ => None,
-        };
-        if let Some(reason) = reason {
-            out.finish_reason = reason;
-            return Ok(out);
-        }
-        input = ids_tensor(&[id], device); // (1, 1)
-    }
-}
-
-impl Generation {
-    fn new(prompt_tokens: usize, model: &GPT, cache_tokens: usize) -> Self {
-        let c = &model.config;
-        let element = model.kind().elt_size_in_bytes() as u64;
-        let values = (2 * c.n_layer * c.n_query_groups * c.head_size) as u64 * cache_tokens as u64;
-        Self {
-            tokens: Vec::new(),
-            logprobs: Vec::new(),
-            finish_reason: FinishReason::Length,
-            timings: Timings { prompt_tokens, ..Default::default() },
-            cache_bytes: values * element,
-        }
-    }
-
-    /// Notes a token that was known `elapsed` after the start.
-    fn push(&mut self, id: u32, logprob: f64, elapsed: Duration) {
-        match self.tokens.is_empty() {
-            true => self.timings.prefill = elapsed,
-            false => {
-                self.timings.decoded_tokens += 1;
-                self.timings.decode = elapsed - self.timings.prefill;
+    engine.submit(Request { prompt: prompt.to_vec(), samples: 1, options: options.clone() })?;
+    while !engine.is_idle() {
+        for event in engine.step() {
+            match event {
+                Event::Token { token, .. } => {
+                    out.push(token.id, token.logprob, start.elapsed());
+                    let is_eos = token.is_eos;
+                    if !on_token(token)? && !is_eos {
+                        out.finish_reason = FinishReason::Stop;
+                        return Ok(out);
+                    }
+                }
+                Event::Finished { reason, .. } => out.finish_reason = reason,
+                Event::Failed { error, .. } => return Err(error),
             }
         }
-        self.tokens.push(id);
-        self.logprobs.push(logprob);
     }
-}
-
-/// (1, T) of i64.
-pub(super) fn ids_tensor(ids: &[u32], device: Device) -> Tensor {
-    let ids: Vec<i64> = ids.iter().map(|&id| id as i64).collect();
-    Tensor::from_slice(&ids).to_device(device).unsqueeze(0)
-}
-
-fn check_prompt(model: &GPT, prompt: &[u32]) -> Result<()> {
-    let context = model.config.max_length() as usize;
-    check_ids(model, prompt)?;
-    if prompt.is_empty() {
-        return Err(anyhow!("the prompt has no tokens"))
-            .usage("give at least one token, such as bos");
-    }
-    if prompt.len() >= context {
-        let (got, over) = (prompt.len(), prompt.len() - context + 1);
-        let problem = if got == context { "fills" } else { "is longer than" };
-        return Err(anyhow!(
-            "the prompt {problem} the model's context: {got} tokens, `block_size` is {context}"
-        ))
-        .usage(format!("shorten it by at least {over} tokens to leave room for one new token"));
-    }
-    Ok(())
-}
-
-/// Refuses an id that has no row in the embedding (on a GPU it would end the process).
-pub(super) fn check_ids(model: &GPT, ids: &[u32]) -> Result<()> {
-    let rows = model.config.padded_vocab_size;
-    let Some(at) = ids.iter().position(|&id| id as i64 >= rows) else { return Ok(()) };
-    Err(anyhow!(
-        "token {} at position {at} is out of the vocabulary: the model has ids 0 to {}",
-        ids[at],
-        rows - 1
-    ))
-    .usage("check that the ids come from this model's tokenizer")
-}
-
-/// Peak bytes: of libtorch's allocator on a GPU, of the process on the CPU; `None` where the system
-/// does not say.
-pub fn peak_memory(device: Device) -> Option<u64> {
-    if let Device::Cuda(index) = device {
-        return ffi::cuda_memory(index).ok().map(|memory| memory.peak_allocated as u64);
-    }
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kib * 1024)
+    Ok(out)
 }

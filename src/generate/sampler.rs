@@ -71,6 +71,7 @@ impl SamplingParams {
 #[derive(Debug)]
 pub struct Sampler {
     params: SamplingParams,
+    vocab_size: i64,
     rng: ChaCha8Rng,
     /// (V,) of bool: ids in prompt and output so far; kept only for the repetition penalty.
     seen: Option<Tensor>,
@@ -91,9 +92,22 @@ impl Sampler {
         let seen = (params.repetition_penalty != 1.0)
             .then(|| Tensor::zeros([vocab_size], (Kind::Bool, device)));
         let rng = ChaCha8Rng::seed_from_u64(params.seed);
-        let mut sampler = Self { params: params.clone(), rng, seen };
+        let mut sampler = Self { params: params.clone(), vocab_size, rng, seen };
         sampler.see(prompt);
         Ok(sampler)
+    }
+
+    /// For sample `index` of the same prompt, before the first draw: the seed is `index` more.
+    pub fn sibling(&self, index: u64) -> Self {
+        let seed = self.params.seed.wrapping_add(index);
+        let params = SamplingParams { seed, ..self.params.clone() };
+        let seen = self.seen.as_ref().map(Tensor::copy);
+        Self { params, vocab_size: self.vocab_size, rng: ChaCha8Rng::seed_from_u64(seed), seen }
+    }
+
+    /// Ids that it chooses from.
+    pub fn vocab_size(&self) -> i64 {
+        self.vocab_size
     }
 
     /// Notes tokens of the sequence that this sampler did not choose itself.
@@ -107,6 +121,30 @@ impl Sampler {
         }
     }
 
+    /// What the next token is drawn from: a [`Sampler::sample`] that stops before the draw.
+    ///
+    /// # Shapes
+    /// logits (V,), any float dtype.
+    ///
+    /// # Errors
+    /// Logits that are not finite.
+    pub fn distribution(&self, logits: &Tensor) -> Result<Distribution> {
+        let mut logits = logits.to_kind(Kind::Float); // (V,)
+        if let Some(seen) = &self.seen {
+            logits = repetition_penalty(&logits, seen, self.params.repetition_penalty);
+        }
+        if self.params.is_greedy() {
+            return Ok(Distribution::Certain(argmax(&logits)?));
+        }
+        let probs = warp(&logits, &self.params).softmax(-1, Kind::Float);
+        Ok(Distribution::Spread(Vec::try_from(&probs.to_device(Device::Cpu))?))
+    }
+
+    /// The next number in [0, 1) of this sampler's draws.
+    pub fn uniform(&mut self) -> f64 {
+        uniform(&mut self.rng)
+    }
+
     /// The next token.
     ///
     /// # Shapes
@@ -118,19 +156,51 @@ impl Sampler {
     /// # Errors
     /// Logits that are not finite.
     pub fn sample(&mut self, logits: &Tensor) -> Result<u32> {
-        let mut logits = logits.to_kind(Kind::Float); // (V,)
-        if let Some(seen) = &self.seen {
-            logits = repetition_penalty(&logits, seen, self.params.repetition_penalty);
-        }
-        let id = if self.params.is_greedy() {
-            argmax(&logits)?
-        } else {
-            let probs = warp(&logits, &self.params).softmax(-1, Kind::Float);
-            let probs: Vec<f32> = Vec::try_from(&probs.to_device(Device::Cpu))?;
-            draw(&probs, uniform(&mut self.rng))?
+        let id = match self.distribution(logits)? {
+            Distribution::Certain(id) => id,
+            spread => spread.draw(self.uniform())?,
         };
         self.see(&[id]);
         Ok(id)
+    }
+}
+
+/// Probabilities of all ids.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Distribution {
+    /// One id has probability 1.
+    Certain(u32),
+    /// (V,), in order of ids; their sum need not be 1.
+    Spread(Vec<f32>),
+}
+
+impl Distribution {
+    /// Probability of an id.
+    pub fn of(&self, id: u32) -> f64 {
+        match self {
+            Self::Certain(certain) => f64::from(u8::from(*certain == id)),
+            Self::Spread(probs) => probs.get(id as usize).map_or(0.0, |&p| p as f64),
+        }
+    }
+
+    /// max(0, self - other), where self is not other.
+    pub fn without(&self, other: &Self) -> Self {
+        let Self::Spread(probs) = self else { return self.clone() };
+        let rest = |(id, &p): (usize, &f32)| (p as f64 - other.of(id as u32)).max(0.0) as f32;
+        let rest: Vec<f32> = probs.iter().enumerate().map(rest).collect();
+        // Equal up to rounding: any draw from either is right.
+        if rest.iter().all(|&p| p == 0.0) { self.clone() } else { Self::Spread(rest) }
+    }
+
+    /// The id at `u` in [0, 1); certain ids need none.
+    ///
+    /// # Errors
+    /// Probabilities that are not finite.
+    pub fn draw(&self, u: f64) -> Result<u32> {
+        match self {
+            Self::Certain(id) => Ok(*id),
+            Self::Spread(probs) => draw(probs, u),
+        }
     }
 }
 
@@ -143,7 +213,7 @@ pub fn warp(logits: &Tensor, params: &SamplingParams) -> Tensor {
     if let Some(k) = params.top_k {
         logits = top_k(&logits, k);
     }
-    logits /= params.temperature;
+    logits = logits / params.temperature; // not in place: other samples may need the same logits
     if params.top_p < 1.0 {
         logits = top_p(&logits, params.top_p);
     }

@@ -1,6 +1,6 @@
 //! The probability of a given text: log p(token | the tokens before it).
 
-use super::engine::{check_ids, ids_tensor};
+use super::request::{check_ids, ids_tensor};
 use crate::error::WithHint;
 use crate::model::GPT;
 use anyhow::{Result, anyhow};

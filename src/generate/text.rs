@@ -1,9 +1,10 @@
 //! Ids to text as it comes: stop strings are found across token borders and never shown.
 
-use super::engine::{FinishReason, GenerateOptions, Generation, generate};
+use super::engine::generate;
+use super::request::{FinishReason, GenerateOptions, Generation};
 use crate::error::WithHint;
 use crate::model::GPT;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{DecodeStream, Tokenizer};
 use anyhow::{Context, Result};
 
 /// A generation and its text.
@@ -28,41 +29,64 @@ pub fn generate_text(
     stop: &[String],
     on_text: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<TextGeneration> {
-    // The prompt goes first, so that the space before a word that continues it is kept.
-    let mut stream = tokenizer.decode_stream_after(prompt);
-    let mut matcher = StopMatcher::new(stop)?;
+    let mut stream = TextStream::new(tokenizer, prompt, stop)?;
     let mut text = String::new();
-    let mut emit = |piece: &str| -> Result<()> {
-        if piece.is_empty() {
-            return Ok(());
-        }
-        text.push_str(piece);
-        on_text(piece)
+    let mut emit = |piece: String| -> Result<()> {
+        text.push_str(&piece);
+        if piece.is_empty() { Ok(()) } else { on_text(&piece) }
     };
-
     let mut generation = generate(model, prompt, options, &mut |token| {
         if token.is_eos {
             return Ok(false);
         }
-        if let Some(piece) = stream.push(token.id) {
-            emit(&matcher.push(&piece))?;
-        }
-        Ok(!matcher.stopped())
+        emit(stream.push(token.id))?;
+        Ok(!stream.stopped())
     })?;
-
-    // An incomplete character at the end, then what was held back.
-    if let Some(piece) = stream.finish() {
-        emit(&matcher.push(&piece))?;
-    }
-    emit(&matcher.finish())?;
-    if matcher.stopped() {
+    emit(stream.finish())?;
+    if stream.stopped() {
         generation.finish_reason = FinishReason::Stop;
     }
     Ok(TextGeneration { text, generation })
 }
 
+/// The text of ids that come one at a time, up to a stop string.
+#[derive(Clone)]
+pub struct TextStream<'a> {
+    /// `None` once it has ended.
+    stream: Option<DecodeStream<'a>>,
+    matcher: StopMatcher,
+}
+
+impl<'a> TextStream<'a> {
+    /// The text behind `prompt`, which goes first so that the space before a word that continues it is kept.
+    ///
+    /// # Errors
+    /// An empty stop string.
+    pub fn new(tokenizer: &'a Tokenizer, prompt: &[u32], stop: &[String]) -> Result<Self> {
+        let stream = Some(tokenizer.decode_stream_after(prompt));
+        Ok(Self { stream, matcher: StopMatcher::new(stop)? })
+    }
+
+    /// Takes the next id; returns the text that is certain.
+    pub fn push(&mut self, id: u32) -> String {
+        let piece = self.stream.as_mut().and_then(|stream| stream.push(id));
+        piece.map_or_else(String::new, |piece| self.matcher.push(&piece))
+    }
+
+    /// Whether a stop string was found.
+    pub fn stopped(&self) -> bool {
+        self.matcher.stopped()
+    }
+
+    /// What was held back, once no more can come: an incomplete character, the start of a stop string.
+    pub fn finish(&mut self) -> String {
+        let piece = self.stream.take().and_then(DecodeStream::finish).unwrap_or_default();
+        self.matcher.push(&piece) + &self.matcher.finish()
+    }
+}
+
 /// Finds stop strings in text that comes in pieces.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StopMatcher {
     stops: Vec<String>,
     /// End of the text so far that may be the start of a stop string.

@@ -1,8 +1,8 @@
 //! Causal self-attention with grouped queries and rotary positions.
 
 use super::config::ModelConfig;
-use super::kv_cache::LayerCache;
 use super::linear::Linear;
+use super::paged_cache::LayerOf;
 use crate::config::AttentionBackend;
 use crate::ops::{self, Documents, Mask};
 use tch::{Device, Tensor};
@@ -86,7 +86,7 @@ impl CausalSelfAttention {
     ///
     /// # Shapes
     /// qkv (B, T, (H+2G)*D) -> (B, T, C).
-    pub fn forward(&self, qkv: &Tensor, at: &Positions, cache: Option<&mut LayerCache>) -> Tensor {
+    pub fn forward(&self, qkv: &Tensor, at: &Positions, cache: Option<LayerOf>) -> Tensor {
         let (b, t, _) = qkv.size3().expect("qkv is (B, T, (H+2G)*D)");
         let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
 
@@ -99,8 +99,7 @@ impl CausalSelfAttention {
                 let qkv = ops::rope_qkv(qkv, &at.cos, &at.sin, h + g, d, with.fused); // (B, T, (H+2G)*D)
                 let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
                 let (q, k, v) = ops::split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
-                let (k, v) = cache.append(&k, &v); // (B, G, S, D) x2, S = cached + T
-                ops::attention(&q, &k, &v, mask, backend) // (B, H, T, D)
+                cache.attend(&q, &k, &v, backend) // (B, H, T, D)
             }
         };
         let y = y.transpose(1, 2).reshape([b, t, h * d]); // (B, T, H*D)

@@ -2,9 +2,9 @@
 
 use super::attention::{CausalSelfAttention, Positions};
 use super::config::ModelConfig;
-use super::kv_cache::LayerCache;
 use super::mlp::Mlp;
 use super::norm::Norm;
+use super::paged_cache::LayerOf;
 use crate::ops;
 use tch::{Device, Tensor};
 
@@ -46,7 +46,7 @@ impl Block {
         x: &Tensor,
         delta: Option<&Tensor>,
         at: &Positions,
-        cache: Option<&mut LayerCache>,
+        cache: Option<LayerOf>,
     ) -> (Tensor, Tensor) {
         let with = &at.kernels;
         let (qkv, x) = self.attn.qkv.after(&self.norm_1, x, delta, with); // (B, T, (H+2G)*D), (B, T, C)

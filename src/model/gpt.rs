@@ -9,6 +9,7 @@ use super::kv_cache::KvCache;
 use super::linear::{Embedding, Linear};
 use super::mlp::Mlp;
 use super::norm::Norm;
+use super::paged_cache::{Batch, Cache, PagedCache};
 use super::rope::Rope;
 use super::units::AtUnit;
 use crate::config::AttentionBackend;
@@ -92,11 +93,32 @@ impl GPT {
         &self,
         idx: &Tensor,
         documents: Option<&Documents>,
-        mut cache: Option<&mut KvCache>,
+        cache: Option<&mut KvCache>,
     ) -> Tensor {
         let (_, t) = idx.size2().expect("idx is (B, T)");
         let past = cache.as_ref().map_or(0, |cache| cache.len());
-        let (cos, sin) = self.rope.cos_sin(past, t); // (T, n_elem) x2
+        let angles = self.rope.cos_sin(past, t); // (T, n_elem) x2
+        self.run(idx, angles, documents, cache.map(Cache::Whole))
+    }
+
+    /// [`GPT::hidden`] of the new tokens of several sequences, which `batch` holds behind each other.
+    ///
+    /// # Shapes
+    /// -> (N, C), N tokens in all.
+    pub fn hidden_paged(&self, batch: &Batch, cache: &mut PagedCache) -> Tensor {
+        let angles = self.rope.of_batch(batch); // (N, n_elem) x2
+        self.run(&batch.ids, angles, None, Some(Cache::Paged(cache, batch))).squeeze_dim(0)
+    }
+
+    /// # Shapes
+    /// idx (B, T) of i64; cos, sin (T, n_elem) -> (B, T, C).
+    fn run(
+        &self,
+        idx: &Tensor,
+        (cos, sin): (Tensor, Tensor),
+        documents: Option<&Documents>,
+        mut cache: Option<Cache>,
+    ) -> Tensor {
         let kernels = Kernels {
             attention: self.attention,
             fused: self.fused,
@@ -112,7 +134,7 @@ impl GPT {
         let mut delta = None; // what the last block adds to x
         for (i, block) in self.h.iter().enumerate() {
             self.enter(i + 1);
-            let layer = cache.as_mut().map(|cache| &mut cache.layers[i]);
+            let layer = cache.as_mut().map(|cache| cache.layer(i));
             let (sum, added) = match layer {
                 None if i < self.recomputed_blocks => {
                     block.forward_recomputed(&x, delta.as_ref(), &at) // (B, T, C) x2

@@ -1,6 +1,9 @@
-//! Keys and values of the tokens seen so far, so that decoding reads each token once.
+//! Keys and values of the tokens seen so far, so that decoding reads each token once: the plain cache, in which a
+//! sequence lies in one piece. Serving many sequences needs [`super::paged_cache`].
 
 use super::config::ModelConfig;
+use crate::config::AttentionBackend;
+use crate::ops::{self, Mask};
 use tch::{Device, Kind, Tensor};
 
 /// Cache of one block.
@@ -14,6 +17,21 @@ pub struct LayerCache {
 }
 
 impl LayerCache {
+    /// Attention of T new tokens to themselves and to all before them, whose keys and values are kept.
+    ///
+    /// # Shapes
+    /// q (B, H, T, D), k, v (B, G, T, D) -> (B, H, T, D).
+    pub fn attend(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        backend: AttentionBackend,
+    ) -> Tensor {
+        let (k, v) = self.append(k, v); // (B, G, S, D) x2, S = cached + T
+        ops::attention(q, &k, &v, Mask::CAUSAL, backend) // (B, H, T, D)
+    }
+
     /// Appends T tokens and returns all S = old + T.
     ///
     /// # Shapes
@@ -21,7 +39,7 @@ impl LayerCache {
     ///
     /// # Panics
     /// Where the cache is full: callers limit the sequence to its length.
-    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
+    fn append(&mut self, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
         let t = k.size()[2];
         let (room, s) = (self.k.size()[2], self.len + t);
         assert!(s <= room, "KV cache of {room} tokens cannot take {s}");
@@ -55,6 +73,12 @@ impl KvCache {
             len: 0,
         };
         Self { layers: (0..config.n_layer).map(layer).collect() }
+    }
+
+    /// Bytes for `tokens` tokens of one sequence: 2 L S G D times the size of `kind`.
+    pub fn bytes(config: &ModelConfig, tokens: usize, kind: Kind) -> u64 {
+        let values = 2 * config.n_layer * config.n_query_groups * config.head_size;
+        values as u64 * tokens as u64 * kind.elt_size_in_bytes() as u64
     }
 
     /// Tokens held.

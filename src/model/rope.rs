@@ -8,6 +8,7 @@
 //! RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071); `modeling_rope_utils.py` of transformers.
 
 use super::config::{ModelConfig, RopeScaling, RopeType};
+use super::paged_cache::Batch;
 use std::f64::consts::PI;
 use tch::{Device, Kind, Tensor};
 
@@ -121,6 +122,20 @@ impl Rope {
             return (self.cos.narrow(0, past, t), self.sin.narrow(0, past, t));
         }
         tables(&self.config, past, t, self.cos.device())
+    }
+
+    /// cos and sin of the positions of a batch's tokens.
+    ///
+    /// # Shapes
+    /// -> (N, n) x2, fp32.
+    pub fn of_batch(&self, batch: &Batch) -> (Tensor, Tensor) {
+        if batch.longest() <= self.config.block_size {
+            let rows = |table: &Tensor| table.index_select(0, &batch.positions); // (N, n)
+            return (rows(&self.cos), rows(&self.sin));
+        }
+        let (cos, sin): (Vec<Tensor>, Vec<Tensor>) =
+            batch.spans.iter().map(|span| self.cos_sin(span.past, span.tokens)).unzip();
+        (Tensor::cat(&cos, 0), Tensor::cat(&sin, 0))
     }
 }
 

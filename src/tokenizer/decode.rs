@@ -122,6 +122,7 @@ impl Detokenizer {
 /// Decodes ids one at a time, for text that is shown while it is generated.
 ///
 /// The pieces given out, joined, are [`Tokenizer::decode`] of all ids pushed.
+#[derive(Clone)]
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     state: State,

@@ -6,19 +6,20 @@ use serde_json::Value;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
-use tinyllama::generate::engine::{FinishReason, GenerateOptions, generate};
+use tinyllama::generate::engine::generate;
+use tinyllama::generate::request::{FinishReason, GenerateOptions};
 use tinyllama::generate::sampler::{SamplingParams, repetition_penalty, warp};
 use tinyllama::generate::{check_vocabulary, generate_text, score_tokens, score_windows};
 use tinyllama::model::{GPT, KvCache, ModelConfig};
 use tinyllama::tokenizer::Tokenizer;
 
 const BOS: u32 = 0;
-const EOS: u32 = 1;
+pub const EOS: u32 = 1;
 /// bos, eos and the 256 bytes.
-const VOCAB: i64 = 258;
+pub const VOCAB: i64 = 258;
 
 /// A small model of a preset's family with random weights.
-fn tiny(preset: &str, n_query_groups: i64) -> GPT {
+pub fn tiny(preset: &str, n_query_groups: i64) -> GPT {
     let config = ModelConfig {
         block_size: 64,
         vocab_size: VOCAB,
@@ -40,13 +41,13 @@ fn random(config: &ModelConfig) -> GPT {
 }
 
 /// Grouped queries, multi-query, NeoX: every shape of cache.
-fn families() -> [(&'static str, GPT); 3] {
+pub fn families() -> [(&'static str, GPT); 3] {
     let [llama, neox] = ["tiny-llama-1.1b", "pythia-14m"];
     [("GQA", tiny(llama, 2)), ("MQA", tiny(llama, 1)), ("NeoX", tiny(neox, 4))]
 }
 
 /// A model without thoughts: after byte b it says b + 1, after `m` eos, after `z` `a`.
-fn alphabet() -> GPT {
+pub fn alphabet() -> GPT {
     let mut config = tiny("tiny-llama-1.1b", 1).config;
     config.n_embd = VOCAB;
     let model = random(&config);
@@ -75,12 +76,12 @@ fn id_of(c: char) -> u32 {
     c as u32 + 2
 }
 
-fn ids_of(text: &str) -> Vec<u32> {
+pub fn ids_of(text: &str) -> Vec<u32> {
     text.bytes().map(|b| b as u32 + 2).collect()
 }
 
 /// A byte-level tokenizer without merges: id = byte + 2.
-fn write_tokenizer(dir: &Path, extra_tokens: usize) {
+pub fn write_tokenizer(dir: &Path, extra_tokens: usize) {
     // The characters that byte-level BPE writes bytes as.
     let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
     let mut shifted = 0..;
@@ -114,14 +115,14 @@ fn write_tokenizer(dir: &Path, extra_tokens: usize) {
 }
 
 /// A checkpoint folder with the byte tokenizer.
-fn checkpoint(model: &GPT) -> TempDir {
+pub fn checkpoint(model: &GPT) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     tinyllama::checkpoint::save(dir.path(), model).unwrap();
     write_tokenizer(dir.path(), 0);
     dir
 }
 
-fn random_ids(n: usize) -> Vec<u32> {
+pub fn random_ids(n: usize) -> Vec<u32> {
     (0..n).map(|i| (i as u32 * 7919 + 13) % VOCAB as u32).collect()
 }
 
@@ -130,16 +131,16 @@ fn tensor(ids: &[u32]) -> Tensor {
     Tensor::from_slice(&ids).unsqueeze(0)
 }
 
-fn greedy(max_new_tokens: usize) -> GenerateOptions {
+pub fn greedy(max_new_tokens: usize) -> GenerateOptions {
     GenerateOptions { max_new_tokens, sampling: SamplingParams::greedy(), ..Default::default() }
 }
 
-fn with_seed(seed: u64) -> GenerateOptions {
+pub fn with_seed(seed: u64) -> GenerateOptions {
     let sampling = SamplingParams { seed, temperature: 1.0, top_k: None, ..Default::default() };
     GenerateOptions { max_new_tokens: 20, sampling, ..Default::default() }
 }
 
-fn tokens_of(model: &GPT, prompt: &[u32], options: &GenerateOptions) -> Vec<u32> {
+pub fn tokens_of(model: &GPT, prompt: &[u32], options: &GenerateOptions) -> Vec<u32> {
     generate(model, prompt, options, &mut |_| Ok(true)).unwrap().tokens
 }
 
@@ -194,7 +195,7 @@ fn greedy_generation_follows_the_argmax_of_full_forwards_and_reports_their_logpr
         }
         assert_eq!((out.tokens.len(), out.finish_reason), (10, FinishReason::Length));
         assert_eq!(out.timings.prompt_tokens + out.timings.decoded_tokens, 6 + 9);
-        // k and v, L, G, D, S = 6 + 10, fp32
+        // k and v, L, G, D, a block of 16 tokens, fp32
         let bytes = 2 * 2 * model.config.n_query_groups as u64 * 8 * 16 * 4;
         assert_eq!(out.cache_bytes, bytes, "{name}");
     }
@@ -419,7 +420,7 @@ fn texts_that_cannot_be_scored_are_refused_with_numbers() {
 // -------------------------------------------------------------------------------------------- CLI
 
 /// Runs the program on the CPU; gives exit code, stdout, stderr.
-fn tinyllama(verb: &str, dir: &Path, args: &[&str], stdin: &str) -> (i32, String, String) {
+pub fn run_program(verb: &str, dir: &Path, args: &[&str], stdin: &str) -> (i32, String, String) {
     let mut command = Command::cargo_bin("tinyllama").unwrap();
     command.arg(verb).arg("--checkpoint").arg(dir).args(["--device", "cpu"]).args(args);
     let out = command.write_stdin(stdin).output().unwrap();
@@ -431,7 +432,7 @@ fn tinyllama(verb: &str, dir: &Path, args: &[&str], stdin: &str) -> (i32, String
 fn generate_prints_the_text_on_stdout_and_the_speed_on_stderr() {
     let dir = checkpoint(&alphabet());
     let run = |args: &[&str], stdin: &str| {
-        let (code, out, err) = tinyllama("generate", dir.path(), args, stdin);
+        let (code, out, err) = run_program("generate", dir.path(), args, stdin);
         assert_eq!(code, 0, "{err}");
         assert!(err.contains("decode") && err.contains("peak memory"), "{err}");
         out
@@ -452,7 +453,7 @@ fn generate_prints_the_text_on_stdout_and_the_speed_on_stderr() {
 fn generate_prints_one_json_object_a_sample() {
     let dir = checkpoint(&tiny("tiny-llama-1.1b", 2));
     let args = ["--prompt", "Hi", "--json", "--num-samples", "2", "--seed", "5", "--top-k", "0"];
-    let (code, out, err) = tinyllama("generate", dir.path(), &args, "");
+    let (code, out, err) = run_program("generate", dir.path(), &args, "");
     assert_eq!(code, 0, "{err}");
     let samples: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let keys: Vec<&String> = samples[0].as_object().unwrap().keys().collect();
@@ -479,17 +480,17 @@ fn generate_prints_one_json_object_a_sample() {
 
     // The second sample again, by its seed; an empty prompt is bos alone.
     let again = ["--prompt", "Hi", "--json", "--seed", "6", "--top-k", "0"];
-    let (_, out, _) = tinyllama("generate", dir.path(), &again, "");
+    let (_, out, _) = run_program("generate", dir.path(), &again, "");
     let again: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(again["tokens"], samples[1]["tokens"]);
-    let (_, out, _) = tinyllama("generate", dir.path(), &["--prompt", "", "--json"], "");
+    let (_, out, _) = run_program("generate", dir.path(), &["--prompt", "", "--json"], "");
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["prompt_tokens"], 1);
     let no_bos = ["--prompt", "Hi", "--json", "--no-bos"];
-    let (_, out, _) = tinyllama("generate", dir.path(), &no_bos, "");
+    let (_, out, _) = run_program("generate", dir.path(), &no_bos, "");
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["prompt_tokens"], 2);
     let bf16 =
         ["--prompt", "Hi", "--json", "--precision", "bf16-true", "--repetition-penalty", "1.1"];
-    let (code, out, err) = tinyllama("generate", dir.path(), &bf16, "");
+    let (code, out, err) = run_program("generate", dir.path(), &bf16, "");
     assert_eq!(code, 0, "{err}");
     assert!(serde_json::from_str::<Value>(&out).unwrap()["new_tokens"].as_u64() > Some(0));
 }
@@ -498,7 +499,7 @@ fn generate_prints_one_json_object_a_sample() {
 fn score_prints_exactly_the_promised_json() {
     let model = tiny("tiny-llama-1.1b", 2);
     let dir = checkpoint(&model);
-    let (code, out, err) = tinyllama("score", dir.path(), &["--text", "Hi you", "--json"], "");
+    let (code, out, err) = run_program("score", dir.path(), &["--text", "Hi you", "--json"], "");
     assert_eq!(code, 0, "{err}");
     let json: Value = serde_json::from_str(&out).unwrap();
     let keys: Vec<&String> = json.as_object().unwrap().keys().collect();
@@ -514,14 +515,15 @@ fn score_prints_exactly_the_promised_json() {
 
     let list: Vec<String> = ids.iter().map(u32::to_string).collect();
     let by_ids = ["--tokens", &list.join(","), "--json"];
-    assert_eq!(tinyllama("score", dir.path(), &by_ids, "").1, out, "the same by ids");
+    assert_eq!(run_program("score", dir.path(), &by_ids, "").1, out, "the same by ids");
     let file = dir.path().join("text.txt");
     std::fs::write(&file, "a longer text. ".repeat(20)).unwrap();
     let file = file.to_str().unwrap();
-    let (code, out, err) = tinyllama("score", dir.path(), &["--file", file, "--window", "64"], "");
+    let (code, out, err) =
+        run_program("score", dir.path(), &["--file", file, "--window", "64"], "");
     assert_eq!(code, 0, "{err}");
     assert!(out.contains("301 tokens, 300 scored | nll ") && out.lines().count() == 304, "{out}");
-    let (code, _, err) = tinyllama("score", dir.path(), &["--file", file], "");
+    let (code, _, err) = run_program("score", dir.path(), &["--file", file], "");
     assert_eq!(code, 2);
     assert!(
         err.contains("sequence longer than block_size: 301 tokens, `block_size` is 64"),
@@ -560,17 +562,17 @@ fn bad_arguments_get_one_clear_message_and_exit_code_2() {
 fn files_that_are_missing_or_do_not_fit_are_named() {
     let dir = checkpoint(&tiny("tiny-llama-1.1b", 1));
     let missing = ["--file", "/nowhere/text.txt"];
-    let (code, _, err) = tinyllama("score", dir.path(), &missing, "");
+    let (code, _, err) = run_program("score", dir.path(), &missing, "");
     assert!(code == 1 && err.contains("cannot read the file `/nowhere/text.txt`"), "{err}");
-    let (code, _, err) = tinyllama("generate", Path::new("/nowhere/run"), &["--prompt", "a"], "");
+    let (code, _, err) = run_program("generate", Path::new("/nowhere/run"), &["--prompt", "a"], "");
     assert!((1..=2).contains(&code) && err.contains("/nowhere/run"), "{err}");
     write_tokenizer(dir.path(), 5);
-    let (code, _, err) = tinyllama("generate", dir.path(), &["--prompt", "a"], "");
+    let (code, _, err) = run_program("generate", dir.path(), &["--prompt", "a"], "");
     assert!(code == 2 && err.contains("263 ids, the model has 258"), "{err}");
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
-    let (code, _, err) = tinyllama("generate", dir.path(), &["--prompt", "a"], "");
+    let (code, _, err) = run_program("generate", dir.path(), &["--prompt", "a"], "");
     assert!(code == 1 && err.contains("hint: put `tokenizer.json`"), "{err}");
-    let (code, out, err) = tinyllama("generate", dir.path(), &["--prompt", "7 8", "--ids"], "");
+    let (code, out, err) = run_program("generate", dir.path(), &["--prompt", "7 8", "--ids"], "");
     assert!(code == 0 && !out.trim().is_empty(), "{err}");
 }
 

@@ -1,0 +1,132 @@
+//! `tinyllama bench decode`.
+
+use super::generate::InferencePrecision;
+use crate::bench::decode::{self, Case, Report};
+use crate::error::WithHint;
+use crate::generate::load;
+use crate::generate::sampler::SamplingParams;
+use crate::model::{GPT, ModelConfig};
+use crate::{device, guard};
+use anyhow::{Result, anyhow};
+use std::path::PathBuf;
+use tch::{Device, Kind};
+
+/// Arguments of `bench decode`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Checkpoint folder
+    #[arg(long, value_name = "DIR", conflicts_with = "preset", required_unless_present = "preset")]
+    checkpoint: Option<PathBuf>,
+    /// Random weights of a published model's sizes, such as tiny-llama-1.1b
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
+    /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
+    #[arg(long)]
+    precision: Option<InferencePrecision>,
+    /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Prompts at a time
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    prompts: usize,
+    /// Continuations of each
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    samples: usize,
+    /// Tokens of a prompt
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [16, 900])]
+    prompt_tokens: Vec<usize>,
+    /// Tokens of a continuation
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    new_tokens: usize,
+    /// Temperature of the draws; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Timed runs, of which the median counts
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    repeats: usize,
+    /// Print one JSON object a case
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `bench decode`.
+pub fn run(args: &Args) -> Result<()> {
+    let device = device::resolve(&args.device)?;
+    let sampling =
+        SamplingParams { temperature: args.temperature, top_k: None, ..Default::default() };
+    sampling.validate()?;
+    if [args.prompts, args.samples, args.new_tokens, args.repeats].contains(&0) {
+        return Err(anyhow!("a number is 0")).usage("give 1 or more of everything");
+    }
+    let lower = "fewer prompts, samples or tokens";
+    guard::catch("the benchmark", device, lower, || measure(args, device, &sampling))
+}
+
+fn measure(args: &Args, device: Device, sampling: &SamplingParams) -> Result<()> {
+    let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
+    let kind = args.precision.map_or(default, InferencePrecision::kind);
+    let model = match (&args.checkpoint, &args.preset) {
+        (Some(dir), _) => load::load(dir, device, Some(kind), false)?.model,
+        (None, name) => random_model(name.as_deref().unwrap_or_default(), kind, device)?,
+    };
+    if !args.json {
+        let threads = tch::get_num_threads();
+        let place = if device.is_cuda() { String::new() } else { format!(", {threads} threads") };
+        println!(
+            "{} | {:.0} M parameters, {kind:?} | {device:?}{place}",
+            model.config.name,
+            model.n_params() as f64 / 1e6
+        );
+        println!(
+            "{:>9} {:>7} {:>6} {:>15} {:>14} {:>9} {:>9} {:>14} {:>9}",
+            "sequences",
+            "prompt",
+            "new",
+            "prefill tok/s",
+            "decode tok/s",
+            "p50 ms",
+            "p99 ms",
+            "of the limit",
+            "peak GiB"
+        );
+    }
+    for &prompt_tokens in &args.prompt_tokens {
+        let case = Case {
+            prompts: args.prompts,
+            samples: args.samples,
+            prompt_tokens,
+            new_tokens: args.new_tokens,
+        };
+        let report = decode::run(&model, case, sampling, args.repeats)?;
+        match args.json {
+            true => println!("{}", serde_json::to_string(&report)?),
+            false => print(&report),
+        }
+    }
+    Ok(())
+}
+
+fn print(r: &Report) {
+    let peak = r.peak_memory.map_or(0.0, |bytes| bytes as f64 / (1u64 << 30) as f64);
+    println!(
+        "{:>9} {:>7} {:>6} {:>15.1} {:>14.1} {:>9.2} {:>9.2} {:>6.1} % {:>5.0} {peak:>9.2}",
+        r.sequences,
+        r.prompt_tokens,
+        r.new_tokens,
+        r.prefill_tokens_per_sec,
+        r.decode_tokens_per_sec,
+        r.step_ms_p50,
+        r.step_ms_p99,
+        100.0 * r.share_of_limit,
+        r.limit_tokens_per_sec,
+    );
+}
+
+fn random_model(name: &str, kind: Kind, device: Device) -> Result<GPT> {
+    let config = ModelConfig::preset(name)
+        .ok_or_else(|| anyhow!("`{name}` is no model that is known here"))
+        .usage(format!("one of {}", ModelConfig::preset_names().join(", ")))?;
+    let mut model = GPT::new(&config, device);
+    model.to_kind(kind);
+    Ok(model)
+}

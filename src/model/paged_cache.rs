@@ -1,0 +1,219 @@
+//! Keys and values of many sequences in blocks of [`BLOCK`] tokens.
+//!
+//! A sequence's *table* lists its blocks: position p lies in block `table[p / BLOCK]` at `p % BLOCK`. Blocks need not be
+//! neighbours, so memory is given out as sequences grow, and sequences that begin alike share blocks.
+//!
+//! # Source
+//! PagedAttention (arXiv 2309.06180).
+
+use super::config::ModelConfig;
+use super::kv_cache::{KvCache, LayerCache};
+use crate::config::AttentionBackend;
+use crate::ops::{self, Mask};
+use tch::{Device, Kind, Tensor};
+
+/// Tokens in a block.
+pub const BLOCK: usize = 16;
+
+/// Blocks of all layers.
+#[derive(Debug)]
+pub struct PagedCache {
+    layers: Vec<PagedLayer>,
+}
+
+/// Blocks of one layer. Slot `b * BLOCK + i` is token i of block b.
+#[derive(Debug)]
+pub struct PagedLayer {
+    /// (slots, G, D), rotated
+    k: Tensor,
+    /// (slots, G, D)
+    v: Tensor,
+}
+
+/// The new tokens of one sequence in a [`Batch`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Row of its first token.
+    pub start: i64,
+    /// Number of tokens, T.
+    pub tokens: i64,
+    /// Tokens before them, which the cache has.
+    pub past: i64,
+}
+
+/// What one pass through the model reads: new tokens of several sequences, behind each other.
+#[derive(Debug)]
+pub struct Batch {
+    /// (1, N) of i64
+    pub ids: Tensor,
+    /// One a sequence; together they are the N rows.
+    pub spans: Vec<Span>,
+    /// (N,) of i64: where each token stands in its sequence.
+    pub positions: Tensor,
+    /// (N,) of i64: where the cache keeps each token.
+    slots: Tensor,
+    /// Where the tokens of each sequence lie, the new ones included.
+    places: Vec<Place>,
+}
+
+/// Slots of a sequence's S tokens.
+#[derive(Debug)]
+enum Place {
+    /// Neighbours, from this one on: a view of the cache serves.
+    From(i64),
+    /// (S,) of i64
+    At(Tensor),
+}
+
+impl Batch {
+    /// From `(new tokens, tokens before them, table)` of each sequence.
+    ///
+    /// # Panics
+    /// Where a sequence has no new token, or its table no block for one.
+    pub fn new(sequences: &[(&[u32], usize, &[u32])], device: Device) -> Self {
+        let (mut ids, mut positions, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut spans, mut places) = (Vec::new(), Vec::new());
+        for (tokens, past, table) in sequences {
+            assert!(!tokens.is_empty(), "a sequence without new tokens");
+            let all = past + tokens.len();
+            assert!(all <= table.len() * BLOCK, "{all} tokens in {} blocks", table.len());
+            let (start, new) = (ids.len() as i64, tokens.len() as i64);
+            spans.push(Span { start, tokens: new, past: *past as i64 });
+            ids.extend(tokens.iter().map(|&id| id as i64));
+            positions.extend((*past..all).map(|p| p as i64));
+            slots.extend((*past..all).map(|p| slot(table, p)));
+            places.push(Place::of(table, all, device));
+        }
+        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let (positions, slots) = (tensor(&positions), tensor(&slots));
+        Self { ids: tensor(&ids).unsqueeze(0), spans, positions, slots, places }
+    }
+
+    /// The longest of the sequences, in tokens.
+    pub fn longest(&self) -> i64 {
+        self.spans.iter().map(|span| span.past + span.tokens).max().unwrap_or(0)
+    }
+
+    /// N.
+    pub fn tokens(&self) -> i64 {
+        self.ids.size()[1]
+    }
+}
+
+fn slot(table: &[u32], position: usize) -> i64 {
+    table[position / BLOCK] as i64 * BLOCK as i64 + (position % BLOCK) as i64
+}
+
+impl Place {
+    fn of(table: &[u32], tokens: usize, device: Device) -> Self {
+        let blocks = &table[..tokens.div_ceil(BLOCK)];
+        if blocks.windows(2).all(|pair| pair[1] == pair[0] + 1) {
+            return Self::From(slot(table, 0));
+        }
+        let slots: Vec<i64> = (0..tokens).map(|p| slot(table, p)).collect();
+        Self::At(Tensor::from_slice(&slots).to_device(device))
+    }
+
+    /// The rows of x (slots, G, D) as (1, G, S, D).
+    fn rows(&self, x: &Tensor, s: i64) -> Tensor {
+        let rows = match self {
+            Self::From(first) => x.narrow(0, *first, s), // (S, G, D)
+            Self::At(slots) => x.index_select(0, slots), // (S, G, D)
+        };
+        rows.transpose(0, 1).unsqueeze(0)
+    }
+}
+
+impl PagedCache {
+    /// Room for `blocks` blocks of keys and values of dtype `kind`, not initialised.
+    pub fn new(config: &ModelConfig, blocks: usize, kind: Kind, device: Device) -> Self {
+        let slots = (blocks * BLOCK) as i64;
+        let shape = [slots, config.n_query_groups, config.head_size];
+        let empty = || Tensor::empty(shape, (kind, device));
+        Self {
+            layers: (0..config.n_layer).map(|_| PagedLayer { k: empty(), v: empty() }).collect(),
+        }
+    }
+
+    /// Bytes of one block in all layers.
+    pub fn block_bytes(config: &ModelConfig, kind: Kind) -> u64 {
+        KvCache::bytes(config, BLOCK, kind)
+    }
+
+    /// Copies what block `from` holds to block `to`, in every layer.
+    pub fn copy_block(&mut self, from: u32, to: u32) {
+        let rows = |x: &Tensor, block: u32| x.narrow(0, block as i64 * BLOCK as i64, BLOCK as i64);
+        for layer in &self.layers {
+            rows(&layer.k, to).copy_(&rows(&layer.k, from));
+            rows(&layer.v, to).copy_(&rows(&layer.v, from));
+        }
+    }
+}
+
+impl PagedLayer {
+    /// Attention of a batch's tokens, each to those of its own sequence up to itself. Their keys and values are kept.
+    ///
+    /// # Shapes
+    /// q (1, H, N, D), k, v (1, G, N, D) -> (1, H, N, D).
+    pub fn attend(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        batch: &Batch,
+        backend: AttentionBackend,
+    ) -> Tensor {
+        let by_token = |x: &Tensor| x.squeeze_dim(0).transpose(0, 1); // (N, G, D)
+        let _ = self.k.index_copy_(0, &batch.slots, &by_token(k));
+        let _ = self.v.index_copy_(0, &batch.slots, &by_token(v));
+        let of_span = |(span, place): (&Span, &Place)| {
+            let s = span.past + span.tokens;
+            let q = q.narrow(2, span.start, span.tokens); // (1, H, T, D)
+            let (k, v) = (place.rows(&self.k, s), place.rows(&self.v, s)); // (1, G, S, D) x2
+            ops::attention(&q, &k, &v, Mask::CAUSAL, backend) // (1, H, T, D)
+        };
+        let parts: Vec<Tensor> = batch.spans.iter().zip(&batch.places).map(of_span).collect();
+        Tensor::cat(&parts, 2) // (1, H, N, D)
+    }
+}
+
+/// The cache of a pass through the model.
+#[derive(Debug)]
+pub enum Cache<'a> {
+    /// Sequences of equal length, each in one piece.
+    Whole(&'a mut KvCache),
+    /// Sequences of any length in blocks.
+    Paged(&'a mut PagedCache, &'a Batch),
+}
+
+/// One layer of it.
+#[derive(Debug)]
+pub enum LayerOf<'a> {
+    /// See [`Cache::Whole`].
+    Whole(&'a mut LayerCache),
+    /// See [`Cache::Paged`].
+    Paged(&'a mut PagedLayer, &'a Batch),
+}
+
+impl Cache<'_> {
+    /// Layer i.
+    pub fn layer(&mut self, i: usize) -> LayerOf<'_> {
+        match self {
+            Self::Whole(cache) => LayerOf::Whole(&mut cache.layers[i]),
+            Self::Paged(cache, batch) => LayerOf::Paged(&mut cache.layers[i], batch),
+        }
+    }
+}
+
+impl LayerOf<'_> {
+    /// Attention of new tokens to themselves and to those before them, whose keys and values are kept.
+    ///
+    /// # Shapes
+    /// q (B, H, T, D), k, v (B, G, T, D) -> (B, H, T, D).
+    pub fn attend(self, q: &Tensor, k: &Tensor, v: &Tensor, backend: AttentionBackend) -> Tensor {
+        match self {
+            Self::Whole(layer) => layer.attend(q, k, v, backend),
+            Self::Paged(layer, batch) => layer.attend(q, k, v, batch, backend),
+        }
+    }
+}
