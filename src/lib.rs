@@ -3,7 +3,7 @@
 //!
 //! Read first: [`model`] (the network), [`train`] (the visible loop), `configs/tinyllama.yaml` (every
 //! setting explained), `docs/pytorch-to-rust.md` (idioms). Arrows point one way:
-//! `cli -> train | generate -> model -> ops -> ffi`, with `config`, `data`, `checkpoint`, `tokenizer` beside.
+//! `cli -> train | serve -> generate -> quant | model -> ops -> ffi`, with `config`, `data`, `checkpoint`, `tokenizer` beside.
 //!
 //! Shape letters in comments: B batch, T query length, S key length, C width (`n_embd`), H query heads,
 //! G query groups (key/value heads), D head size, F MLP width, V vocabulary, L layers, W world size,
@@ -28,5 +28,7 @@ pub mod generate;
 pub mod guard;
 pub mod model;
 pub mod ops;
+pub mod quant;
+pub mod serve;
 pub mod tokenizer;
 pub mod train;

@@ -19,8 +19,9 @@ remake train --out "$out/golden/train"
 # Further generators go here: `remake NAME ...`, and the name of the folder in the loop below.
 remake tokenizer "$out/golden/tokenizer"
 remake sampling "$out/golden/generate/sampling.json"
+remake chat_templates --out "$out/golden"
 remake texts fixture "$out/golden/texts"
-for set in model init train tokenizer generate texts; do
+for set in model init train tokenizer generate chat texts; do
   "$python" scripts/golden/compare.py "tests/golden/$set" "$out/golden/$set"
 done
 "$python" scripts/golden/packed.py --check

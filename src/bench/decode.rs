@@ -2,9 +2,10 @@
 
 use crate::ffi;
 use crate::generate::engine::{Engine, EngineOptions, Event, Request};
+use crate::generate::network::NetworkRef;
 use crate::generate::request::{GenerateOptions, peak_memory};
 use crate::generate::sampler::SamplingParams;
-use crate::model::{GPT, KvCache};
+use crate::model::KvCache;
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -60,7 +61,12 @@ pub struct Report {
 ///
 /// # Errors
 /// Prompts that the model has no room for; logits that are not finite.
-pub fn run(model: &GPT, case: Case, sampling: &SamplingParams, repeats: usize) -> Result<Report> {
+pub fn run(
+    model: NetworkRef,
+    case: Case,
+    sampling: &SamplingParams,
+    repeats: usize,
+) -> Result<Report> {
     let read_bandwidth = read_bandwidth(model.device());
     let mut runs = Vec::new();
     for repeat in 0..=repeats {
@@ -74,9 +80,9 @@ pub fn run(model: &GPT, case: Case, sampling: &SamplingParams, repeats: usize) -
     let sequences = case.prompts * case.samples;
     let new = (case.new_tokens * sequences) as f64;
     let decode = (new - sequences as f64) / run.decode().as_secs_f64().max(1e-9);
-    let weight_bytes = weight_bytes(model);
+    let weight_bytes = model.step_bytes();
     let mean_context = case.prompt_tokens + case.new_tokens / 2;
-    let cache_bytes = sequences as u64 * KvCache::bytes(&model.config, mean_context, model.kind());
+    let cache_bytes = sequences as u64 * KvCache::bytes(model.config(), mean_context, model.kind());
     let limit = sequences as f64 * read_bandwidth / (weight_bytes + cache_bytes) as f64;
     Ok(Report {
         sequences,
@@ -110,7 +116,7 @@ impl Run {
     }
 }
 
-fn once(model: &GPT, case: Case, sampling: &SamplingParams) -> Result<Run> {
+fn once(model: NetworkRef, case: Case, sampling: &SamplingParams) -> Result<Run> {
     let needs = vec![(case.prompt_tokens, case.new_tokens, case.samples); case.prompts];
     let sequences = case.prompts * case.samples;
     let sizes = EngineOptions {
@@ -121,7 +127,7 @@ fn once(model: &GPT, case: Case, sampling: &SamplingParams) -> Result<Run> {
     let mut engine = Engine::new(model, sizes);
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     for i in 0..case.prompts {
-        let rows = model.config.vocab_size as u64;
+        let rows = model.config().vocab_size as u64;
         let prompt = (0..case.prompt_tokens).map(|_| (rng.next_u64() % rows) as u32).collect();
         let sampling = SamplingParams { seed: (i * case.samples) as u64, ..sampling.clone() };
         let options =
@@ -156,14 +162,6 @@ fn once(model: &GPT, case: Case, sampling: &SamplingParams) -> Result<Run> {
 fn percentile(sorted: &[Duration], percent: usize) -> f64 {
     let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
     sorted.get(at).map_or(0.0, |step| step.as_secs_f64() * 1e3)
-}
-
-/// All weights but the embedding, of which a token reads one row, unless it is the head too.
-fn weight_bytes(model: &GPT) -> u64 {
-    let tied = model.lm_head.is_none();
-    let read = |name: &str| tied || name != "transformer.wte.weight";
-    let bytes = |p: &Tensor| p.numel() as u64 * p.kind().elt_size_in_bytes() as u64;
-    model.named_parameters().iter().filter(|(name, _)| read(name)).map(|(_, p)| bytes(p)).sum()
 }
 
 /// Bytes a second of a sum over 1 GiB of fp32, the best of five.

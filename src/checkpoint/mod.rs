@@ -32,7 +32,8 @@ pub use inspect::{Change, CheckpointReport, Statistics, TensorReport, inspect};
 pub use moments::Moments;
 pub use outline::outline;
 pub use source::{
-    Parameters, Source, StoredTensor, load_config, load_initial_weights, load_model, load_weights,
+    Blocks, Parameters, Source, StoredTensor, load_config, load_initial_weights, load_model,
+    load_weights,
 };
 pub use train_state::{
     Tensors, TrainState, load_counters, load_train_state, save_counters, save_shard,

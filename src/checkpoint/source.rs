@@ -1,6 +1,7 @@
 //! Reading checkpoints: an opened one gives its architecture and each parameter, one at a time.
 
 use super::formats::{self, Training};
+use super::gguf::Type;
 use super::names::{self, Layout, Naming, Part, presets_that_fit};
 use super::outline::outline;
 use super::tensors::Entry;
@@ -159,6 +160,36 @@ impl Source {
         self.naming.parts("lm_head.weight", &self.config).swap_remove(0).name
     }
 
+    /// A matrix as the blocks of quantised values that it is stored in: one or more parts, one below the other. `None`
+    /// where a part is stored otherwise.
+    ///
+    /// # Errors
+    /// A name that is no parameter's, a damaged file.
+    pub fn blocks(&self, name: &str) -> Result<Option<Vec<Blocks>>> {
+        let plan = self.plan();
+        let found = plan.iter().find(|(planned, ..)| planned == name);
+        let (_, shape, parts) = found.with_context(|| format!("no parameter `{name}`"))?;
+        let mut all = Vec::new();
+        for Part { name, layout } in parts {
+            let Some((kind, bytes)) = self.weights.blocks(name)? else { return Ok(None) };
+            let rows = names::disk_shape(shape, *layout)[0] as usize;
+            let order = match layout {
+                Layout::RotaryPairs { .. } => Some(self.config.head_size as usize),
+                Layout::Same | Layout::Rows { .. } => None,
+                Layout::GroupInterleaved => return Ok(None),
+            };
+            let bytes = order.map_or_else(|| bytes.to_vec(), |d| unpaired(bytes, rows, d));
+            all.push(Blocks { kind, rows, columns: shape[1] as usize, bytes });
+        }
+        Ok(Some(all))
+    }
+
+    /// Whether any matrix is stored in blocks of quantised values.
+    pub fn is_quantised(&self) -> bool {
+        let names: Vec<&str> = self.weights.names().collect();
+        names.into_iter().any(|name| matches!(self.weights.blocks(name), Ok(Some(_))))
+    }
+
     /// Whether the tensors are those of the architecture, before any is read.
     ///
     /// # Errors
@@ -271,6 +302,29 @@ impl Source {
         };
         Ok(Some(Parameters { entries, get: Box::new(get) }))
     }
+}
+
+/// Rows of quantised values, as GGUF stores them.
+#[derive(Clone, Debug)]
+pub struct Blocks {
+    /// Their type.
+    pub kind: Type,
+    /// N.
+    pub rows: usize,
+    /// K.
+    pub columns: usize,
+    /// One row behind the other.
+    pub bytes: Vec<u8>,
+}
+
+/// Rows of whole heads that are rotated in pairs of neighbours, in our order ([`Layout::RotaryPairs`]).
+fn unpaired(bytes: &[u8], rows: usize, head_size: usize) -> Vec<u8> {
+    let (row, half) = (bytes.len() / rows.max(1), head_size / 2);
+    let theirs = |ours: usize| {
+        let (head, i) = (ours / head_size, ours % head_size);
+        head * head_size + 2 * (i % half) + i / half
+    };
+    (0..rows).flat_map(|ours| &bytes[theirs(ours) * row..][..row]).copied().collect()
 }
 
 /// Copies the parts of a parameter into it, converting to its dtype and device; some rows at a time where they lie in

@@ -1,5 +1,6 @@
 //! Tensors of a checkpoint by name, whatever files they lie in.
 
+use super::gguf::Type;
 use super::tensors::TensorFile;
 use crate::ffi::TensorView;
 use anyhow::{Context, Result};
@@ -36,6 +37,11 @@ pub(super) trait Store {
     /// within its shape; a tensor without dimensions has the row 0. They lie in the file where its bytes can be taken
     /// as they are.
     fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>>;
+
+    /// The blocks of a tensor that is stored in blocks of quantised values.
+    fn blocks(&self, _name: &str) -> Result<Option<(Type, &[u8])>> {
+        Ok(None)
+    }
 
     /// Reads the whole tensor into memory of its size, where that is faster than copying it out of a map; `false`: it is
     /// not, and nothing was done.
@@ -155,6 +161,11 @@ impl Weights {
     pub fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let (store, stored) = self.find(name)?;
         store.rows(stored, rows).with_context(|| format!("cannot read `{name}`"))
+    }
+
+    pub fn blocks(&self, name: &str) -> Result<Option<(Type, &[u8])>> {
+        let (store, stored) = self.find(name)?;
+        store.blocks(stored)
     }
 
     pub fn read(&self, name: &str, out: &mut [u8]) -> Result<bool> {

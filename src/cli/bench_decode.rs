@@ -3,9 +3,11 @@
 use super::generate::InferencePrecision;
 use crate::bench::decode::{self, Case, Report};
 use crate::error::WithHint;
-use crate::generate::load;
+use crate::generate::load::{self, Form};
+use crate::generate::network::Network;
 use crate::generate::sampler::SamplingParams;
 use crate::model::{GPT, ModelConfig};
+use crate::quant::{Scheme, parse_scheme};
 use crate::{device, guard};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
@@ -21,8 +23,11 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
     /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
-    #[arg(long)]
+    #[arg(long, conflicts_with = "quantize")]
     precision: Option<InferencePrecision>,
+    /// Matrices in 4 or 8 bits, on the CPU: as in `generate`
+    #[arg(long, value_name = "SCHEME", value_parser = parse_scheme, requires = "checkpoint")]
+    quantize: Option<Scheme>,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
     #[arg(long, default_value = "auto")]
     device: String,
@@ -63,19 +68,25 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn measure(args: &Args, device: Device, sampling: &SamplingParams) -> Result<()> {
-    let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
-    let kind = args.precision.map_or(default, InferencePrecision::kind);
-    let model = match (&args.checkpoint, &args.preset) {
-        (Some(dir), _) => load::load(dir, device, Some(kind), false)?.model,
-        (None, name) => random_model(name.as_deref().unwrap_or_default(), kind, device)?,
+    let form = match (args.precision, args.quantize) {
+        (Some(precision), _) => Form::Dense(precision.kind()),
+        (None, Some(scheme)) => Form::Quantised(scheme),
+        (None, None) => Form::Usual,
     };
+    let network = match (&args.checkpoint, &args.preset) {
+        (Some(dir), _) => load::load(dir, device, form, false)?.network,
+        (None, name) => random_model(name.as_deref().unwrap_or_default(), form, device)?,
+    };
+    let model = network.borrow();
     if !args.json {
         let threads = tch::get_num_threads();
         let place = if device.is_cuda() { String::new() } else { format!(", {threads} threads") };
         println!(
-            "{} | {:.0} M parameters, {kind:?} | {device:?}{place}",
-            model.config.name,
-            model.n_params() as f64 / 1e6
+            "{} | {:.0} M parameters, {:.0} MB a step, activations {:?} | {device:?}{place}",
+            model.config().name,
+            model.n_params() as f64 / 1e6,
+            model.step_bytes() as f64 / 1e6,
+            model.kind(),
         );
         println!(
             "{:>9} {:>7} {:>6} {:>15} {:>14} {:>9} {:>9} {:>14} {:>9}",
@@ -97,7 +108,7 @@ fn measure(args: &Args, device: Device, sampling: &SamplingParams) -> Result<()>
             prompt_tokens,
             new_tokens: args.new_tokens,
         };
-        let report = decode::run(&model, case, sampling, args.repeats)?;
+        let report = decode::run(model, case, sampling, args.repeats)?;
         match args.json {
             true => println!("{}", serde_json::to_string(&report)?),
             false => print(&report),
@@ -122,11 +133,15 @@ fn print(r: &Report) {
     );
 }
 
-fn random_model(name: &str, kind: Kind, device: Device) -> Result<GPT> {
+fn random_model(name: &str, form: Form, device: Device) -> Result<Network> {
     let config = ModelConfig::preset(name)
         .ok_or_else(|| anyhow!("`{name}` is no model that is known here"))
         .usage(format!("one of {}", ModelConfig::preset_names().join(", ")))?;
     let mut model = GPT::new(&config, device);
-    model.to_kind(kind);
-    Ok(model)
+    model.to_kind(match form {
+        Form::Dense(kind) => kind,
+        _ if device.is_cuda() => Kind::BFloat16,
+        _ => Kind::Float,
+    });
+    Ok(Network::Dense(Box::new(model)))
 }

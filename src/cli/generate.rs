@@ -2,7 +2,7 @@
 
 use crate::error::WithHint;
 use crate::generate::engine::{Engine, EngineOptions, Event, Request};
-use crate::generate::load::{self, Loaded};
+use crate::generate::load::{self, Form, Loaded};
 use crate::generate::plain::generate_plain;
 use crate::generate::request::{
     FinishReason, GenerateOptions, Generation, Timings, Token, peak_memory,
@@ -10,6 +10,7 @@ use crate::generate::request::{
 use crate::generate::sampler::SamplingParams;
 use crate::generate::speculative::{Draft, check_tokenizers, generate_speculative};
 use crate::generate::text::{StopMatcher, TextStream, parse_ids};
+use crate::quant::{Scheme, parse_scheme};
 use crate::tokenizer::Tokenizer;
 use crate::{device, error, guard};
 use anyhow::{Context, Result, anyhow};
@@ -96,8 +97,12 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
     /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
-    #[arg(long)]
+    #[arg(long, conflicts_with = "quantize")]
     precision: Option<InferencePrecision>,
+    /// Matrices in 4 or 8 bits, on the CPU: int4 or int8, with a group size as in int4:64, or `stored` as the file has
+    /// them, which is the default for quantised files
+    #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
+    quantize: Option<Scheme>,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -127,12 +132,27 @@ impl InferencePrecision {
 impl ModelArgs {
     /// Loads the checkpoint onto what [`ModelArgs::device`] names.
     pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
-        load::load(
-            &self.checkpoint,
-            device,
-            self.precision.map(InferencePrecision::kind),
-            with_tokenizer,
-        )
+        load::load(&self.checkpoint, device, self.form(), with_tokenizer)
+    }
+
+    /// The checkpoint.
+    pub fn path(&self) -> &Path {
+        &self.checkpoint
+    }
+
+    /// Name of the checkpoint's folder or file.
+    pub fn name(&self) -> String {
+        let path = self.checkpoint.canonicalize().unwrap_or_else(|_| self.checkpoint.clone());
+        path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+    }
+
+    /// What --precision and --quantize ask for.
+    pub fn form(&self) -> Form {
+        match (self.precision, self.quantize) {
+            (Some(precision), _) => Form::Dense(precision.kind()),
+            (None, Some(scheme)) => Form::Quantised(scheme),
+            (None, None) => Form::Usual,
+        }
     }
 }
 
@@ -181,7 +201,7 @@ fn generate_all(args: &Args, device: Device) -> Result<u8> {
     let mut samples = Samples::new(args, &loaded, &prompts)?;
     let drafter = args.draft.as_ref().map(|dir| load_draft(dir, &loaded)).transpose()?;
     let draft = match (&drafter, args.draft_lookup) {
-        (Some(drafter), _) => Some(Draft::Model(&drafter.model)),
+        (Some(drafter), _) => Some(Draft::Model(drafter.dense("a draft")?)),
         (None, Some(longest)) => Some(Draft::Lookup(longest as usize)),
         (None, None) => None,
     };
@@ -252,8 +272,9 @@ fn encode_prompt(tokenizer: &Tokenizer, prompt: &str, no_bos: bool) -> Result<Ve
 
 /// The second model, on the first one's device.
 fn load_draft(dir: &Path, loaded: &Loaded) -> Result<Loaded> {
-    let (model, with_tokenizer) = (&loaded.model, loaded.tokenizer.is_some());
-    let draft = load::load(dir, model.device(), Some(model.kind()), with_tokenizer)?;
+    let model = loaded.dense("speculative decoding")?;
+    let draft =
+        load::load(dir, model.device(), Form::Dense(model.kind()), loaded.tokenizer.is_some())?;
     // Without a tokenizer, whoever gives ids answers for their meaning.
     if let (Some(ours), Some(theirs)) = (&loaded.tokenizer, &draft.tokenizer) {
         check_tokenizers(ours, theirs)?;
@@ -326,7 +347,7 @@ impl<'a> Samples<'a> {
 
     /// By the engine: all prompts and samples together, each prompt read once.
     fn run(&mut self) -> Result<()> {
-        let (model, n) = (&self.loaded.model, self.args.num_samples as usize);
+        let (model, n) = (self.loaded.network.borrow(), self.args.num_samples as usize);
         let new = self.args.max_new_tokens;
         let needs: Vec<_> = self.prompts.iter().map(|prompt| (prompt.ids.len(), new, n)).collect();
         let sizes = EngineOptions::for_requests(model, &needs);
@@ -364,7 +385,7 @@ impl<'a> Samples<'a> {
     /// By the plain loop, one sample after the other.
     fn run_plain(&mut self) -> Result<()> {
         for index in 0..self.samples.len() {
-            let (start, model) = (Instant::now(), &self.loaded.model);
+            let (start, model) = (Instant::now(), self.loaded.dense("`--plain`")?);
             let (prompt, seed) = (self.samples[index].prompt, self.samples[index].seed);
             let options = self.options(seed);
             let out = generate_plain(model, &prompt.ids, &options, &mut |token| {
@@ -379,7 +400,7 @@ impl<'a> Samples<'a> {
     /// By speculative decoding, one sample after the other.
     fn run_speculative(&mut self, draft: Draft) -> Result<()> {
         for index in 0..self.samples.len() {
-            let (start, model) = (Instant::now(), &self.loaded.model);
+            let (start, model) = (Instant::now(), self.loaded.dense("speculative decoding")?);
             let (prompt, seed) = (self.samples[index].prompt, self.samples[index].seed);
             let (most, options) = (self.args.draft_tokens as usize, self.options(seed));
             let on_token = &mut |token| self.token(index, token, start.elapsed());
@@ -486,7 +507,7 @@ impl<'a> Samples<'a> {
     /// One line on stderr.
     fn report_speed(&self) {
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-        let memory = peak_memory(self.loaded.model.device());
+        let memory = peak_memory(self.loaded.network.borrow().device());
         let memory = memory.map_or("unknown".into(), |bytes| format!("{:.2} GiB", gib(bytes)));
         let t = &self.timings;
         let samples = match self.samples.as_slice() {

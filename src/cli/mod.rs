@@ -3,6 +3,7 @@
 mod bench;
 mod bench_data;
 mod bench_decode;
+mod chat;
 mod config;
 mod convert;
 mod doctor;
@@ -12,6 +13,7 @@ mod inspect_checkpoint;
 mod prepare;
 mod pretrain;
 mod score;
+mod serve;
 mod tokenizer;
 
 use anyhow::Result;
@@ -41,6 +43,10 @@ pub enum Verb {
     Tokenizer(tokenizer::Args),
     /// Continue a prompt with a trained model
     Generate(generate::Args),
+    /// Talk with a model in the terminal
+    Chat(chat::Args),
+    /// Answer over HTTP as OpenAI's API does, with a chat page
+    Serve(serve::Args),
     /// Log-probability of each token of a text under a model
     Score(score::Args),
     /// Measure kernels against their peers and the card's own limits
@@ -60,6 +66,8 @@ pub fn run(cli: Cli) -> Result<u8> {
         Verb::Convert(args) => convert::run(args),
         Verb::Tokenizer(args) => tokenizer::run(args),
         Verb::Generate(args) => generate::run(args),
+        Verb::Chat(args) => chat::run(args),
+        Verb::Serve(args) => serve::run(args),
         Verb::Score(args) => score::run(args),
         Verb::Bench(args) => bench::run(args),
         Verb::Config(args) => config::run(args),

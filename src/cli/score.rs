@@ -64,10 +64,10 @@ fn score(args: &Args, device: Device) -> Result<u8> {
     };
 
     let logprobs = match args.window {
-        None => score_tokens(&loaded.model, &tokens)?,
+        None => score_tokens(&loaded.network, &tokens)?,
         Some(window) => {
             let stride = args.stride.unwrap_or(window / 2);
-            score_windows(&loaded.model, &tokens, window, stride)?
+            score_windows(&loaded.network, &tokens, window, stride)?
         }
     };
     let score = Score::new(tokens, logprobs)?;

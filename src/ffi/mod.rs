@@ -2,6 +2,7 @@
 //!
 //! Everything here takes and returns [`tch::Tensor`]; a failure carries the C++ exception's full text.
 
+mod cpu;
 pub mod driver;
 mod gradients;
 mod graph;
@@ -15,6 +16,7 @@ pub mod profile;
 mod recompute;
 mod store;
 
+pub use cpu::*;
 pub use gradients::*;
 pub use graph::*;
 pub use hooks::{Call, on_gradient};
@@ -240,6 +242,20 @@ pub fn bytes_of_mut(tensor: &mut Tensor) -> Option<&mut [u8]> {
     let (start, size) = (bytes.as_ptr().cast_mut(), bytes.len());
     // SAFETY: as above; the tensor is borrowed mutably, and every pattern of bytes is a value of its dtype.
     Some(unsafe { std::slice::from_raw_parts_mut(start, size) })
+}
+
+/// The values of a contiguous fp32 tensor on the CPU, to read and write; `None` for any other.
+pub fn floats_of_mut(tensor: &mut Tensor) -> Option<&mut [f32]> {
+    if tensor.kind() != Kind::Float {
+        return None;
+    }
+    let bytes = bytes_of_mut(tensor)?;
+    let (start, len) = (bytes.as_mut_ptr().cast::<f32>(), bytes.len() / 4);
+    if len == 0 {
+        return Some(&mut []);
+    }
+    // SAFETY: libtorch aligns fp32 values to 4 bytes at least; the borrow is passed on.
+    Some(unsafe { std::slice::from_raw_parts_mut(start, len) })
 }
 
 /// A copy of a tensor's bytes, any device; made contiguous. Makes the CPU wait for a CUDA tensor.

@@ -11,11 +11,12 @@
 //! Orca (OSDI 2022), PagedAttention (arXiv 2309.06180), SARATHI (arXiv 2308.16369).
 
 use super::blocks::{BlockPool, Prefix, prefix};
+use super::network::NetworkRef;
 use super::request::{FinishReason, GenerateOptions, Generation, Token, check_prompt};
 use super::sampler::Sampler;
 use crate::error::WithHint;
 use crate::model::paged_cache::{BLOCK, Batch};
-use crate::model::{GPT, PagedCache, RopeType};
+use crate::model::{PagedCache, RopeType};
 use anyhow::{Result, anyhow};
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -43,9 +44,9 @@ impl Default for EngineOptions {
 impl EngineOptions {
     /// For these requests and no others, as `(prompt tokens, new tokens, samples)`: room for all of them, or for as many
     /// as run at a time.
-    pub fn for_requests(model: &GPT, requests: &[(usize, usize, usize)]) -> Self {
+    pub fn for_requests(model: NetworkRef, requests: &[(usize, usize, usize)]) -> Self {
         let blocks_of = |&(prompt, new, samples): &(usize, usize, usize)| {
-            let room = (model.config.max_length() as usize).saturating_sub(prompt);
+            let room = (model.config().max_length() as usize).saturating_sub(prompt);
             let (shared, all) = (prompt / BLOCK, (prompt + new.min(room)).div_ceil(BLOCK));
             shared + samples * (all - shared)
         };
@@ -57,9 +58,18 @@ impl EngineOptions {
         Self { blocks, max_sequences: most, share_prefixes, ..Self::default() }
     }
 
+    /// For requests that are not known yet, within so many bytes of cache: at most what all sequences can use.
+    pub fn within(model: NetworkRef, cache_bytes: u64, max_sequences: usize) -> Self {
+        let longest = (model.config().max_length() as usize).div_ceil(BLOCK);
+        let fit = cache_bytes / PagedCache::block_bytes(model.config(), model.kind()).max(1);
+        let blocks = (fit as usize).min(longest * max_sequences);
+        let max_step_tokens = if model.device().is_cuda() { 4096 } else { 256 };
+        Self { blocks, max_sequences, max_step_tokens, share_prefixes: true }
+    }
+
     /// Bytes of the cache for this model.
-    pub fn cache_bytes(&self, model: &GPT) -> u64 {
-        self.blocks as u64 * PagedCache::block_bytes(&model.config, model.kind())
+    pub fn cache_bytes(&self, model: NetworkRef) -> u64 {
+        self.blocks as u64 * PagedCache::block_bytes(model.config(), model.kind())
     }
 }
 
@@ -142,7 +152,7 @@ struct Sequence {
 
 /// Continues many prompts at a time.
 pub struct Engine<'m> {
-    model: &'m GPT,
+    model: NetworkRef<'m>,
     options: EngineOptions,
     cache: PagedCache,
     pool: BlockPool,
@@ -157,12 +167,13 @@ pub struct Engine<'m> {
 
 impl<'m> Engine<'m> {
     /// An engine over a model, with its cache in the model's dtype and on its device.
-    pub fn new(model: &'m GPT, options: EngineOptions) -> Self {
+    pub fn new(model: impl Into<NetworkRef<'m>>, options: EngineOptions) -> Self {
+        let model = model.into();
         let share = options.share_prefixes && !angles_depend_on_length(model);
         Self {
             model,
             options,
-            cache: PagedCache::new(&model.config, options.blocks, model.kind(), model.device()),
+            cache: PagedCache::new(model.config(), options.blocks, model.kind(), model.device()),
             pool: BlockPool::new(options.blocks, share),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -180,10 +191,10 @@ impl<'m> Engine<'m> {
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
         let Request { prompt, samples, mut options } = request;
         check_prompt(self.model, &prompt)?;
-        let room = self.model.config.max_length() as usize - prompt.len();
+        let room = self.model.config().max_length() as usize - prompt.len();
         let longest = prompt.len() + options.max_new_tokens.min(room);
         self.check_room(longest)?;
-        let rows = self.model.config.padded_vocab_size as usize;
+        let rows = self.model.config().padded_vocab_size as usize;
         let vocab_size = options.vocab_size.unwrap_or(rows).min(rows);
         options.vocab_size = Some(vocab_size);
         let device = self.model.device();
@@ -275,7 +286,7 @@ impl<'m> Engine<'m> {
             .map(|(s, new)| (&s.tokens[s.cached..s.cached + new], s.cached, &s.table[..]))
             .collect();
         let batch = Batch::new(&parts, self.model.device());
-        let x = self.model.hidden_paged(&batch, &mut self.cache); // (N, C)
+        let x = self.model.hidden(&batch, &mut self.cache); // (N, C)
         self.counters.steps += 1;
 
         let mut ends = Vec::new(); // (sequence, row) of those read to the end
@@ -406,7 +417,7 @@ impl<'m> Engine<'m> {
             match sequence.choose(&logits.select(0, row), &logprobs.select(0, row)) {
                 Ok(token) => {
                     self.counters.new_tokens += 1;
-                    let reason = sequence.ended(&token, self.model.config.max_length() as usize);
+                    let reason = sequence.ended(&token, self.model.config().max_length() as usize);
                     events.push(Event::Token { request, index, token });
                     if let Some(reason) = reason {
                         events.push(Event::Finished { request, index, reason });
@@ -546,20 +557,21 @@ fn hash_up_to(tokens: &[u32], blocks: usize) -> Prefix {
 }
 
 /// Dynamic scaling turns a prompt beyond `block_size` by angles of its whole length: it cannot be read in pieces.
-fn angles_depend_on_length(model: &GPT) -> bool {
-    model.config.rope_scaling.as_ref().is_some_and(|s| s.rope_type == RopeType::Dynamic)
+fn angles_depend_on_length(model: NetworkRef) -> bool {
+    model.config().rope_scaling.as_ref().is_some_and(|s| s.rope_type == RopeType::Dynamic)
 }
 
 /// Continues `prompt` by an engine of its own: see [`super::plain::generate_plain`].
 ///
 /// # Errors
 /// As [`Engine::submit`]; logits that are not finite, errors of `on_token`.
-pub fn generate(
-    model: &GPT,
+pub fn generate<'m>(
+    model: impl Into<NetworkRef<'m>>,
     prompt: &[u32],
     options: &GenerateOptions,
     on_token: &mut dyn FnMut(Token) -> Result<bool>,
 ) -> Result<Generation> {
+    let model = model.into();
     check_prompt(model, prompt)?;
     let sizes = EngineOptions::for_requests(model, &[(prompt.len(), options.max_new_tokens, 1)]);
     let mut engine = Engine::new(model, sizes);

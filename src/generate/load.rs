@@ -1,9 +1,12 @@
 //! A checkpoint folder -> model, tokenizer and the ids that end a text.
 
+use super::network::Network;
 use crate::checkpoint::{self, Source};
 use crate::error::WithHint;
 use crate::model::{GPT, ModelConfig};
+use crate::quant::{self, Scheme, obstacle};
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::{ChatTemplate, SpecialTokens};
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use std::path::Path;
@@ -12,7 +15,7 @@ use tch::{Device, Kind};
 /// What generation and scoring need.
 pub struct Loaded {
     /// Weights on their device.
-    pub model: GPT,
+    pub network: Network,
     /// Absent where token ids are enough.
     pub tokenizer: Option<Tokenizer>,
     /// Ids that end a text: the tokenizer's eos and those of the checkpoint's
@@ -20,17 +23,37 @@ pub struct Loaded {
     pub eos: Vec<u32>,
 }
 
-/// Loads a checkpoint folder (or the newest of a run's `out_dir`). `kind` is the dtype of the
-/// weights; `None`: bf16 on a GPU, fp32 on the CPU.
+/// In what form weights are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Form {
+    /// On the CPU as they are stored where that is quantised; else in bf16 on a GPU, in fp32 on the CPU.
+    #[default]
+    Usual,
+    /// All in this dtype.
+    Dense(Kind),
+    /// Matrices quantised, on the CPU.
+    Quantised(Scheme),
+}
+
+impl Loaded {
+    /// The model in one float dtype, for what does not work with quantised weights.
+    ///
+    /// # Errors
+    /// The weights are quantised; `what` is named.
+    pub fn dense(&self, what: &str) -> Result<&GPT> {
+        match &self.network {
+            Network::Dense(model) => Ok(model),
+            Network::Quantised(_) => Err(anyhow!("{what} does not work with quantised weights"))
+                .usage("name a number format, as `--precision 32-true`"),
+        }
+    }
+}
+
+/// Loads a checkpoint folder (or the newest of a run's `out_dir`).
 ///
 /// # Errors
-/// No checkpoint there, a tokenizer that is missing or does not fit the model.
-pub fn load(
-    path: &Path,
-    device: Device,
-    kind: Option<Kind>,
-    with_tokenizer: bool,
-) -> Result<Loaded> {
+/// No checkpoint there, a tokenizer that is missing or does not fit the model, quantised weights on a GPU.
+pub fn load(path: &Path, device: Device, form: Form, with_tokenizer: bool) -> Result<Loaded> {
     let source = Source::open(&checkpoint::resolve(path)?)?;
     let dir = source.folder();
     let tokenizer = match with_tokenizer {
@@ -40,14 +63,53 @@ pub fn load(
         ))?),
         false => None,
     };
-    let default = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
-    let model = source.load_model(kind.unwrap_or(default), device)?;
+    let network = load_network(&source, device, form)?;
     if let Some(tokenizer) = &tokenizer {
-        check_vocabulary(tokenizer, &model.config)?;
+        check_vocabulary(tokenizer, network.borrow().config())?;
     }
     let mut eos = configured_eos(dir)?;
     eos.extend(tokenizer.as_ref().and_then(|t| t.eos_id()));
-    Ok(Loaded { model, tokenizer, eos })
+    Ok(Loaded { network, tokenizer, eos })
+}
+
+/// The chat template of a checkpoint, or the built-in one of this name; `None` where the checkpoint has none.
+///
+/// # Errors
+/// A template that is no Jinja, a name that is not known.
+pub fn chat_template(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    name: Option<&str>,
+) -> Result<Option<ChatTemplate>> {
+    let source = Source::open(&checkpoint::resolve(path)?)?;
+    source.with_tokenizer(|dir| match name {
+        Some(name) => ChatTemplate::named(name, SpecialTokens::load(dir, tokenizer)?).map(Some),
+        None => ChatTemplate::load(dir, tokenizer),
+    })
+}
+
+fn load_network(source: &Source, device: Device, form: Form) -> Result<Network> {
+    let scheme = match form {
+        Form::Quantised(_) if device.is_cuda() => {
+            return Err(anyhow!("quantised weights run on the CPU only"))
+                .usage("give `--device cpu`, or leave `--quantize` out");
+        }
+        Form::Quantised(scheme) => Some(scheme),
+        Form::Dense(_) => None,
+        Form::Usual => {
+            let direct = !device.is_cuda() && obstacle(&source.config).is_none();
+            (direct && source.is_quantised()).then_some(Scheme::Stored)
+        }
+    };
+    if let Some(scheme) = scheme {
+        return Ok(Network::Quantised(Box::new(quant::load(source, scheme)?)));
+    }
+    let kind = match form {
+        Form::Dense(kind) => kind,
+        _ if device.is_cuda() => Kind::BFloat16,
+        _ => Kind::Float,
+    };
+    Ok(Network::Dense(Box::new(source.load_model(kind, device)?)))
 }
 
 /// Refuses a tokenizer that makes ids which the model has no embedding for.

@@ -7,6 +7,7 @@
 pub mod blocks;
 pub mod engine;
 pub mod load;
+pub mod network;
 pub mod plain;
 pub mod request;
 pub mod sampler;
@@ -17,6 +18,7 @@ pub mod text;
 
 pub use engine::{Engine, EngineOptions, Event, Request, generate};
 pub use load::{Loaded, check_vocabulary};
+pub use network::{Network, NetworkRef};
 pub use plain::generate_plain;
 pub use request::{FinishReason, GenerateOptions, Generation, Token};
 pub use sampler::{Sampler, SamplingParams};

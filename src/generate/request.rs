@@ -1,9 +1,9 @@
 //! What is asked for, what comes back, and what cannot be asked for.
 
+use super::network::NetworkRef;
 use super::sampler::SamplingParams;
 use crate::error::WithHint;
 use crate::ffi;
-use crate::model::GPT;
 use anyhow::{Result, anyhow};
 use serde::Serialize;
 use std::time::Duration;
@@ -154,8 +154,9 @@ pub(super) fn ids_tensor(ids: &[u32], device: Device) -> Tensor {
     Tensor::from_slice(&ids).to_device(device).unsqueeze(0)
 }
 
-pub(super) fn check_prompt(model: &GPT, prompt: &[u32]) -> Result<()> {
-    let context = model.config.max_length() as usize;
+pub(super) fn check_prompt<'m>(model: impl Into<NetworkRef<'m>>, prompt: &[u32]) -> Result<()> {
+    let model = model.into();
+    let context = model.config().max_length() as usize;
     check_ids(model, prompt)?;
     if prompt.is_empty() {
         return Err(anyhow!("the prompt has no tokens"))
@@ -173,8 +174,8 @@ pub(super) fn check_prompt(model: &GPT, prompt: &[u32]) -> Result<()> {
 }
 
 /// Refuses an id that has no row in the embedding (on a GPU it would end the process).
-pub(super) fn check_ids(model: &GPT, ids: &[u32]) -> Result<()> {
-    let rows = model.config.padded_vocab_size;
+pub(super) fn check_ids<'m>(model: impl Into<NetworkRef<'m>>, ids: &[u32]) -> Result<()> {
+    let rows = model.into().config().padded_vocab_size;
     let Some(at) = ids.iter().position(|&id| id as i64 >= rows) else { return Ok(()) };
     Err(anyhow!(
         "token {} at position {at} is out of the vocabulary: the model has ids 0 to {}",

@@ -1,8 +1,10 @@
 //! The probability of a given text: log p(token | the tokens before it).
 
+use super::network::NetworkRef;
 use super::request::{check_ids, ids_tensor};
 use crate::error::WithHint;
-use crate::model::GPT;
+use crate::model::PagedCache;
+use crate::model::paged_cache::{BLOCK, Batch};
 use anyhow::{Result, anyhow};
 use serde::Serialize;
 use tch::{Kind, Tensor};
@@ -54,9 +56,13 @@ impl Score {
 ///
 /// # Errors
 /// More tokens than the model's context, or one out of its vocabulary.
-pub fn score_tokens(model: &GPT, tokens: &[u32]) -> Result<Vec<Option<f64>>> {
+pub fn score_tokens<'m>(
+    model: impl Into<NetworkRef<'m>>,
+    tokens: &[u32],
+) -> Result<Vec<Option<f64>>> {
+    let model = model.into();
     check_ids(model, tokens)?;
-    let context = model.config.max_length() as usize;
+    let context = model.config().max_length() as usize;
     if tokens.len() > context {
         return Err(anyhow!(
             "sequence longer than block_size: {} tokens, `block_size` is {context}",
@@ -78,13 +84,14 @@ pub fn score_tokens(model: &GPT, tokens: &[u32]) -> Result<Vec<Option<f64>>> {
 ///
 /// # Errors
 /// As [`score_tokens`]; `window` beyond the context; `stride` not in `1 .. window`.
-pub fn score_windows(
-    model: &GPT,
+pub fn score_windows<'m>(
+    model: impl Into<NetworkRef<'m>>,
     tokens: &[u32],
     window: usize,
     stride: usize,
 ) -> Result<Vec<Option<f64>>> {
-    let context = model.config.max_length() as usize;
+    let model = model.into();
+    let context = model.config().max_length() as usize;
     if !(2..=context).contains(&window) {
         return Err(anyhow!("`window` must be from 2 to `block_size` = {context}, got {window}"))
             .usage(format!("`--window {context}` gives each token the longest prefix"));
@@ -109,7 +116,7 @@ pub fn score_windows(
 }
 
 /// log p of tokens 1.. given their prefixes.
-fn next_token_logprobs(model: &GPT, tokens: &[u32]) -> Result<Vec<f64>> {
+fn next_token_logprobs(model: NetworkRef, tokens: &[u32]) -> Result<Vec<f64>> {
     let _no_grad = tch::no_grad_guard();
     let t = tokens.len() as i64 - 1; // the last token is read by nobody
     if t == 0 {
@@ -117,7 +124,10 @@ fn next_token_logprobs(model: &GPT, tokens: &[u32]) -> Result<Vec<f64>> {
     }
     let idx = ids_tensor(tokens, model.device()); // (1, T+1)
     let targets = idx.narrow(1, 1, t).view([t, 1]); // (T, 1)
-    let x = model.hidden(&idx.narrow(1, 0, t), None, None).squeeze_dim(0); // (T, C)
+    let x = match model {
+        NetworkRef::Dense(model) => model.hidden(&idx.narrow(1, 0, t), None, None).squeeze_dim(0), // (T, C)
+        NetworkRef::Quantised(_) => hidden_by_cache(model, &tokens[..t as usize]), // (T, C)
+    };
     let mut parts = Vec::new();
     for first in (0..t).step_by(ROWS as usize) {
         let rows = ROWS.min(t - first);
@@ -127,6 +137,17 @@ fn next_token_logprobs(model: &GPT, tokens: &[u32]) -> Result<Vec<f64>> {
     }
     let logprobs = Tensor::cat(&parts, 0).view([t]).to_kind(Kind::Double); // (T,)
     Ok(Vec::try_from(&logprobs)?)
+}
+
+/// The residual stream of one sequence, by a cache that is dropped again.
+///
+/// # Shapes
+/// -> (T, C).
+fn hidden_by_cache(model: NetworkRef, tokens: &[u32]) -> Tensor {
+    let table: Vec<u32> = (0..tokens.len().div_ceil(BLOCK) as u32).collect();
+    let mut cache = PagedCache::new(model.config(), table.len(), model.kind(), model.device());
+    let batch = Batch::new(&[(tokens, 0, &table)], model.device());
+    model.hidden(&batch, &mut cache)
 }
 
 #[cfg(test)]

@@ -3,13 +3,17 @@
 //! Callers hand in a [`TextRequest`] and a function that is told what becomes of it. That function runs on the engine's
 //! thread, between two steps, so it must not wait for anything.
 
+#[cfg(test)]
+#[allow(missing_docs)]
+pub mod scripted;
+
 use super::engine::{Engine, EngineOptions, Event, Request, RequestId};
 use super::load::Loaded;
+use super::network::NetworkRef;
 use super::request::{FinishReason, GenerateOptions, Token};
 use super::sampler::SamplingParams;
 use super::text::TextStream;
 use crate::guard;
-use crate::model::GPT;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use std::collections::HashMap;
@@ -170,16 +174,16 @@ impl Service {
     /// # Errors
     /// A model without a tokenizer; a cache that does not fit into memory.
     pub fn start(loaded: Loaded, sizes: EngineOptions, max_waiting: usize) -> Result<Self> {
-        let Loaded { model, tokenizer, eos } = loaded;
+        let Loaded { network, tokenizer, eos } = loaded;
         let tokenizer = Arc::new(tokenizer.context("this model has no tokenizer")?);
-        let context = model.config.max_length() as usize;
+        let context = network.borrow().config().max_length() as usize;
         let shared = Arc::new(Shared::default());
         let (orders, taken) = channel();
         let (ready, is_ready) = channel();
         let theirs = (tokenizer.clone(), shared.clone());
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             let (tokenizer, shared) = theirs;
-            serve(&model, &tokenizer, &eos, sizes, taken, &shared, &ready)
+            serve(network.borrow(), &tokenizer, &eos, sizes, taken, &shared, &ready)
         })?;
         is_ready.recv().context("the engine's thread ended at its start")??;
         let orders = Mutex::new(Some(orders));
@@ -281,7 +285,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The thread: takes orders between steps, and sleeps where there is nothing to do.
 fn serve(
-    model: &GPT,
+    model: NetworkRef,
     tokenizer: &Tokenizer,
     eos: &[u32],
     sizes: EngineOptions,

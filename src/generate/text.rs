@@ -1,9 +1,9 @@
 //! Ids to text as it comes: stop strings are found across token borders and never shown.
 
 use super::engine::generate;
+use super::network::NetworkRef;
 use super::request::{FinishReason, GenerateOptions, Generation};
 use crate::error::WithHint;
-use crate::model::GPT;
 use crate::tokenizer::{DecodeStream, Tokenizer};
 use anyhow::{Context, Result};
 
@@ -21,8 +21,8 @@ pub struct TextGeneration {
 ///
 /// # Errors
 /// As [`generate`]; an empty stop string; a token that cannot be decoded; errors of `on_text`.
-pub fn generate_text(
-    model: &GPT,
+pub fn generate_text<'m>(
+    model: impl Into<NetworkRef<'m>>,
     tokenizer: &Tokenizer,
     prompt: &[u32],
     options: &GenerateOptions,

@@ -9,6 +9,7 @@
 use super::config::ModelConfig;
 use super::kv_cache::{KvCache, LayerCache};
 use crate::config::AttentionBackend;
+use crate::ffi;
 use crate::ops::{self, Mask};
 use tch::{Device, Kind, Tensor};
 
@@ -54,6 +55,19 @@ pub struct Batch {
     slots: Tensor,
     /// Where the tokens of each sequence lie, the new ones included.
     places: Vec<Place>,
+    /// The same in plain numbers.
+    pub host: Vec<HostSpan>,
+}
+
+/// A sequence of a [`Batch`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostSpan {
+    /// New tokens.
+    pub tokens: Vec<u32>,
+    /// Tokens before them, which the cache has.
+    pub past: usize,
+    /// Its blocks.
+    pub table: Vec<u32>,
 }
 
 /// Slots of a sequence's S tokens.
@@ -86,7 +100,13 @@ impl Batch {
         }
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         let (positions, slots) = (tensor(&positions), tensor(&slots));
-        Self { ids: tensor(&ids).unsqueeze(0), spans, positions, slots, places }
+        let host_span = |(tokens, past, table): &(&[u32], usize, &[u32])| HostSpan {
+            tokens: tokens.to_vec(),
+            past: *past,
+            table: table.to_vec(),
+        };
+        let host = sequences.iter().map(host_span).collect();
+        Self { ids: tensor(&ids).unsqueeze(0), spans, positions, slots, places, host }
     }
 
     /// The longest of the sequences, in tokens.
@@ -100,7 +120,8 @@ impl Batch {
     }
 }
 
-fn slot(table: &[u32], position: usize) -> i64 {
+/// Where a sequence's cache keeps the token at this position.
+pub fn slot(table: &[u32], position: usize) -> i64 {
     table[position / BLOCK] as i64 * BLOCK as i64 + (position % BLOCK) as i64
 }
 
@@ -125,19 +146,29 @@ impl Place {
 }
 
 impl PagedCache {
-    /// Room for `blocks` blocks of keys and values of dtype `kind`, not initialised.
+    /// Room for `blocks` blocks of keys and values of dtype `kind`.
     pub fn new(config: &ModelConfig, blocks: usize, kind: Kind, device: Device) -> Self {
         let slots = (blocks * BLOCK) as i64;
         let shape = [slots, config.n_query_groups, config.head_size];
-        let empty = || Tensor::empty(shape, (kind, device));
+        let zeros = || Tensor::zeros(shape, (kind, device)); // all memory now, or an error now
         Self {
-            layers: (0..config.n_layer).map(|_| PagedLayer { k: empty(), v: empty() }).collect(),
+            layers: (0..config.n_layer).map(|_| PagedLayer { k: zeros(), v: zeros() }).collect(),
         }
     }
 
     /// Bytes of one block in all layers.
     pub fn block_bytes(config: &ModelConfig, kind: Kind) -> u64 {
         KvCache::bytes(config, BLOCK, kind)
+    }
+
+    /// Keys and values of a layer of an fp32 cache on the CPU, (slots, G, D) x2.
+    ///
+    /// # Panics
+    /// Where the cache is another.
+    pub fn floats_mut(&mut self, layer: usize) -> (&mut [f32], &mut [f32]) {
+        let PagedLayer { k, v } = &mut self.layers[layer];
+        let pair = ffi::floats_of_mut(k).zip(ffi::floats_of_mut(v));
+        pair.expect("an fp32 cache on the CPU")
     }
 
     /// Copies what block `from` holds to block `to`, in every layer.

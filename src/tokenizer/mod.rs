@@ -12,6 +12,7 @@
 
 mod added;
 mod bpe_trainer;
+pub mod chat_template;
 mod compile;
 mod cuts;
 mod decode;
@@ -29,6 +30,7 @@ mod splitter;
 pub mod train;
 mod word_cache;
 
+pub use chat_template::ChatTemplate;
 pub use decode::DecodeStream;
 pub use encoder::Encoder;
 

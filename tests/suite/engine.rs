@@ -9,11 +9,11 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 use tch::Kind;
 use tinyllama::generate::engine::{Engine, EngineOptions, Event, Request, RequestId};
-use tinyllama::generate::generate_plain;
 use tinyllama::generate::load::Loaded;
 use tinyllama::generate::request::{FinishReason, GenerateOptions};
 use tinyllama::generate::sampler::SamplingParams;
 use tinyllama::generate::service::{Refused, Service, TextRequest, Update};
+use tinyllama::generate::{Network, generate_plain};
 use tinyllama::model::GPT;
 use tinyllama::tokenizer::Tokenizer;
 
@@ -271,7 +271,8 @@ fn service(model: GPT, blocks: usize, max_waiting: usize) -> Service {
     write_tokenizer(dir.path(), 0);
     let tokenizer = Some(Tokenizer::load(dir.path()).unwrap());
     let sizes = EngineOptions { max_sequences: 4, ..sizes(blocks) };
-    Service::start(Loaded { model, tokenizer, eos: vec![EOS] }, sizes, max_waiting).unwrap()
+    let network = Network::Dense(Box::new(model));
+    Service::start(Loaded { network, tokenizer, eos: vec![EOS] }, sizes, max_waiting).unwrap()
 }
 
 fn text_request(prompt: &str, max_new_tokens: usize) -> TextRequest {

@@ -1,5 +1,6 @@
 //! All integration tests, one crate: a test binary links libtorch, which is worth doing once.
 
+mod chat_template;
 mod checkpoint;
 mod common;
 mod config;
@@ -33,7 +34,9 @@ mod prepare;
 mod presets;
 mod pretrain;
 mod pretrain_ranks;
+mod quant;
 mod recompute;
+mod serve;
 mod speculative;
 mod tokenizer;
 mod torch_file;

@@ -97,6 +97,12 @@ impl Store for GgufStore {
         Ok(self.info(name)?.bytes()?)
     }
 
+    fn blocks(&self, name: &str) -> Result<Option<(Type, &[u8])>> {
+        let info = self.info(name)?;
+        let quantised = plain(info.kind).is_none() && quants::readable(info.kind);
+        Ok(quantised.then(|| (info.kind, self.file.bytes(info))))
+    }
+
     fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {
         let info = self.info(name)?;
         let mut shape = self.shape(name).unwrap_or_default();

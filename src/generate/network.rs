@@ -1,0 +1,116 @@
+//! The networks that can be run: one of fp32 or 16 bits, or one of quantised matrices on the CPU.
+
+use crate::model::paged_cache::Batch;
+use crate::model::{GPT, ModelConfig, PagedCache};
+use crate::quant::QuantLlama;
+use tch::{Device, Kind, Tensor};
+
+/// A network with its weights.
+#[derive(Debug)]
+pub enum Network {
+    /// Weights of one float dtype.
+    Dense(Box<GPT>),
+    /// Weights of 4 to 8 bits.
+    Quantised(Box<QuantLlama>),
+}
+
+/// A borrowed [`Network`].
+#[derive(Clone, Copy, Debug)]
+pub enum NetworkRef<'m> {
+    /// See [`Network::Dense`].
+    Dense(&'m GPT),
+    /// See [`Network::Quantised`].
+    Quantised(&'m QuantLlama),
+}
+
+impl Network {
+    /// Borrows it.
+    pub fn borrow(&self) -> NetworkRef<'_> {
+        match self {
+            Self::Dense(model) => NetworkRef::Dense(model),
+            Self::Quantised(model) => NetworkRef::Quantised(model),
+        }
+    }
+}
+
+impl<'m> From<&'m GPT> for NetworkRef<'m> {
+    fn from(model: &'m GPT) -> Self {
+        Self::Dense(model)
+    }
+}
+
+impl<'m> From<&'m Network> for NetworkRef<'m> {
+    fn from(network: &'m Network) -> Self {
+        network.borrow()
+    }
+}
+
+impl<'m> NetworkRef<'m> {
+    /// Sizes and switches.
+    pub fn config(self) -> &'m ModelConfig {
+        match self {
+            Self::Dense(model) => &model.config,
+            Self::Quantised(model) => &model.config,
+        }
+    }
+
+    /// Where the weights are.
+    pub fn device(self) -> Device {
+        match self {
+            Self::Dense(model) => model.device(),
+            Self::Quantised(_) => Device::Cpu,
+        }
+    }
+
+    /// Dtype of activations and cache.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Dense(model) => model.kind(),
+            Self::Quantised(model) => model.cache_kind(),
+        }
+    }
+
+    /// The residual stream after the final norm of a batch's tokens.
+    ///
+    /// # Shapes
+    /// -> (N, C).
+    pub fn hidden(self, batch: &Batch, cache: &mut PagedCache) -> Tensor {
+        match self {
+            Self::Dense(model) => model.hidden_paged(batch, cache),
+            Self::Quantised(model) => model.hidden_paged(batch, cache),
+        }
+    }
+
+    /// Logits from it.
+    ///
+    /// # Shapes
+    /// x (N, C) -> (N, V).
+    pub fn head(self, x: &Tensor) -> Tensor {
+        match self {
+            Self::Dense(model) => model.head(x),
+            Self::Quantised(model) => model.head(x),
+        }
+    }
+
+    /// Number of parameters; a tied head counts once.
+    pub fn n_params(self) -> u64 {
+        self.config().n_params()
+    }
+
+    /// Bytes of weights that a step reads: all but the embedding, of which a token reads one row, unless it is the head
+    /// too.
+    pub fn step_bytes(self) -> u64 {
+        match self {
+            Self::Quantised(model) => {
+                model.bytes() - model.lm_head.as_ref().map_or(0, |_| model.wte.bytes())
+            }
+            Self::Dense(model) => {
+                let tied = model.lm_head.is_none();
+                let read = |name: &str| tied || name != "transformer.wte.weight";
+                let bytes = |p: &Tensor| p.numel() as u64 * p.kind().elt_size_in_bytes() as u64;
+                let all = model.named_parameters();
+                all.iter().filter(|(name, _)| read(name)).map(|(_, p)| bytes(p)).sum()
+            }
+        }
+    }
+}

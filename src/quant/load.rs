@@ -1,0 +1,128 @@
+//! A checkpoint -> a Llama of quantised matrices, one parameter in memory at a time.
+
+use super::llama::{QuantBlock, QuantLlama, Stack, obstacle};
+use super::matrix::{Format, QuantMatrix};
+use crate::checkpoint::{Blocks, Parameters, Source};
+use crate::error::WithHint;
+use crate::model::rope::Rope;
+use anyhow::{Context, Result, anyhow};
+use std::collections::HashMap;
+use tch::{Device, Kind, Tensor};
+
+/// How matrices are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// As the checkpoint has them, where that is quantised; what is not, in 8 bits.
+    Stored,
+    /// All in 4 bits, an embedding in groups of 32; in 8 bits one that is the head too.
+    Int4 {
+        /// Values that share a scale and a minimum: 32, 64 or 128.
+        group: usize,
+    },
+    /// All in 8 bits.
+    Int8 {
+        /// Values that share a scale.
+        group: usize,
+    },
+}
+
+/// Values that share a scale where nothing else is said.
+const GROUP: usize = 32;
+
+/// Loads a checkpoint of any format.
+///
+/// # Errors
+/// An architecture that has no quantised form here; widths that the groups do not divide; as [`Source::check`].
+pub fn load(source: &Source, scheme: Scheme) -> Result<QuantLlama> {
+    let config = &source.config;
+    if let Some(problem) = obstacle(config) {
+        return Err(anyhow!("this model cannot be quantised: {problem}"))
+            .usage("leave `--quantize` out");
+    }
+    let parameters = source.parameters(Some(Kind::Float))?;
+    let names = parameters.entries.iter().enumerate().map(|(i, e)| (e.name.clone(), i)).collect();
+    let reader = Reader { source, scheme, parameters, names };
+    let layer = |i: i64| {
+        let name = |leaf: &str| format!("transformer.h.{i}.{leaf}.weight");
+        Ok(QuantBlock {
+            norm_1: reader.vector(&name("norm_1"))?,
+            qkv: Stack(reader.matrices(&name("attn.qkv"))?),
+            proj: reader.matrix(&name("attn.proj"))?,
+            norm_2: reader.vector(&name("norm_2"))?,
+            gate_up: Stack(
+                [reader.matrices(&name("mlp.fc_1"))?, reader.matrices(&name("mlp.fc_2"))?].concat(),
+            ),
+            down: reader.matrix(&name("mlp.proj"))?,
+        })
+    };
+    let head = (!config.tie_embeddings).then(|| reader.matrix("lm_head.weight")).transpose()?;
+    Ok(QuantLlama {
+        wte: reader.matrix("transformer.wte.weight")?,
+        h: (0..config.n_layer).map(layer).collect::<Result<_>>()?,
+        ln_f: reader.vector("transformer.ln_f.weight")?,
+        lm_head: head,
+        rope: Rope::new(config, Device::Cpu),
+        config: config.clone(),
+    })
+}
+
+struct Reader<'a> {
+    source: &'a Source,
+    scheme: Scheme,
+    parameters: Parameters<'a>,
+    names: HashMap<String, usize>,
+}
+
+impl Reader<'_> {
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        let &i = self.names.get(name).with_context(|| format!("no parameter `{name}`"))?;
+        self.parameters.get(i)
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(Vec::try_from(&self.tensor(name)?)?)
+    }
+
+    /// A matrix in one part, whatever lies where.
+    fn matrix(&self, name: &str) -> Result<QuantMatrix> {
+        let mut parts = self.matrices(name)?;
+        let one = parts.pop().filter(|_| parts.is_empty());
+        one.with_context(|| format!("`{name}` is stored in parts"))
+    }
+
+    fn matrices(&self, name: &str) -> Result<Vec<QuantMatrix>> {
+        let stored = match self.scheme {
+            Scheme::Stored => self.source.blocks(name)?,
+            _ => None,
+        };
+        if let Some(parts) = stored {
+            return parts.iter().map(from_blocks).collect();
+        }
+        let is_embedding = name == "transformer.wte.weight";
+        let format = match self.scheme {
+            Scheme::Stored => Format::Int8 { group: GROUP },
+            Scheme::Int8 { group } => Format::Int8 { group },
+            // Of an embedding a token reads one row, which costs no time in finer groups; as a head it is worth 8 bits.
+            Scheme::Int4 { .. } if is_embedding && self.source.config.tie_embeddings => {
+                Format::Int8 { group: GROUP }
+            }
+            Scheme::Int4 { .. } if is_embedding => Format::Int4 { group: GROUP },
+            Scheme::Int4 { group } => Format::Int4 { group },
+        };
+        let weight = self.tensor(name)?; // (N, K)
+        let (n, k) = weight.size2()?;
+        let values: Vec<f32> = Vec::try_from(&weight.contiguous().view([-1]))?;
+        let told = || format!("`{name}` of shape [{n}, {k}]");
+        Ok(vec![QuantMatrix::pack(format, &values, k as usize).with_context(told)?])
+    }
+}
+
+/// Directly where there are kernels for the type; else by fp32 and 8 bits.
+fn from_blocks(blocks: &Blocks) -> Result<QuantMatrix> {
+    if let Some(matrix) = QuantMatrix::from_gguf(blocks.kind, blocks.columns, &blocks.bytes)? {
+        return Ok(matrix);
+    }
+    let mut values = vec![0.0; blocks.rows * blocks.columns];
+    crate::checkpoint::gguf::quants::dequantize(blocks.kind, &blocks.bytes, &mut values)?;
+    QuantMatrix::pack(Format::Int8 { group: GROUP }, &values, blocks.columns)
+}
