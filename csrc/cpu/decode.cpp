@@ -19,7 +19,7 @@ void tl_cache_store(int isa, const tl_paged_cache* cache, int64_t slot, const fl
   kernels(isa).cache_store(*cache, slot, k, v);
 }
 
-void tl_paged_attention(int isa, const tl_paged_cache* cache, const int32_t* table, int64_t group, int64_t past, int64_t t,
+void tl_paged_attention(int isa, const tl_paged_cache* cache, const uint32_t* table, int64_t group, int64_t past, int64_t t,
                         int64_t heads, float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride,
                         float* scratch) {
   kernels(isa).attention(*cache, table, group, past, t, heads, scale, q, q_stride, out, out_stride, scratch);
@@ -30,8 +30,8 @@ int64_t tl_attention_scratch(int64_t heads, int64_t head_size) {
   return 2 * tl::cpu::TILE * head_size + rows * static_cast<int64_t>(sizeof(tl::cpu::Row) / sizeof(float));
 }
 
-void tl_rms_norm(int isa, float* x, const float* residual, const float* weight, float eps, int64_t n, float* y) {
-  kernels(isa).rms_norm(x, residual, weight, eps, n, y);
+void tl_rms_norm(int isa, const float* x, const float* weight, float eps, int64_t n, float* y) {
+  kernels(isa).rms_norm(x, weight, eps, n, y);
 }
 
 void tl_swiglu(int isa, const float* gate_up, int64_t n, float* y) { kernels(isa).swiglu(gate_up, n, y); }

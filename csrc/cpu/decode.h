@@ -32,15 +32,15 @@ void tl_cache_store(int isa, const tl_paged_cache* cache, int64_t slot, const fl
 //   out = softmax(scale q K^T) V
 // q and out: (T, heads, D), token t at t * stride from the first. scratch: tl_attention_scratch(heads, D) floats of this
 // thread alone.
-void tl_paged_attention(int isa, const tl_paged_cache* cache, const int32_t* table, int64_t group, int64_t past, int64_t t,
+void tl_paged_attention(int isa, const tl_paged_cache* cache, const uint32_t* table, int64_t group, int64_t past, int64_t t,
                         int64_t heads, float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride,
                         float* scratch);
 int64_t tl_attention_scratch(int64_t heads, int64_t head_size);
 
-// y = x / sqrt(mean x^2 + eps) * weight of one row of n; n a multiple of 8. Where `residual` is given, x += residual first.
-void tl_rms_norm(int isa, float* x, const float* residual, const float* weight, float eps, int64_t n, float* y);
+// y = x / sqrt(mean x^2 + eps) * weight of one row of n; n a multiple of 8.
+void tl_rms_norm(int isa, const float* x, const float* weight, float eps, int64_t n, float* y);
 
-// y = gate sigmoid(gate) up, of one row [gate | up] of 2 n; n a multiple of 8.
+// y = gate sigmoid(gate) up, of one row [gate | up] of 2 n; n a multiple of 8. y may be gate_up.
 void tl_swiglu(int isa, const float* gate_up, int64_t n, float* y);
 
 // Turns heads of one token: of each pair (x[i], x[i + rotated / 2]), i < rotated / 2, by angle i. cos, sin: (rotated / 2).

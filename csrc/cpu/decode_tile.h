@@ -14,7 +14,7 @@ constexpr int TILE = 32, LARGEST_HEAD = 256;
 // Rows that share a tile, at most; and at least one token.
 constexpr int64_t ROWS = 64;
 
-TL_FN int64_t slot_of(const tl_paged_cache& c, const int32_t* table, int64_t position) {
+TL_FN int64_t slot_of(const tl_paged_cache& c, const uint32_t* table, int64_t position) {
   return table[position / c.block_size] * c.block_size + position % c.block_size;
 }
 
@@ -36,7 +36,7 @@ TL_FN void load_head(const tl_paged_cache& c, const void* from, const float* sca
 }
 
 // Keys and values of positions [first, first + n): k transposed (D, TILE), v (TILE, D). The rest of k is zeros.
-TL_FN void load_tile(const tl_paged_cache& c, const int32_t* table, int64_t group, int64_t first, int n, float* k, float* v) {
+TL_FN void load_tile(const tl_paged_cache& c, const uint32_t* table, int64_t group, int64_t first, int n, float* k, float* v) {
   const int64_t d = c.head_size;
   alignas(32) float eight[8][LARGEST_HEAD];
   for (int j = 0; j < TILE; ++j) {
@@ -144,7 +144,7 @@ TL_FN void add_tile(const float* const (&q)[R], const int (&n)[R], float scale, 
 }
 
 // Tokens [t0, t1) of a chunk.
-TL_ENTRY void attend(const tl_paged_cache& c, const int32_t* table, int64_t group, int64_t past, int64_t t0, int64_t t1,
+TL_ENTRY void attend(const tl_paged_cache& c, const uint32_t* table, int64_t group, int64_t past, int64_t t0, int64_t t1,
                      int64_t heads, float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride,
                      float* scratch) {
   const int64_t d = c.head_size, rows = (t1 - t0) * heads, end = past + t1;
@@ -183,7 +183,7 @@ TL_ENTRY void attend(const tl_paged_cache& c, const int32_t* table, int64_t grou
   }
 }
 
-TL_ENTRY void attention(const tl_paged_cache& c, const int32_t* table, int64_t group, int64_t past, int64_t t, int64_t heads,
+TL_ENTRY void attention(const tl_paged_cache& c, const uint32_t* table, int64_t group, int64_t past, int64_t t, int64_t heads,
                         float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride, float* scratch) {
   const int64_t some = heads < ROWS ? ROWS / heads : 1;
   for (int64_t t0 = 0; t0 < t; t0 += some) {
@@ -224,14 +224,10 @@ TL_ENTRY void cache_store(const tl_paged_cache& c, int64_t slot, const float* k,
   }
 }
 
-TL_ENTRY void rms_norm(float* x, const float* residual, const float* weight, float eps, int64_t n, float* y) {
+TL_ENTRY void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* y) {
   Float8 squares = all8(0);
   for (int64_t i = 0; i < n; i += 8) {
-    Float8 v = load8(x + i);
-    if (residual) {
-      v = add8(v, load8(residual + i));
-      store8(x + i, v);
-    }
+    const Float8 v = load8(x + i);
     squares = fma8(v, v, squares);
   }
   const Float8 inverse = all8(1.f / std::sqrt(sum8(squares) / static_cast<float>(n) + eps));
