@@ -213,11 +213,8 @@ pub fn warp(logits: &Tensor, params: &SamplingParams) -> Tensor {
     if let Some(k) = params.top_k {
         logits = top_k(&logits, k);
     }
-    logits = logits / params.temperature; // not in place: other samples may need the same logits
-    if params.top_p < 1.0 {
-        logits = top_p(&logits, params.top_p);
-    }
-    logits
+    let warm = &logits / params.temperature; // not in place: other samples may need the same logits
+    if params.top_p < 1.0 { top_p(&warm, params.top_p) } else { warm }
 }
 
 /// Keeps the k largest logits and all that equal the k-th; the rest become -inf.
