@@ -19,9 +19,9 @@ void tl_cache_store(int isa, const tl_paged_cache* cache, int64_t slot, const fl
   kernels(isa).cache_store(*cache, slot, k, v);
 }
 
-void tl_paged_attention(int isa, const tl_paged_cache* cache, const uint32_t* table, int64_t group, int64_t past, int64_t t,
-                        int64_t heads, float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride,
-                        float* scratch) {
+void tl_paged_attention(int isa, const tl_paged_cache* cache, const uint32_t* table, int64_t group, int64_t past,
+                        int64_t t, int64_t heads, float scale, const float* q, int64_t q_stride, float* out,
+                        int64_t out_stride, float* scratch) {
   kernels(isa).attention(*cache, table, group, past, t, heads, scale, q, q_stride, out, out_stride, scratch);
 }
 

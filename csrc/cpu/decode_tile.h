@@ -1,8 +1,8 @@
 // decode.h for one instruction set, which lanes.h makes.
 //
 // Attention keeps a running maximum m, sum l and output o of each row (token, head), and takes keys 32 at a time, from
-// position 0: o and l are scaled to the new maximum, then the tile is added. Tiles begin at multiples of 32 whatever the
-// chunk is, and a row stops at its own position, so that a token's bits do not depend on its neighbours. A tile is
+// position 0: o and l are scaled to the new maximum, then the tile is added. Tiles begin at multiples of 32 whatever
+// the chunk is, and a row stops at its own position, so that a token's bits do not depend on its neighbours. A tile is
 // made fp32 once, keys transposed (a score a lane: no sum crosses lanes), and all rows of the group use it.
 #include "decode_kernels.h"
 #include "lanes.h"
@@ -129,8 +129,8 @@ TL_FN void add_values(const float (&p)[R][TILE], const int (&n)[R], const float 
 
 // R rows against a tile; row r sees its first n[r] keys, a later row no fewer.
 template <int R>
-TL_FN void add_tile(const float* const (&q)[R], const int (&n)[R], float scale, const float* k, const float* v, int64_t d,
-                    Row* rows, float* const (&out)[R]) {
+TL_FN void add_tile(const float* const (&q)[R], const int (&n)[R], float scale, const float* k, const float* v,
+                    int64_t d, Row* rows, float* const (&out)[R]) {
   alignas(32) float p[R][TILE];
   float shrink[R];
   scores(q, scale, k, d, p);
@@ -158,9 +158,9 @@ TL_FN void add_tile(const float* const (&q)[R], const int (&n)[R], float scale, 
 }
 
 // Tokens [t0, t1) of a chunk.
-TL_ENTRY void attend(const tl_paged_cache& c, const uint32_t* table, int64_t group, int64_t past, int64_t t0, int64_t t1,
-                     int64_t heads, float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride,
-                     float* scratch) {
+TL_ENTRY void attend(const tl_paged_cache& c, const uint32_t* table, int64_t group, int64_t past, int64_t t0,
+                     int64_t t1, int64_t heads, float scale, const float* q, int64_t q_stride, float* out,
+                     int64_t out_stride, float* scratch) {
   const int64_t d = c.head_size, rows = (t1 - t0) * heads, end = past + t1;
   float *k = scratch, *v = k + d * TILE;
   auto* states = reinterpret_cast<Row*>(v + d * TILE);
@@ -197,8 +197,9 @@ TL_ENTRY void attend(const tl_paged_cache& c, const uint32_t* table, int64_t gro
   }
 }
 
-TL_ENTRY void attention(const tl_paged_cache& c, const uint32_t* table, int64_t group, int64_t past, int64_t t, int64_t heads,
-                        float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride, float* scratch) {
+TL_ENTRY void attention(const tl_paged_cache& c, const uint32_t* table, int64_t group, int64_t past, int64_t t,
+                        int64_t heads, float scale, const float* q, int64_t q_stride, float* out, int64_t out_stride,
+                        float* scratch) {
   const int64_t some = heads < ROWS ? ROWS / heads : 1;
   for (int64_t t0 = 0; t0 < t; t0 += some) {
     const int64_t t1 = t0 + some < t ? t0 + some : t;

@@ -35,7 +35,9 @@ TL_FN Float8 first8(Float8 x, int n) {  // the first n, then zeros
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
 }
-TL_FN Float8 from_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+TL_FN Float8 from_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 TL_FN Float8 from_bf16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -139,8 +141,8 @@ TL_FN float max_of8(Float8 x) {
   return most;
 }
 
-// e^x for x <= 0, to 2 units in the last place; below -87 e^-87; NaN stays. 2^n of x / ln 2 to the nearest whole n, times
-// a polynomial of the rest: 1 + r + r^2 (1/2 + ..), |r| < 0.35.
+// e^x for x <= 0, to 2 units in the last place; below -87 e^-87; NaN stays. 2^n of x / ln 2 to the nearest whole n,
+// times a polynomial of the rest: 1 + r + r^2 (1/2 + ..), |r| < 0.35.
 TL_FN Float8 exp8(Float8 x) {
   x = max8(all8(-87.f), x);
   const Float8 shift = all8(12582912.f);  // 1.5 * 2^23: no bit for a fraction
