@@ -158,11 +158,12 @@ int64_t tl_panel_bytes(int32_t format, int64_t k, int32_t group) {
   return suits(format, k, group) ? sections(format, k, group).bytes : 0;
 }
 
-void tl_quantise_activations(int isa, const float* x, int64_t rows, int64_t k, int64_t stride, tl_activation_block* out) {
+void tl_quantise_activations(int isa, const float* x, int64_t rows, int64_t k, int64_t stride,
+                             tl_activation_block* out) {
   for (int64_t m = 0; m < rows; ++m) kernels(isa).quantise(x + m * stride, k / TL_BLOCK, out + m * (k / TL_BLOCK));
 }
 
-void tl_quant_matmul(int isa, const tl_quant_matrix* w, const tl_activation_block* x, int64_t rows, int64_t n0, int64_t n1,
-                     float* y, int64_t stride) {
+void tl_quant_matmul(int isa, const tl_quant_matrix* w, const tl_activation_block* x, int64_t rows, int64_t n0,
+                     int64_t n1, float* y, int64_t stride) {
   kernels(isa).matmul(*w, x, rows, n0, n1, y, stride);
 }

@@ -21,8 +21,8 @@ enum { TL_PANEL = 8, TL_BLOCK = 32 };
 
 // How a weight is stored. K is a multiple of 32, of 256 for the K types, of `group` for the last two.
 //
-// A panel is its codes, then the high bits (Q6_K), then the scales. nb = K / 32. "Quad" t of a block is its values 4t to
-// 4t + 3. All of one section lie together: [block][...][row 0 to 7][...].
+// A panel is its codes, then the high bits (Q6_K), then the scales. nb = K / 32. "Quad" t of a block is its values
+// 4t to 4t + 3. All of one section lie together: [block][...][row 0 to 7][...].
 //   4-bit codes  [nb][j of 4][row of 8][i of 4]: low nibble value 4j + i of the block, high nibble value 16 + 4j + i
 //   8-bit codes  [nb][t of 8][row of 8][i of 4], signed
 typedef enum {
@@ -59,11 +59,12 @@ int tl_cpu_isa(void);
 int64_t tl_panel_bytes(int32_t format, int64_t k, int32_t group);
 
 // x (rows, k) with `stride` values between rows -> out (rows, k / 32).
-void tl_quantise_activations(int isa, const float* x, int64_t rows, int64_t k, int64_t stride, tl_activation_block* out);
+void tl_quantise_activations(int isa, const float* x, int64_t rows, int64_t k, int64_t stride,
+                             tl_activation_block* out);
 
 // y[m, n] for m < rows, n0 <= n < n1, n0 a multiple of 8; y has `stride` values between rows.
-void tl_quant_matmul(int isa, const tl_quant_matrix* w, const tl_activation_block* x, int64_t rows, int64_t n0, int64_t n1,
-                     float* y, int64_t stride);
+void tl_quant_matmul(int isa, const tl_quant_matrix* w, const tl_activation_block* x, int64_t rows, int64_t n0,
+                     int64_t n1, float* y, int64_t stride);
 
 #ifdef __cplusplus
 }

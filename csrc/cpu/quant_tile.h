@@ -1,12 +1,12 @@
-// The vector form of quant_matmul.cpp, included once an instruction set: TL_TARGET is the set, TL_KERNELS the name of the
-// result, TL_VNNI whether a byte product adds up in 32 bits by itself.
+// The vector form of quant_matmul.cpp, included once an instruction set: TL_TARGET is the set, TL_KERNELS the name of
+// the result, TL_VNNI whether a byte product adds up in 32 bits by itself.
 //
 // A vector has 8 rows of W: 4 codes of each as bytes, or one float of each. The codes of a panel meet the same 4
 // activations in all rows, so these are broadcast. Unsigned codes of 4 bits may be added up in 16 bits over a block:
 // 8 products of two, 15 * 127 * 16 = 30,480. Those of 6 bits over 16 values, where the start -32 sum x makes the end
 // fit though it wraps between: 32 * 127 * 8 = 32,512.
-// W is unpacked in registers for MT rows of x at a time. Unpacking it to memory once for all rows was no faster: twice the
-// bytes then come from the cache.
+// W is unpacked in registers for MT rows of x at a time. Unpacking it to memory once for all rows was no faster:
+// twice the bytes then come from the cache.
 #include <immintrin.h>
 
 #include "quant_panel.h"
@@ -201,8 +201,9 @@ struct TwoScales {
 };
 template <int MT, class Codes>
 TL_FN void add_blocks(Float (&acc)[MT], Codes codes, TwoScales& scales, const Activations* x, int64_t nb) {
-  const Int first_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
-  const Int second_of = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
+  const __m128i twice = _mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13);
+  const Int first_of = _mm256_broadcastsi128_si256(twice);
+  const Int second_of = _mm256_add_epi8(first_of, _mm256_set1_epi8(2));
   for (int64_t b = 0; b < nb; ++b, ++x) {
     codes.fetch_next(b);
     Int first[MT], second[MT];
@@ -312,7 +313,8 @@ constexpr int64_t CACHED = 192 << 10;
 __attribute__((target(TL_TARGET))) void matmul(const tl_quant_matrix& w, const Activations* x, int64_t rows, int64_t n0,
                                                int64_t n1, float* y, int64_t stride) {
   const Sections at = sections(w.format, w.k, w.group);
-  const int64_t nb = w.k / TL_BLOCK, fit = CACHED / (nb * int64_t{sizeof(Activations)}) / 4 * 4, some = fit < 8 ? 8 : fit;
+  const int64_t nb = w.k / TL_BLOCK, fit = CACHED / (nb * int64_t{sizeof(Activations)}) / 4 * 4;
+  const int64_t some = fit < 8 ? 8 : fit;
   const Int lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int64_t m = 0; m < rows; m += some) {
     for (int64_t n = n0; n < n1; n += TL_PANEL) {

@@ -61,7 +61,7 @@ pub struct QuantPanels<'a> {
 }
 
 /// The best instruction set that is known for this processor.
-fn isa() -> i32 {
+pub(super) fn isa() -> i32 {
     static ISA: OnceLock<i32> = OnceLock::new();
     // SAFETY: asks the processor, no more.
     *ISA.get_or_init(|| unsafe { tl_cpu_isa() })
@@ -98,15 +98,15 @@ pub fn quantise_activations(x: &[f32], columns: usize, stride: usize, out: &mut 
     x.par_chunks(stride).zip(out.par_chunks_mut(columns / BLOCK)).for_each(one);
 }
 
-/// Address of the result, for threads that write different columns of it.
+/// Address of a result, for threads that write different parts of it.
 #[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: `quant_matmul` gives each thread columns of its own.
+pub(super) struct Out(pub(super) *mut f32);
+// SAFETY: `quant_matmul` gives each thread columns of its own, attention heads of its own.
 unsafe impl Send for Out {}
 unsafe impl Sync for Out {}
 
 impl Out {
-    fn get(self) -> *mut f32 {
+    pub(super) fn get(self) -> *mut f32 {
         self.0
     }
 }

@@ -3,6 +3,7 @@
 //! Everything here takes and returns [`tch::Tensor`]; a failure carries the C++ exception's full text.
 
 mod cpu;
+mod cpu_decode;
 pub mod driver;
 mod gradients;
 mod graph;
@@ -17,6 +18,7 @@ mod recompute;
 mod store;
 
 pub use cpu::*;
+pub use cpu_decode::*;
 pub use gradients::*;
 pub use graph::*;
 pub use hooks::{Call, on_gradient};

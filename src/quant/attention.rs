@@ -1,6 +1,8 @@
-//! Attention over a paged cache on the CPU, in plain Rust.
+//! Attention over a paged cache on the CPU: by the kernels of `csrc/cpu/decode.h`, and in plain Rust for head sizes that
+//! they do not have.
 
-use crate::model::paged_cache::{Batch, PagedCache, slot};
+use crate::ffi::{AttentionSpan, KeysAndValues, LARGEST_HEAD, PagedMemory};
+use crate::model::paged_cache::{BLOCK, Batch, PagedCache, slot};
 use rayon::prelude::*;
 
 /// Keeps the new tokens' keys and values, then attends: each token to those of its sequence up to itself.
@@ -8,6 +10,35 @@ use rayon::prelude::*;
 /// # Shapes
 /// qkv (N, (H+2G)*D), turned -> y (N, H*D).
 pub fn append_and_attend(
+    qkv: &[f32],
+    cache: &mut PagedCache,
+    layer: usize,
+    batch: &Batch,
+    (h, g, d): (usize, usize, usize),
+    y: &mut [f32],
+) {
+    if !d.is_multiple_of(8) || d > LARGEST_HEAD {
+        return plain(qkv, cache, layer, batch, (h, g, d), y);
+    }
+    let width = (h + 2 * g) * d;
+    let (k, v) = cache.floats_mut(layer); // (slots, G, D) x2
+    let mut memory = PagedMemory::new(KeysAndValues::F32 { k, v }, BLOCK, g, d);
+    let (mut spans, mut row) = (Vec::new(), 0);
+    for sequence in &batch.host {
+        let (table, past, tokens) = (&sequence.table[..], sequence.past, sequence.tokens.len());
+        spans.push(AttentionSpan { table, past, tokens, row });
+        let positions = past..past + tokens;
+        for (p, qkv) in positions.zip(qkv[row * width..].chunks(width)) {
+            let (k, v) = qkv[h * d..].split_at(g * d);
+            memory.store(slot(table, p) as usize, k, v);
+        }
+        row += tokens;
+    }
+    memory.attend(&spans, qkv, width, h, 1.0 / (d as f32).sqrt(), y);
+}
+
+/// The same without kernels: their reference.
+fn plain(
     qkv: &[f32],
     cache: &mut PagedCache,
     layer: usize,

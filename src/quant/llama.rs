@@ -8,6 +8,7 @@
 //! llama.cpp, llama2.c (the idea of it all); weights are those of `transformers.LlamaForCausalLM`.
 
 use super::matrix::{Activations, QuantMatrix};
+use crate::ffi;
 use crate::model::paged_cache::{Batch, PagedCache};
 use crate::model::rope::Rope;
 use crate::model::{ModelConfig, NormClass};
@@ -115,12 +116,7 @@ impl QuantLlama {
             self.norm(&x, &block.norm_2, &mut normed);
             input.quantise(&normed, c);
             block.gate_up.multiply(&input, &mut gate_up);
-            gate_up.par_chunks_mut(2 * f).for_each(|row| {
-                let (gate, up) = row.split_at_mut(f);
-                gate.iter_mut()
-                    .zip(up)
-                    .for_each(|(gate, up)| *gate *= *up / (1.0 + (-*gate).exp()));
-            });
+            gate_up.par_chunks_mut(2 * f).for_each(ffi::swiglu_row);
             input.quantise_strided(&gate_up, f, 2 * f);
             block.down.multiply(&input, &mut delta, c);
             add(&mut x, &delta);
@@ -167,23 +163,9 @@ impl QuantLlama {
     /// `x / sqrt(mean(x^2) + eps) * weight` of each row.
     fn norm(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
         let (c, eps) = (weight.len(), self.config.norm_eps as f32);
-        for (x, out) in x.chunks(c).zip(out.chunks_mut(c)) {
-            let scale = 1.0 / (sum_of_squares(x) / c as f32 + eps).sqrt();
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * scale * weight;
-            }
-        }
+        let rows = x.par_chunks(c).zip(out.par_chunks_mut(c));
+        rows.for_each(|(x, out)| ffi::rms_norm_row(x, weight, eps, out));
     }
-}
-
-/// In 8 sums, which fill a vector.
-fn sum_of_squares(x: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 8];
-    for x in x.chunks_exact(8) {
-        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
-    }
-    let rest: f32 = x.chunks_exact(8).remainder().iter().map(|x| x * x).sum();
-    sums.iter().sum::<f32>() + rest
 }
 
 fn add(x: &mut [f32], other: &[f32]) {
@@ -201,14 +183,10 @@ fn rotate(qkv: &mut [f32], cos: &[f32], sin: &[f32], (h, g, d): (usize, usize, u
     if n == 0 {
         return;
     }
-    for (row, (cos, sin)) in qkv.chunks_mut(width).zip(cos.chunks(n).zip(sin.chunks(n))) {
-        for head in row[..(h + g) * d].chunks_mut(d) {
-            let (first, second) = head[..n].split_at_mut(n / 2);
-            for (i, (a, b)) in first.iter_mut().zip(second).enumerate() {
-                (*a, *b) = (*a * cos[i] - *b * sin[i], *b * cos[i] + *a * sin[i]);
-            }
-        }
-    }
+    let angles = cos.par_chunks(n).zip(sin.par_chunks(n));
+    qkv.par_chunks_mut(width).zip(angles).for_each(|(row, (cos, sin))| {
+        ffi::rope_row(&mut row[..(h + g) * d], d, &cos[..n / 2], &sin[..n / 2]);
+    });
 }
 
 fn values(x: &Tensor) -> Vec<f32> {

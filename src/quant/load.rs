@@ -44,14 +44,13 @@ pub fn load(source: &Source, scheme: Scheme) -> Result<QuantLlama> {
     let reader = Reader { source, scheme, parameters, names };
     let layer = |i: i64| {
         let name = |leaf: &str| format!("transformer.h.{i}.{leaf}.weight");
+        let (gate, up) = (reader.matrices(&name("mlp.fc_1"))?, reader.matrices(&name("mlp.fc_2"))?);
         Ok(QuantBlock {
             norm_1: reader.vector(&name("norm_1"))?,
             qkv: Stack(reader.matrices(&name("attn.qkv"))?),
             proj: reader.matrix(&name("attn.proj"))?,
             norm_2: reader.vector(&name("norm_2"))?,
-            gate_up: Stack(
-                [reader.matrices(&name("mlp.fc_1"))?, reader.matrices(&name("mlp.fc_2"))?].concat(),
-            ),
+            gate_up: Stack(gate.into_iter().chain(up).collect()),
             down: reader.matrix(&name("mlp.proj"))?,
         })
     };

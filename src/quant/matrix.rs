@@ -1,5 +1,6 @@
 //! A quantised matrix and its products, by the kernels of `csrc/cpu`.
 
+use super::memory::Memory;
 use super::panel::{BLOCK, PANEL, Sections, get_row, put_gguf, put_values};
 use crate::checkpoint::gguf::Type;
 use crate::ffi::{self, ActivationBlock};
@@ -50,13 +51,13 @@ impl Format {
 }
 
 /// Weights (N, K), N rows of K values.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct QuantMatrix {
     format: Format,
     rows: usize,
     columns: usize,
     /// Panels of 8 rows; missing rows of the last one are zeros.
-    panels: Vec<u8>,
+    panels: Memory,
 }
 
 impl QuantMatrix {
@@ -104,7 +105,7 @@ impl QuantMatrix {
             bail!("rows of {columns} values are no multiple of the {multiple} that share a scale");
         }
         let bytes = Sections::of(format, columns).bytes;
-        let mut panels = vec![0; rows.div_ceil(PANEL) * bytes];
+        let mut panels = Memory::zeros(rows.div_ceil(PANEL) * bytes)?;
         panels.par_chunks_mut(bytes).enumerate().for_each(|(i, panel)| {
             for r in 0..PANEL.min(rows - i * PANEL) {
                 put(i * PANEL + r, r, panel);

@@ -6,6 +6,7 @@ mod attention;
 pub mod llama;
 mod load;
 pub mod matrix;
+mod memory;
 mod panel;
 mod round;
 
