@@ -1,0 +1,72 @@
+// y = W f(x) for 1 to 8 vectors, f an RMSNorm or nothing, y stored, added to the residual stream or put through SwiGLU.
+//
+//   f(x) = x / sqrt(mean(x^2) + eps) w, rounded to the dtype;   y = W f(x)   |   y += W f(x)
+//   y = silu(g) u with [g; u] = W f(x)
+//
+// Sums in fp32, one rounding. One kernel instead of norm, product and what follows: at batch 1 a launch costs as much
+// as reading 8 MB. Every block computes the norm anew (2 C bytes from L2). Bytes: W once; the rest is small.
+// Geometry: linear.cuh; STAGES chunks a warp on the way. With `overlap` a block asks for its first weights before the
+// kernel that computes x has ended; so that its blocks find room beside that kernel's, they take at most half of an
+// SM's shared memory.
+// Reference: `Linear` after `rms_norm_reference`, src/ops.
+#include "linear.cuh"
+
+namespace tl {
+namespace {
+
+template <Format F>
+constexpr int kStages = F == Format::plain ? 1 : F == Format::int8 ? 2 : 4;
+
+template <Format F>
+struct Shared {
+  static constexpr int BYTES = sizeof(Scratch) + sizeof(Matrix) + WARPS * kStages<F> * Chunk<F>::BYTES;
+};
+
+template <class T, Format F>
+__global__ void __launch_bounds__(THREADS, 2) gemv_kernel(const Gemv p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  auto* ring = shared;
+  auto& scratch = *reinterpret_cast<Scratch*>(ring + WARPS * kStages<F> * Chunk<F>::BYTES);
+  auto& matrix = *reinterpret_cast<Matrix*>(&scratch + 1);
+  if (threadIdx.x == 0) {
+    matrix = {static_cast<const uint8_t*>(p.weight.codes), static_cast<const uint8_t*>(p.weight.scales), p.out, p.in,
+              p.store == Store::swiglu ? p.out / 2 : 8, 0};
+  }
+  __syncthreads();
+  Stream<F, kStages<F>> stream{&matrix, 1, __ffs(p.group / 32) - 1,
+                               shared_address(ring) + threadIdx.x / 32 * kStages<F> * Chunk<F>::BYTES};
+  stream.start();
+  launch_next();
+  const Input<T> input{static_cast<const T*>(p.x), static_cast<const T*>(p.norm), p.rows, p.in, p.eps};
+  Fragment norm;
+  input.prefetch(norm);
+  wait_for_previous();
+  int turn = 0;
+  linear<T, F, kStages<F>>(matrix, input, Output<T>{p.store, p.rows, p.y, p.y_stride}, stream, scratch, norm, turn);
+}
+
+template <class T>
+cudaError_t by_format(const Gemv& p, cudaStream_t stream) {
+  const int tiles = (p.out + SLOTS - 1) / SLOTS;
+  auto go = [&](auto kernel, int shared) {
+    return launch(kernel, dim3(tiles), THREADS, shared, p.overlap, false, stream, p);
+  };
+  switch (p.format) {
+    case Format::int8: return go(gemv_kernel<T, Format::int8>, Shared<Format::int8>::BYTES);
+    case Format::int4: return go(gemv_kernel<T, Format::int4>, Shared<Format::int4>::BYTES);
+    default: return go(gemv_kernel<T, Format::plain>, Shared<Format::plain>::BYTES);
+  }
+}
+
+}  // namespace
+
+cudaError_t gemv(const Gemv& p, cudaStream_t stream) {
+  if (p.rows < 1 || p.rows > kDecodeRows || p.in % 8 || (p.store == Store::swiglu && p.out % 16)) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.type == Type::bf16) return by_format<__nv_bfloat16>(p, stream);
+  if (p.type == Type::fp16) return by_format<__half>(p, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace tl
