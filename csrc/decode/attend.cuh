@@ -181,7 +181,8 @@ struct Attend {
 // The block's part: tokens of tiles [first, last) of the sequence, for head block `part` of key-value head `head`.
 // Writes o, normalised, and lse (or neither where null) for the block's heads. `before` is called once after the
 // first loads from the cache and before anything of qkv is read.
-template <class T, bool INT8, int D, int WARPS, class Wait>
+// NEXT: the next tile is asked for while one is worked on, which costs registers.
+template <class T, bool INT8, int D, int WARPS, bool NEXT, class Wait>
 __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShared<D, WARPS>& shared, int sequence,
                        int head, int part, int first, int last, T* out, float* lse, Wait before) {
   constexpr int N = D / 32;
@@ -200,11 +201,12 @@ __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShar
   Attend<T, INT8, D> a;
   a.load_q(row + query * D, g < count, position, p.append, p.rotary);
   for (; at < last; at += WARPS) {
-    if (at + WARPS < last) next.load(cache, sequence, head, at + WARPS, cached);
+    if (NEXT && at + WARPS < last) next.load(cache, sequence, head, at + WARPS, cached);
     if (p.append) tile.append(cache, sequence, head, at, position, new_k, new_v, p.rotary);
     __syncwarp();
     a.add(tile, at, end, scale);
-    tile = next;
+    if (NEXT) tile = next;
+    else if (at + WARPS < last) tile.load(cache, sequence, head, at + WARPS, cached);
   }
   a.sum = quad_sum(a.sum);
 

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(WARPS * 32) attention_kernel(const PagedAttent
   const int64_t slot = (int64_t)sequence * p.splits + split;
   auto* out = p.splits > 1 ? static_cast<T*>(p.partial) + slot * row : static_cast<T*>(p.out) + (int64_t)sequence * row;
   float* lse = p.splits > 1 ? p.lse + slot * p.heads : nullptr;
-  attend<T, INT8, D, WARPS>(p, p.cache, shared, sequence, head, part, first, last, out, lse, wait_for_previous);
+  attend<T, INT8, D, WARPS, true>(p, p.cache, shared, sequence, head, part, first, last, out, lse, wait_for_previous);
   if (p.splits == 1) return;
 
   __shared__ int ticket;

@@ -13,13 +13,7 @@ constexpr int kDecodeRows = 8;  // most sequences that the matrix-vector kernels
 
 // ---- weights (weights.cuh) -------------------------------------------------------------------------------
 
-enum class Format { plain, int8, int4 };
-
-struct Weight {
-  const void* codes;   // plain: (N, K) 16-bit. int8: (N, K rounded up to 64) bytes; int4: (N, K rounded up to 128) / 2
-  const void* scales;  // fp16, null where plain. int8: (N, S) scales; int4: (N, S) pairs of scale and minimum;
-                       // S = K rounded up to 256, divided by `group`
-};
+enum class Format { plain, int8, int4 };  // plain: (N, K) of 16 bits; int8, int4: blocks, see weights.cuh
 
 // Quantised weights back to 16 bits, for products of many rows.
 struct Dequantize {
@@ -27,7 +21,7 @@ struct Dequantize {
   Format format;
   int group;  // columns that share a scale: 32, 64 or 128
   int rows, columns;  // N, K
-  Weight weight;
+  const void* weight;
   void* y;  // (N, K)
 };
 cudaError_t dequantize(const Dequantize& p, cudaStream_t stream);
@@ -47,7 +41,7 @@ struct Gemv {
   int group;  // 32, 64 or 128
   int rows;   // 1 to 8
   int out, in;  // N, K; K a multiple of 8; swiglu: N = 2F, F a multiple of 8
-  Weight weight;
+  const void* weight;
   const void* x;     // (rows, K)
   const void* norm;  // (K,): x is RMS-normalised first; or null
   float eps;
@@ -121,8 +115,8 @@ cudaError_t rope_cache(const RopeCache& p, cudaStream_t stream);
 // ---- step_*.cu: all layers and the head in one launch, for 1 to 8 rows -------------------------------------
 
 struct DecodeLayer {  // device pointers; an array of these lies in device memory
-  const void *norm_1, *norm_2;         // (C,)
-  Weight qkv, proj, gate_up, mlp_proj;  // ((H+2G) D, C), (C, H D), (2F, C), (C, F)
+  const void *norm_1, *norm_2;                      // (C,)
+  const void *qkv, *proj, *gate_up, *mlp_proj;  // ((H+2G) D, C), (C, H D), (2F, C), (C, F)
   void *k, *v;                         // this layer's cache
   float *k_scale, *v_scale;
 };
@@ -137,7 +131,7 @@ struct DecodeStep {
   float eps, scale;
   const DecodeLayer* layer;
   const void* norm;      // (C,) before the head
-  Weight head;           // (V, C); codes null: no head
+  const void* head;      // (V, C); null: no head
   KvCache cache;         // k, v and scales unused
   Rotary rotary;
   const int* positions;  // (B,); below 0: idle row

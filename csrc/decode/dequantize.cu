@@ -12,18 +12,19 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const Dequantize p) {
   using C = Chunk<F>;
   const int row = blockIdx.y, column = (blockIdx.x * 256 + threadIdx.x) * 8;
   if (column >= p.columns) return;
-  const int shift = __ffs(p.group / 32) - 1, j = column / 32, t = column % 32 / 8;
-  const auto* codes = static_cast<const uint8_t*>(p.weight.codes) + (int64_t)row * C::row_bytes(p.columns);
-  const auto* scales = static_cast<const uint8_t*>(p.weight.scales) + (int64_t)row * C::scale_row_bytes(p.columns, shift);
+  const int shift = __ffs(p.group / 32) - 1, g = row % 8, j = column % COLUMNS / 32, t = column % 32 / 8;
+  const int64_t block = (int64_t)(row / 8) * ((p.columns + COLUMNS - 1) / COLUMNS) + column / COLUMNS;
+  const auto* codes = static_cast<const uint8_t*>(p.weight) + block * C::block_bytes(shift);
+  const uint8_t* scale = codes + C::CODES + ((g * BLOCKS >> shift) + (j >> shift)) * C::SCALE;
   float q[8];
   if constexpr (F == Format::int4) {
-    const uint32_t word = reinterpret_cast<const uint32_t*>(codes)[j / 4 * 16 + 4 * t + j % 4];
-    const float2 s = __half22float2(reinterpret_cast<const __half2*>(scales)[j >> shift]);
+    const uint32_t word = reinterpret_cast<const uint32_t*>(codes)[16 * g + 4 * t + j];
+    const float2 s = __half22float2(*reinterpret_cast<const __half2*>(scale));
 #pragma unroll
     for (int e = 0; e < 8; ++e) q[e] = s.x * (word >> 4 * (e / 2 + e % 2 * 4) & 15) + s.y;
   } else {
-    const uint2 words = *reinterpret_cast<const uint2*>(codes + j / 2 * 64 + 16 * t + 8 * (j % 2));
-    const float s = __half2float(reinterpret_cast<const __half*>(scales)[j >> shift]);
+    const uint2 words = *reinterpret_cast<const uint2*>(codes + 512 * (j / 2) + 64 * g + 16 * t + 8 * (j % 2));
+    const float s = __half2float(*reinterpret_cast<const __half*>(scale));
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const int byte = e % 4 == 1 ? 2 : e % 4 == 2 ? 1 : e % 4;  // e = 0 2 1 3
@@ -45,23 +46,24 @@ __global__ void __launch_bounds__(256) embed_kernel(const Embed p) {
 }  // namespace
 
 cudaError_t dequantize(const Dequantize& p, cudaStream_t stream) {
-  if (p.columns % 8 || p.rows > 65535 * 16) return cudaErrorInvalidValue;
-  for (int from = 0; from < p.rows; from += 65535) {  // the grid's limit
+  if (p.columns % 8 || p.format == Format::plain) return cudaErrorInvalidValue;
+  constexpr int MOST = 65528;  // rows a launch: the grid's limit, whole blocks
+  const int shift = p.group == 32 ? 0 : p.group == 64 ? 1 : 2;
+  const bool int4 = p.format == Format::int4;
+  const int64_t row_of_blocks = (p.columns + COLUMNS - 1) / COLUMNS *
+                                (int4 ? Chunk<Format::int4>::block_bytes(shift) : Chunk<Format::int8>::block_bytes(shift));
+  for (int from = 0; from < p.rows; from += MOST) {
     Dequantize part = p;
-    const int shift = p.group == 32 ? 0 : p.group == 64 ? 1 : 2;
-    const bool int4 = p.format == Format::int4;
-    part.rows = p.rows - from < 65535 ? p.rows - from : 65535;
-    const int64_t codes = int4 ? Chunk<Format::int4>::row_bytes(p.columns) : Chunk<Format::int8>::row_bytes(p.columns);
-    const int64_t scales = int4 ? Chunk<Format::int4>::scale_row_bytes(p.columns, shift)
-                                : Chunk<Format::int8>::scale_row_bytes(p.columns, shift);
-    part.weight.codes = static_cast<const uint8_t*>(p.weight.codes) + from * codes;
-    part.weight.scales = static_cast<const uint8_t*>(p.weight.scales) + from * scales;
+    part.rows = p.rows - from < MOST ? p.rows - from : MOST;
+    part.weight = static_cast<const uint8_t*>(p.weight) + from / 8 * row_of_blocks;
     part.y = static_cast<uint8_t*>(p.y) + 2ll * from * p.columns;
     const dim3 grid((p.columns / 8 + 255) / 256, part.rows);
-    if (p.type == Type::bf16 && int4) dequantize_kernel<__nv_bfloat16, Format::int4><<<grid, 256, 0, stream>>>(part);
-    else if (p.type == Type::bf16) dequantize_kernel<__nv_bfloat16, Format::int8><<<grid, 256, 0, stream>>>(part);
-    else if (int4) dequantize_kernel<__half, Format::int4><<<grid, 256, 0, stream>>>(part);
-    else dequantize_kernel<__half, Format::int8><<<grid, 256, 0, stream>>>(part);
+    auto go = [&](auto zero) {
+      using T = decltype(zero);
+      if (int4) dequantize_kernel<T, Format::int4><<<grid, 256, 0, stream>>>(part);
+      else dequantize_kernel<T, Format::int8><<<grid, 256, 0, stream>>>(part);
+    };
+    p.type == Type::bf16 ? go(__nv_bfloat16{}) : go(__half{});
   }
   return cudaGetLastError();
 }

@@ -14,35 +14,32 @@
 namespace tl {
 namespace {
 
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
 template <Format F>
-constexpr int kStages = F == Format::plain ? 1 : F == Format::int8 ? 2 : 4;
+constexpr int kStages = F == Format::plain ? 2 : F == Format::int8 ? 3 : 4;
 
 template <Format F>
 struct Shared {
-  static constexpr int BYTES = sizeof(Scratch) + sizeof(Matrix) + WARPS * kStages<F> * Chunk<F>::BYTES;
+  Scratch<WARPS> scratch;
+  Matrix matrix;
+  alignas(128) uint8_t ring[WARPS * Stream<F, kStages<F>, WARPS>::BYTES];
 };
 
 template <class T, Format F>
-__global__ void __launch_bounds__(THREADS, 2) gemv_kernel(const Gemv p) {
-  extern __shared__ __align__(128) uint8_t shared[];
-  auto* ring = shared;
-  auto& scratch = *reinterpret_cast<Scratch*>(ring + WARPS * kStages<F> * Chunk<F>::BYTES);
-  auto& matrix = *reinterpret_cast<Matrix*>(&scratch + 1);
+__global__ void __launch_bounds__(THREADS, 2) gemv_kernel(const __grid_constant__ Gemv p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  auto& shared = *reinterpret_cast<Shared<F>*>(memory);
   if (threadIdx.x == 0) {
-    matrix = {static_cast<const uint8_t*>(p.weight.codes), static_cast<const uint8_t*>(p.weight.scales), p.out, p.in,
-              p.store == Store::swiglu ? p.out / 2 : 8, 0};
+    shared.matrix = {static_cast<const uint8_t*>(p.weight), p.out, p.in, p.store == Store::swiglu ? p.out / 2 : 8, 0};
   }
   __syncthreads();
-  Stream<F, kStages<F>> stream{&matrix, 1, __ffs(p.group / 32) - 1,
-                               shared_address(ring) + threadIdx.x / 32 * kStages<F> * Chunk<F>::BYTES};
-  stream.start();
+  Stream<F, kStages<F>, WARPS> stream;
+  stream.start(&shared.matrix, 1, p.group, shared.ring);
   launch_next();
   const Input<T> input{static_cast<const T*>(p.x), static_cast<const T*>(p.norm), p.rows, p.in, p.eps};
-  Fragment norm;
-  input.prefetch(norm);
   wait_for_previous();
   int turn = 0;
-  linear<T, F, kStages<F>>(matrix, input, Output<T>{p.store, p.rows, p.y, p.y_stride}, stream, scratch, norm, turn);
+  linear<T>(shared.matrix, input, Output<T>{p.store, p.rows, p.y, p.y_stride}, stream, shared.scratch, turn);
 }
 
 template <class T>
@@ -52,9 +49,9 @@ cudaError_t by_format(const Gemv& p, cudaStream_t stream) {
     return launch(kernel, dim3(tiles), THREADS, shared, p.overlap, false, stream, p);
   };
   switch (p.format) {
-    case Format::int8: return go(gemv_kernel<T, Format::int8>, Shared<Format::int8>::BYTES);
-    case Format::int4: return go(gemv_kernel<T, Format::int4>, Shared<Format::int4>::BYTES);
-    default: return go(gemv_kernel<T, Format::plain>, Shared<Format::plain>::BYTES);
+    case Format::int8: return go(gemv_kernel<T, Format::int8>, sizeof(Shared<Format::int8>));
+    case Format::int4: return go(gemv_kernel<T, Format::int4>, sizeof(Shared<Format::int4>));
+    default: return go(gemv_kernel<T, Format::plain>, sizeof(Shared<Format::plain>));
   }
 }
 

@@ -1,70 +1,87 @@
 // The matrix-vector product that gemv.cu and the whole-step kernels share.
 //
-// A block of 8 warps takes tiles of 16 rows; its warps split K, chunk by chunk (weights.cuh), and their sums meet in
-// shared memory. Weights do not depend on what is computed, so each warp runs a ring of asynchronous copies ahead of
-// the products, over tile and matrix boundaries: while a block waits for the others (or for the kernel before), its
-// ring fills, and memory never rests as long as the wait is shorter than the ring.
+// A block takes tiles of 16 rows; its warps split K, chunk by chunk (weights.cuh), and their sums meet in shared memory.
+// Weights do not depend on what is computed, so each warp runs a ring of asynchronous copies ahead of the products, over
+// tile and matrix boundaries: while a block waits for the others (or for the kernel before), its ring fills, and memory
+// never rests as long as the wait is shorter than the ring.
 #pragma once
+#include <type_traits>
+
 #include "weights.cuh"
 
 namespace tl {
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int SET = WARPS * COLUMNS;  // columns that a block takes at once
-
-// This warp's way through a list of matrices: of each, the tiles dealt to this block, of each tile, every 8th chunk.
-template <Format F, int STAGES>
+// This warp's way through a list of matrices: of each, the tiles dealt to this block, of each tile, every WARPS-th chunk.
+template <Format F, int STAGES, int WARPS>
 struct Stream {
+  static constexpr int BYTES = STAGES * (Chunk<F>::BYTES + 16);  // shared memory a warp: chunks, then a barrier each
+
   const Matrix* matrices;
   int count, shift;
-  uint32_t ring;  // STAGES chunks
-  int matrix, tile, set, stage;
+  uint32_t ring;
+  int matrix, tile, chunk, stage, phase;
+  Matrix now;
 
-  __device__ void start() {
-    matrix = 0, tile = first_tile(matrices[0]), set = 0, stage = 0;
-    skip_empty();
-    for (int i = 0; i < STAGES; ++i) copy_next(ring + i * Chunk<F>::BYTES);
+  __device__ void start(const Matrix* list, int length, int group, uint8_t* memory) {
+    uint8_t* own = memory + threadIdx.x / 32 * BYTES;
+    for (int i = threadIdx.x % 32; i < BYTES / 16; i += 32) reinterpret_cast<uint4*>(own)[i] = uint4{};
+    matrices = list, count = length, shift = __ffs(group / 32) - 1, ring = shared_address(own);
+    __syncwarp();
+    if (kBulk && threadIdx.x % 32 < STAGES) barrier_init(barrier(threadIdx.x % 32));
+    fence_to_copies();
+    __syncwarp();
+    matrix = -1, stage = 0, phase = 0;
+    next_matrix();
+    for (int i = 0; i < STAGES; ++i) copy_next(i);
   }
   // Tiles go round the blocks from one matrix to the next, so that over a layer all get about the same.
   __device__ static int first_tile(const Matrix& w) {
-    const int grid = gridDim.x;
-    return (blockIdx.x + grid - w.dealt % grid) % grid;
+    const int tile = static_cast<int>(blockIdx.x) - w.dealt;
+    return tile < 0 ? tile + static_cast<int>(gridDim.x) : tile;
   }
   // The chunk whose turn it is, copied.
   __device__ uint32_t wait() {
-    copies_wait<STAGES - 1>();
-    __syncwarp();
+    if constexpr (kBulk) {
+      barrier_wait(barrier(stage), phase);
+    } else {
+      copies_wait<STAGES - 1>();
+      __syncwarp();
+    }
     return ring + stage * Chunk<F>::BYTES;
   }
   // It was read: its place takes the next chunk.
   __device__ void release() {
     __syncwarp();
-    copy_next(ring + stage * Chunk<F>::BYTES);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    copy_next(stage);
+    if (++stage == STAGES) stage = 0, phase ^= 1;
   }
 
  private:
-  __device__ void skip_empty() {
-    while (matrix < count && tile >= matrices[matrix].tiles()) {
-      if (++matrix < count) tile = first_tile(matrices[matrix]);
-    }
+  __device__ uint32_t barrier(int stage) const { return ring + STAGES * Chunk<F>::BYTES + 16 * stage; }
+  __device__ void next_matrix() {
+    chunk = threadIdx.x / 32;
+    do {
+      if (++matrix >= count) return;
+      now = matrices[matrix];
+      tile = first_tile(now);
+    } while (tile >= now.tiles() || chunk * COLUMNS >= now.in);
   }
-  __device__ void copy_next(uint32_t to) {
+  __device__ void copy_next(int stage) {
     if (matrix < count) {
-      const Matrix& w = matrices[matrix];
-      const int chunk = set * WARPS + threadIdx.x / 32;
-      if (chunk * COLUMNS < w.in) copy_chunk<F>(to, w, shift, tile, chunk);
-      if (++set * SET >= w.in) {
-        set = 0;
+      copy_chunk<F>(ring + stage * Chunk<F>::BYTES, barrier(stage), now, shift, tile, chunk);
+      chunk += WARPS;
+      if (chunk * COLUMNS >= now.in) {
+        chunk = threadIdx.x / 32;
         tile += gridDim.x;
-        skip_empty();
+        if (tile >= now.tiles()) next_matrix();
       }
     }
-    copies_commit();  // also where there was nothing to copy: wait() counts
+    if (!kBulk) copies_commit();  // also where there was nothing to copy: wait() counts
   }
 };
 
-// Sums of the warps and of squares; two of each, so that one barrier a tile is enough.
+// Sums of the warps, two of them so that one barrier a tile is enough; of squares, one a warp and vector.
+template <int WARPS>
 struct Scratch {
   float sum[2][WARPS][SLOTS * 8];
   float squares[WARPS][8];
@@ -72,87 +89,31 @@ struct Scratch {
 
 // What a product reads: `rows` vectors of `in` columns: as they are, RMS-normalised, or parts of attention.
 //
-// A split of attention is a vector of its own: it is weighted by 2^(lse - max) / sum over the row's splits, and since the
-// product is linear, Output adds the splits up after it. So the parts need no pass that puts them together.
+// Normalised: W (x w / rms) = (W (x w)) / rms, so that only x w, rounded, goes into the product and the root mean square
+// is not needed before its end. (fp16: x w 2^-8, so that it cannot overflow.)
+// Parts of attention: a split is a vector of its own, weighted by its share; Output adds the splits up after the
+// product, which is linear. So the parts need no pass that puts them together.
 template <class T>
 struct Input {
   const T* x;     // (rows, in)
   const T* norm;  // (in,) or null
   int rows, in;
   float eps;
-  const float* lse = nullptr;  // (rows, heads), or null: no parts of attention
-  int head_size = 64, splits = 1;  // splits: a power of two
+  const float* weights = nullptr;  // (rows, in >> head_bits) in shared memory, or null
+  int head_bits = 0;
 
-  __device__ static int column(int chunk, int j) { return chunk * COLUMNS + 32 * j + threadIdx.x % 4 * 8; }
-  __device__ static int row() { return threadIdx.x % 32 / 4; }
+  static constexpr float SCALE = Is<T>::bf16 ? 1.f : 1.f / 256;
 
-  // Before the wait for x: the weights of the norm, where one set is all there is.
-  __device__ void prefetch(Fragment& w) const {
-    if (!norm || in > SET) return;
-    load_norm(w, threadIdx.x / 32);
-  }
-  // 1 / sqrt(mean(x^2) + eps) of this lane's vector. Called by all threads.
-  __device__ float rstd(Scratch& scratch, Fragment& f) const {
-    if (!norm) return 1.f;
-    float squares = 0.f;
-    for (int chunk = threadIdx.x / 32; chunk * COLUMNS < in; chunk += WARPS) {
-      load_x(f, chunk);
+  // Columns 32 j + 8 t .. of a chunk, of vector n: lane 4 n + t.
+  __device__ void load(Fragment& f, int chunk) const {
+    const int n = threadIdx.x % 32 / 4, column = chunk * COLUMNS + threadIdx.x % 4 * 8;
+    const T* from = x + (int64_t)n * in + column;
 #pragma unroll
-      for (int j = 0; j < BLOCKS; ++j) {
-        float v[8];
-        Vector<T>{f.x[j]}.unpack(v);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
-      }
-    }
-    squares = quad_sum(squares);
-    if (threadIdx.x % 4 == 0) scratch.squares[threadIdx.x / 32][row()] = squares;
-    __syncthreads();
-    squares = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) squares += scratch.squares[w][row()];
-    return rsqrtf(squares / in + eps);
-  }
-  __device__ void load(Fragment& f, const Fragment& w, int chunk, float rstd) const {
-    if (!norm || in > SET) load_x(f, chunk);  // else rstd() left it there
-    if (lse && splits > 1) weigh(f, chunk);
-    if (!norm) return;
-    Fragment other;
-    if (in > SET) load_norm(other, chunk);
+    for (int j = 0; j < BLOCKS; ++j) f.x[j] = n < rows && column + 32 * j < in ? load_l2(from + 32 * j) : uint4{};
+    if (!weights) return;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      float v[8], g[8];
-      Vector<T>{f.x[j]}.unpack(v);
-      Vector<T>{in > SET ? other.x[j] : w.x[j]}.unpack(g);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] *= rstd * g[i];
-      f.x[j] = Vector<T>::pack(v).bits;
-    }
-  }
-
- private:
-  __device__ void load_x(Fragment& f, int chunk) const {
-#pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) {
-      const bool valid = row() < rows && column(chunk, j) < in;
-      f.x[j] = valid ? load_l2(x + (int64_t)row() * in + column(chunk, j)) : uint4{};
-    }
-  }
-  __device__ void weigh(Fragment& f, int chunk) const {
-    const int heads = in / head_size;
-    float part[BLOCKS];
-#pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) {
-      const bool valid = row() < rows && column(chunk, j) < in;
-      part[j] = valid ? __ldcg(lse + row() * heads + column(chunk, j) / head_size) : -INFINITY;
-    }
-#pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) {
-      float largest = part[j];
-      for (int step = 1; step < splits; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 4 * step));
-      float weight = largest == -INFINITY ? 0.f : exp2f(part[j] - largest), sum = weight;
-      for (int step = 1; step < splits; step *= 2) sum += __shfl_xor_sync(~0u, sum, 4 * step);
-      weight = sum > 0.f ? weight / sum : 0.f;
+      const float weight = n < rows && column + 32 * j < in ? weights[n * (in >> head_bits) + (column + 32 * j >> head_bits)] : 0.f;
       float v[8];
       Vector<T>{f.x[j]}.unpack(v);
 #pragma unroll
@@ -160,12 +121,38 @@ struct Input {
       f.x[j] = Vector<T>::pack(v).bits;
     }
   }
-  __device__ void load_norm(Fragment& w, int chunk) const {
+  // Adds up the squares of the vectors, on the diagonal of X X^T: lane 4 n + n / 2 has vector n's in c[n % 2].
+  __device__ void squares(const Fragment& f, float (&c)[4]) const {
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      const bool valid = row() < rows && column(chunk, j) < in;
-      w.x[j] = valid ? *reinterpret_cast<const uint4*>(norm + column(chunk, j)) : uint4{};
+      mma<T>(c, f.x[j].x, 0, f.x[j].y, 0, f.x[j].x, f.x[j].y);
+      mma<T>(c, f.x[j].z, 0, f.x[j].w, 0, f.x[j].z, f.x[j].w);
     }
+  }
+  __device__ void weigh(Fragment& f, int chunk) const {
+    using T2 = typename std::conditional<Is<T>::bf16, __nv_bfloat162, __half2>::type;
+    const int column = chunk * COLUMNS + threadIdx.x % 4 * 8;
+    uint4 w[BLOCKS];
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) w[j] = column + 32 * j < in ? *reinterpret_cast<const uint4*>(norm + column + 32 * j) : uint4{};
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+      auto *a = reinterpret_cast<T2*>(&f.x[j]), *b = reinterpret_cast<T2*>(&w[j]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!Is<T>::bf16) b[i] = __hmul2(b[i], T2{from_float<T>(SCALE), from_float<T>(SCALE)});
+        a[i] = __hmul2(a[i], b[i]);
+      }
+    }
+  }
+  // What a finished product is multiplied by.
+  template <int WARPS>
+  __device__ float after(const Scratch<WARPS>& scratch, int n) const {
+    if (!norm) return 1.f;
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += scratch.squares[w][n];
+    return rsqrtf(__fdividef(sum, in) + eps) * (1.f / SCALE);
   }
 };
 
@@ -176,67 +163,74 @@ struct Output {
   int rows;
   void* y;         // (rows, ..) at stride; T, or float for Store::fp32
   int64_t stride;
-  int splits = 1;  // vectors that are parts of one row and are added up
+  int splits = 1;  // vectors that are parts of one row and are added up; a power of two
 
-  // Before the products: the residual, which nobody else changes meanwhile.
+  // Before the products: the residual, which nobody else changes meanwhile. From L2, where L1 may be stale.
   __device__ float before(const Matrix& w, int tile, int slot, int n) const {
-    const int row = w.row(tile, slot);
-    if (store != Store::add || n >= rows || row >= w.out) return 0.f;
-    const auto bits = __ldcg(static_cast<const unsigned short*>(y) + n * stride + row);  // L1 may be stale
+    const int row = w.row(tile, slot), r = n / splits;
+    if (store != Store::add || n % splits || r >= rows || row >= w.out) return 0.f;
+    const auto bits = __ldcg(static_cast<const unsigned short*>(y) + r * stride + row);
     return to_float(reinterpret_cast<const T&>(bits));
   }
-  __device__ void operator()(const Matrix& w, const float (&sum)[WARPS][SLOTS * 8], int tile, int slot, int n,
+  // Called by whole warps: 4 slots, 8 vectors each.
+  template <int WARPS>
+  __device__ void operator()(const Matrix& w, const float (&sum)[WARPS][SLOTS * 8], int tile, int slot, int n, float factor,
                              float residual) const {
-    const int row = w.row(tile, slot);
-    if (n >= rows || row >= w.out || (store == Store::swiglu && slot >= 8)) return;
     auto total = [&](int slot) {
       float v = 0.f;
-      for (int s = 0; s < splits; ++s) {
 #pragma unroll
-        for (int warp = 0; warp < WARPS; ++warp) v += sum[warp][slot * 8 + n * splits + s];
-      }
-      return v;
+      for (int warp = 0; warp < WARPS; ++warp) v += sum[warp][slot * 8 + n];
+      return v * factor;
     };
     float v = total(slot);
-    if (store == Store::swiglu) v = v / (1.f + __expf(-v)) * total(slot + 8);
+    for (int step = 1; step < splits; step *= 2) v += __shfl_xor_sync(~0u, v, step);
+    const int row = w.row(tile, slot), r = n / splits;
+    if (n % splits || r >= rows || row >= w.out || (store == Store::swiglu && slot >= 8)) return;
+    if (store == Store::swiglu) v = __fdividef(v, 1.f + __expf(-v)) * total(slot + 8);
     if (store == Store::fp32) {
-      static_cast<float*>(y)[n * stride + row] = v;
+      static_cast<float*>(y)[r * stride + row] = v;
     } else {
-      static_cast<T*>(y)[n * stride + row] = from_float<T>(v + residual);
+      static_cast<T*>(y)[r * stride + row] = from_float<T>(v + residual);
     }
   }
 };
 
-// y = W f(x) for the tiles of `w` that are this block's. `f` and `norm` are registers: Input's, after prefetch().
-// `turn` says which half of the scratch is free and goes from one call to the next.
-template <class T, Format F, int STAGES>
-__device__ void linear(const Matrix& w, const Input<T>& input, const Output<T>& output, Stream<F, STAGES>& stream,
-                       Scratch& scratch, Fragment& norm, int& turn) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sets = (w.in + SET - 1) / SET;
+// y = W f(x) for the tiles of `w` that are this block's. `turn` says which half of the scratch is free and goes from one
+// call to the next; the block must meet at a barrier between two calls.
+template <class T, Format F, int STAGES, int WARPS>
+__device__ void linear(const Matrix& in_shared, const Input<T>& input, const Output<T>& output,
+                       Stream<F, STAGES, WARPS>& stream, Scratch<WARPS>& scratch, int& turn) {
+  const Matrix w = in_shared;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = w.in + COLUMNS - 1 >> 7;
   const int slot = threadIdx.x / 8, n = threadIdx.x % 8;  // of the first 128 threads, once sums are there
-  int tile = Stream<F, STAGES>::first_tile(w);
-  if (tile >= w.tiles()) return;
+  int tile = Stream<F, STAGES, WARPS>::first_tile(w);
   Fragment f;
-  const float rstd = input.rstd(scratch, f);
+  float squares[4] = {}, factor = 1.f;
   for (bool first = true; tile < w.tiles(); tile += gridDim.x, first = false) {
     const float residual = slot < SLOTS ? output.before(w, tile, slot, n) : 0.f;
     float y[4] = {};
-    for (int set = 0; set < sets; ++set) {
-      const int chunk = set * WARPS + warp;
-      const bool there = chunk * COLUMNS < w.in;
-      if (there && (first || sets > 1)) {
-        input.load(f, norm, chunk, rstd);
-        if (F == Format::int4) sum_blocks<T>(f);
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+      if (first || chunks > WARPS) {
+        input.load(f, chunk);
+        if (input.norm) {
+          if (first) input.squares(f, squares);
+          input.weigh(f, chunk);
+        }
+        if (F == Format::int4) sum_blocks<T>(f, stream.shift);
       }
       const uint32_t stage = stream.wait();
-      if (there) multiply_chunk<T, F>(stage, f, stream.shift, y);
+      multiply_chunk<T, F>(stage, f, stream.shift, y);
       stream.release();
     }
     float* sum = scratch.sum[turn][warp];
     reinterpret_cast<float2*>(sum)[lane] = {y[0], y[1]};  // slot g, vectors 2 t and 2 t + 1
     reinterpret_cast<float2*>(sum)[32 + lane] = {y[2], y[3]};
+    if (first && lane % 4 == lane / 8) scratch.squares[warp][lane / 4] = lane / 4 % 2 ? squares[1] : squares[0];
     __syncthreads();
-    if (slot < SLOTS) output(w, scratch.sum[turn], tile, slot, n, residual);
+    if (slot < SLOTS) {
+      if (first) factor = input.after(scratch, n);
+      output(w, scratch.sum[turn], tile, slot, n, factor, residual);
+    }
     turn ^= 1;
   }
 }
