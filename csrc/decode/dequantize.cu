@@ -12,10 +12,10 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const Dequantize p) {
   using C = Chunk<F>;
   const int row = blockIdx.y, column = (blockIdx.x * 256 + threadIdx.x) * 8;
   if (column >= p.columns) return;
-  const int shift = __ffs(p.group / 32) - 1, g = row % 8, j = column % COLUMNS / 32, t = column % 32 / 8;
-  const int64_t block = (int64_t)(row / 8) * ((p.columns + COLUMNS - 1) / COLUMNS) + column / COLUMNS;
+  const int shift = __ffs(p.group / 32) - 1, g = row % 8, j = column % 128 / 32, t = column % 32 / 8;
+  const int64_t block = (int64_t)(row / 8) * ((p.columns + 127) / 128) + column / 128;
   const auto* codes = static_cast<const uint8_t*>(p.weight) + block * C::block_bytes(shift);
-  const uint8_t* scale = codes + C::CODES + ((g * BLOCKS >> shift) + (j >> shift)) * C::SCALE;
+  const uint8_t* scale = codes + C::CODES + ((4 * g >> shift) + (j >> shift)) * C::SCALE;
   float q[8];
   if constexpr (F == Format::int4) {
     const uint32_t word = reinterpret_cast<const uint32_t*>(codes)[16 * g + 4 * t + j];
@@ -50,7 +50,7 @@ cudaError_t dequantize(const Dequantize& p, cudaStream_t stream) {
   constexpr int MOST = 65528;  // rows a launch: the grid's limit, whole blocks
   const int shift = p.group == 32 ? 0 : p.group == 64 ? 1 : 2;
   const bool int4 = p.format == Format::int4;
-  const int64_t row_of_blocks = (p.columns + COLUMNS - 1) / COLUMNS *
+  const int64_t row_of_blocks = (p.columns + 127) / 128 *
                                 (int4 ? Chunk<Format::int4>::block_bytes(shift) : Chunk<Format::int8>::block_bytes(shift));
   for (int from = 0; from < p.rows; from += MOST) {
     Dequantize part = p;

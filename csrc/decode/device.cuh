@@ -60,43 +60,7 @@ __device__ inline float quad_max(float x) {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Copies from global to shared memory that run on their own, a warp at a time. On Hopper the copy engine takes pieces of
-// whole rows and counts bytes on a barrier in shared memory; before, threads copy 16 bytes each and count groups.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kBulk = true;
-#else
-constexpr bool kBulk = false;
-#endif
-__device__ inline void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-// Makes barriers and zeros that threads wrote visible to the copy engine.
-__device__ inline void fence_to_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
-#endif
-}
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
-}
-__device__ inline void barrier_wait(uint32_t barrier, int phase) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-#endif
-}
-// A multiple of 16 bytes.
-__device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-               "r"(bytes), "r"(barrier)
-               : "memory");
-#endif
-}
+// 16 bytes from global to shared memory, past L1, while the thread goes on.
 __device__ inline void copy16_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -113,6 +77,12 @@ __device__ inline uint4 load_shared16(uint32_t from) {
 
 // What another block of the same launch wrote: from L2, where L1 may be stale.
 __device__ inline uint4 load_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHopper = false;
+#else
+constexpr bool kHopper = true;
+#endif
 
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

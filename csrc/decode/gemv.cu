@@ -16,7 +16,7 @@ namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 template <Format F>
-constexpr int kStages = F == Format::plain ? 2 : F == Format::int8 ? 3 : 4;
+constexpr int kStages = F == Format::plain ? 1 : F == Format::int8 ? 2 : 3;
 
 template <Format F>
 struct Shared {

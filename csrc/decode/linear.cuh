@@ -14,12 +14,12 @@ namespace tl {
 // This warp's way through a list of matrices: of each, the tiles dealt to this block, of each tile, every WARPS-th chunk.
 template <Format F, int STAGES, int WARPS>
 struct Stream {
-  static constexpr int BYTES = STAGES * (Chunk<F>::BYTES + 16);  // shared memory a warp: chunks, then a barrier each
+  static constexpr int BYTES = STAGES * Chunk<F>::BYTES;  // shared memory a warp
 
   const Matrix* matrices;
   int count, shift;
   uint32_t ring;
-  int matrix, tile, chunk, stage, phase;
+  int matrix, tile, chunk, stage;
   Matrix now;
 
   __device__ void start(const Matrix* list, int length, int group, uint8_t* memory) {
@@ -27,10 +27,7 @@ struct Stream {
     for (int i = threadIdx.x % 32; i < BYTES / 16; i += 32) reinterpret_cast<uint4*>(own)[i] = uint4{};
     matrices = list, count = length, shift = __ffs(group / 32) - 1, ring = shared_address(own);
     __syncwarp();
-    if (kBulk && threadIdx.x % 32 < STAGES) barrier_init(barrier(threadIdx.x % 32));
-    fence_to_copies();
-    __syncwarp();
-    matrix = -1, stage = 0, phase = 0;
+    matrix = -1, stage = 0;
     next_matrix();
     for (int i = 0; i < STAGES; ++i) copy_next(i);
   }
@@ -41,23 +38,18 @@ struct Stream {
   }
   // The chunk whose turn it is, copied.
   __device__ uint32_t wait() {
-    if constexpr (kBulk) {
-      barrier_wait(barrier(stage), phase);
-    } else {
-      copies_wait<STAGES - 1>();
-      __syncwarp();
-    }
+    copies_wait<STAGES - 1>();
+    __syncwarp();
     return ring + stage * Chunk<F>::BYTES;
   }
   // It was read: its place takes the next chunk.
   __device__ void release() {
     __syncwarp();
     copy_next(stage);
-    if (++stage == STAGES) stage = 0, phase ^= 1;
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
 
  private:
-  __device__ uint32_t barrier(int stage) const { return ring + STAGES * Chunk<F>::BYTES + 16 * stage; }
   __device__ void next_matrix() {
     chunk = threadIdx.x / 32;
     do {
@@ -68,7 +60,7 @@ struct Stream {
   }
   __device__ void copy_next(int stage) {
     if (matrix < count) {
-      copy_chunk<F>(ring + stage * Chunk<F>::BYTES, barrier(stage), now, shift, tile, chunk);
+      copy_chunk<F>(ring + stage * Chunk<F>::BYTES, now, shift, tile, chunk);
       chunk += WARPS;
       if (chunk * COLUMNS >= now.in) {
         chunk = threadIdx.x / 32;
@@ -76,7 +68,7 @@ struct Stream {
         if (tile >= now.tiles()) next_matrix();
       }
     }
-    if (!kBulk) copies_commit();  // also where there was nothing to copy: wait() counts
+    copies_commit();  // also where there was nothing to copy: wait() counts
   }
 };
 
@@ -123,11 +115,13 @@ struct Input {
   }
   // Adds up the squares of the vectors, on the diagonal of X X^T: lane 4 n + n / 2 has vector n's in c[n % 2].
   __device__ void squares(const Fragment& f, float (&c)[4]) const {
+    float other[4] = {};
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       mma<T>(c, f.x[j].x, 0, f.x[j].y, 0, f.x[j].x, f.x[j].y);
-      mma<T>(c, f.x[j].z, 0, f.x[j].w, 0, f.x[j].z, f.x[j].w);
+      mma<T>(other, f.x[j].z, 0, f.x[j].w, 0, f.x[j].z, f.x[j].w);
     }
+    c[0] += other[0], c[1] += other[1];
   }
   __device__ void weigh(Fragment& f, int chunk) const {
     using T2 = typename std::conditional<Is<T>::bf16, __nv_bfloat162, __half2>::type;
@@ -201,7 +195,7 @@ template <class T, Format F, int STAGES, int WARPS>
 __device__ void linear(const Matrix& in_shared, const Input<T>& input, const Output<T>& output,
                        Stream<F, STAGES, WARPS>& stream, Scratch<WARPS>& scratch, int& turn) {
   const Matrix w = in_shared;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = w.in + COLUMNS - 1 >> 7;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = w.in + COLUMNS - 1 >> 8;
   const int slot = threadIdx.x / 8, n = threadIdx.x % 8;  // of the first 128 threads, once sums are there
   int tile = Stream<F, STAGES, WARPS>::first_tile(w);
   Fragment f;

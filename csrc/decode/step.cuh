@@ -9,7 +9,7 @@
 // (linear.cuh) goes on from matrix to matrix while blocks wait for each other at the five barriers of a layer: 192 KB an
 // SM, 6 us of reading, are asked for ahead. What remains at the end of attention's split parts is put together by the
 // next product (Input::weigh). Bytes: all weights once, the cache of the tokens so far once.
-// Geometry: one block of 512 threads an SM; all must be on the card at once, hence cooperative.
+// Geometry: one block of 256 threads an SM; all must be on the card at once, hence cooperative.
 // Reference: the model's forward pass over the whole sequence in fp32.
 #pragma once
 #include "attend.cuh"
@@ -18,10 +18,10 @@
 namespace tl {
 
 // Chunks a warp has on the way: as many as fit beside the rest. Older cards have 99 to 163 KB a block.
-constexpr int WARPS = 16, THREADS = 32 * WARPS;
-__host__ __device__ constexpr int step_stages(Format f, bool hopper) {
-  if (f == Format::plain) return hopper ? 2 : 1;
-  return f == Format::int8 ? (hopper ? 4 : 2) : (hopper ? 7 : 4);
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+__host__ __device__ constexpr int step_stages(Format f, int head_size, bool hopper) {
+  if (f == Format::plain) return !hopper ? 1 : head_size == 64 ? 3 : 2;
+  return f == Format::int8 ? (hopper ? 5 : 2) : (hopper ? 8 : 4);
 }
 
 // Barrier over all blocks, in two halves, so that what needs no other block can be done in between.
@@ -32,10 +32,7 @@ struct GridBarrier {
   __device__ void arrive() {
     __syncthreads();
     goal += gridDim.x;
-    if (threadIdx.x == 0) {
-      __threadfence();
-      atomicAdd(arrived, 1);
-    }
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
   }
   __device__ void wait() const {
     if (threadIdx.x == 0) {
@@ -88,9 +85,9 @@ union StepShared {
   AttendShared<D, WARPS> attend;
 };
 
-// A layer's attention, by the first blocks; waits for qkv. Not inlined: its registers are its own.
+// A layer's attention, by the first blocks; waits for qkv.
 template <class T, bool INT8, int D>
-__device__ __noinline__ void attention(const DecodeStep& p, const DecodeLayer& layer, int splits,
+__device__ __forceinline__ void attention(const DecodeStep& p, const DecodeLayer& layer, int splits,
                                        AttendShared<D, WARPS>& shared, const GridBarrier& barrier) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   const StepBuffers at(p);
@@ -121,7 +118,7 @@ __device__ __noinline__ void attention(const DecodeStep& p, const DecodeLayer& l
 
 template <class T, Format F, bool INT8, int D>
 __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ DecodeStep p) {
-  constexpr int STAGES = step_stages(F, kBulk);
+  constexpr int STAGES = step_stages(F, D, kHopper);
   using Ring = Stream<F, STAGES, WARPS>;
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<StepShared<D>*>(memory + WARPS * Ring::BYTES);
@@ -192,7 +189,7 @@ cudaError_t launch_step(const DecodeStep& p, cudaStream_t stream) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   if (auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
-  const int ring = WARPS * (major >= 9 ? Stream<F, step_stages(F, true), WARPS>::BYTES : Stream<F, step_stages(F, false), WARPS>::BYTES);
+  const int ring = WARPS * (major >= 9 ? Stream<F, step_stages(F, D, true), WARPS>::BYTES : Stream<F, step_stages(F, D, false), WARPS>::BYTES);
   const int shared = ring + sizeof(StepShared<D>) + (4 * p.layers + 1) * sizeof(Matrix) +
                      kDecodeRows * p.heads * sizeof(float);
   return launch(step_kernel<T, F, INT8, D>, dim3(multiprocessors()), THREADS, shared, false, true, stream, p);

@@ -4,12 +4,12 @@
 //   int8    w = scale q,            q in -128..127      one fp16 scale a group of 32, 64 or 128 columns
 //   int4    w = scale q + minimum,  q in 0..15          two fp16 a group (Q4_0: minimum = -8 scale)
 //
-// A warp works on a chunk: 16 rows ("slots") x 128 columns, multiplied by tensor cores, with the weights as the 16-row
+// A warp works on a chunk: 16 rows ("slots") x 256 columns, multiplied by tensor cores, with the weights as the 16-row
 // operand and up to 8 vectors x as the columns: a weight costs 1/8 of an instruction where a multiply-add a weight would
 // cost three. Lane 4 g + t holds slots g and g + 8.
 //
 // int8 and int4 lie in blocks of 8 rows x 128 columns, (ceil(N / 8), ceil(K / 128)) of them, the codes and scales that are
-// missing at the edges 0: half a chunk is one piece of memory, in the order in which lanes read it. With g a row and
+// missing at the edges 0: half a chunk is two of them side by side, in the order in which lanes read it. With g a row and
 // column = 32 j + 8 t + e of the block (j, t in 0..3, e in 0..7):
 //   int4: 512 bytes of codes: 32-bit word 16 g + 4 t + j, of which nibble r is e = 2 r for r < 4, e = 2 r - 7 for r >= 4;
 //         then 8 x (128 / group) pairs of fp16 (scale, minimum), row by row.
@@ -23,20 +23,17 @@
 
 namespace tl {
 
-constexpr int SLOTS = 16, COLUMNS = 128, BLOCKS = COLUMNS / 32;  // of a chunk
+constexpr int SLOTS = 16, COLUMNS = 256, BLOCKS = COLUMNS / 32;  // of a chunk
 
 // `shift` is log2(group / 32).
 template <Format F>
 struct Chunk {
-  static constexpr int CODES = F == Format::int8 ? 1024 : 512;  // bytes of a block
+  static constexpr int CODES = F == Format::int8 ? 1024 : 512;  // bytes of a block of 128 columns
   static constexpr int SCALE = F == Format::int8 ? 2 : 4;       // bytes of a group
-  // In shared memory. Plain: pairs of rows of 256 bytes, the second 64 bytes further, so that eight lanes of a quarter
-  // warp (two slots, 64 bytes each) touch all banks once.
-  static constexpr int HALF = F == Format::plain ? 4 * 576 : CODES + 8 * BLOCKS * SCALE;
+  static constexpr int HALF = F == Format::plain ? 8 * 2 * COLUMNS : 2 * (CODES + 32 * SCALE);  // of 8 slots, at most
   static constexpr int BYTES = 2 * HALF;
 
-  __host__ __device__ static int block_bytes(int shift) { return CODES + (8 * BLOCKS * SCALE >> shift); }
-  __device__ static int place(int slot) { return slot / 2 * 576 + slot % 2 * 320; }
+  __host__ __device__ static int block_bytes(int shift) { return CODES + (32 * SCALE >> shift); }
 };
 
 // One matrix as the kernels see it. Tile i has the slots of rows first(i) .. + 7 and first(i) + second .. + 7.
@@ -52,38 +49,35 @@ struct Matrix {
 };
 
 // Starts the copy of a chunk of a tile to `stage`, by one warp. Rows that do not exist are left out, and columns: what
-// lies there meets an x of 0. (Few instructions matter more here than anywhere: a warp does this for each chunk.)
+// lies there meets an x of 0. (Few instructions matter more here than anywhere: a warp does this for each chunk. The
+// copy engine, cp.async.bulk, was slower: a warp's 16 rows are 16 instructions one after another, 90 cycles each.)
+// Plain: a row is 32 units of 16 bytes. Odd slots have the halves of each 128 bytes swapped, so that eight lanes of a
+// quarter warp (two slots, four units) touch all banks once.
 template <Format F>
-__device__ inline void copy_chunk(uint32_t stage, uint32_t barrier, const Matrix& w, int shift, int tile, int chunk) {
+__device__ inline void copy_chunk(uint32_t stage, const Matrix& w, int shift, int tile, int chunk) {
   using C = Chunk<F>;
-  constexpr int PIECES = F == Format::plain ? SLOTS : 2;
-  const int lane = threadIdx.x % 32;
-  auto piece = [&](int i, const uint8_t*& from, uint32_t& to, int& bytes) {  // whether it exists
-    const int row = w.row(tile, F == Format::plain ? i : 8 * i);
-    if constexpr (F == Format::plain) {
-      const int left = w.in - chunk * COLUMNS;
-      bytes = 2 * (left < COLUMNS ? left : COLUMNS), to = stage + C::place(i);
-      from = w.data + 2 * ((int64_t)row * w.in + chunk * COLUMNS);
-    } else {
-      bytes = C::block_bytes(shift), to = stage + i * C::HALF;
-      from = w.data + ((int64_t)(row >> 3) * (w.in + COLUMNS - 1 >> 7) + chunk) * bytes;
-    }
-    return row < w.out;
-  };
-  const uint8_t* from;
-  uint32_t to;
-  int bytes;
-  if constexpr (kBulk) {
-    const bool valid = lane < PIECES && piece(lane, from, to, bytes);
-    const int count = __popc(__ballot_sync(~0u, valid));
-    if (lane == 0) barrier_expect(barrier, count * bytes);
-    __syncwarp();
-    if (valid) copy_bulk(to, from, bytes, barrier);
-  } else {
+  const int lane = threadIdx.x % 32, first = w.first(tile);
+  if constexpr (F == Format::plain) {
+    const int column = chunk * COLUMNS + lane * 8, left = column < w.in ? w.out - first : 0;  // rows that are there
+    const uint8_t* from = w.data + 2 * ((int64_t)first * w.in + column);
+    const uint32_t even = stage + lane * 16, odd = stage + (lane ^ 4) * 16;
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-      if (!piece(i, from, to, bytes)) continue;
-      for (int at = 16 * lane; at < bytes; at += 512) copy16_async(to + at, from + at);
+    for (int i = 0; i < SLOTS; ++i) {
+      if (i == 8) from += 2 * (int64_t)(w.second - 8) * w.in;
+      if ((i < 8 ? i : i + w.second - 8) < left) copy16_async((i % 2 ? odd : even) + i * 2 * COLUMNS, from);
+      from += 2 * w.in;
+    }
+  } else {
+    const int block = C::block_bytes(shift), across = w.in + 127 >> 7;
+    const int bytes = min(2, across - 2 * chunk) * block;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first + half * w.second;
+      const uint8_t* from = w.data + ((int64_t)(row >> 3) * across + 2 * chunk) * block + lane * 16;
+#pragma unroll
+      for (int at = 0; at < C::HALF; at += 512) {
+        if (row < w.out && at + lane * 16 < bytes) copy16_async(stage + half * C::HALF + lane * 16 + at, from + at);
+      }
     }
   }
 }
@@ -142,10 +136,11 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if constexpr (F == Format::plain) {
     float other[4] = {};  // an independent sum: a product waits for the one before it on the same sum
-    const uint32_t from = stage + C::place(g) + 16 * t;
+    const uint32_t from = stage + g * 2 * COLUMNS + 16 * t, swap = g % 2 * 64;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      const uint4 a = load_shared16(from + 64 * j), b = load_shared16(from + C::HALF + 64 * j);
+      const uint32_t at = (j % 2 ? from - swap : from + swap) + 64 * j;
+      const uint4 a = load_shared16(at), b = load_shared16(at + C::HALF);
       mma<T>(y, a.x, b.x, a.y, b.y, f.x[j].x, f.x[j].y);
       mma<T>(other, a.z, b.z, a.w, b.w, f.x[j].z, f.x[j].w);
     }
@@ -153,11 +148,12 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
     for (int i = 0; i < 4; ++i) y[i] += other[i];
   } else {
     float even[4] = {}, odd[4] = {};
+    const int block_bytes = C::block_bytes(shift);
     auto block = [&](int j, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
       mma<T>(even, a[0], b[0], a[1], b[1], f.x[j].x, f.x[j].y);
       mma<T>(odd, a[2], b[2], a[3], b[3], f.x[j].z, f.x[j].w);
       if ((j + 1 & (1 << shift) - 1) != 0) return;
-      const uint32_t scales = stage + C::CODES + ((g * BLOCKS >> shift) + (j >> shift)) * C::SCALE;
+      const uint32_t scales = stage + j / 4 * block_bytes + C::CODES + ((4 * g >> shift) + (j % 4 >> shift)) * C::SCALE;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t from = scales + half * C::HALF;
@@ -181,28 +177,32 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
       for (int i = 0; i < 4; ++i) even[i] = odd[i] = 0.f;
     };
     uint32_t a[4], b[4];
-    if constexpr (F == Format::int4) {
-      const uint4 la = load_shared16(stage + 16 * lane), lb = load_shared16(stage + C::HALF + 16 * lane);
-      const uint32_t wa[4] = {la.x, la.y, la.z, la.w}, wb[4] = {lb.x, lb.y, lb.z, lb.w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        unpack4<T>(wa[j], a);
-        unpack4<T>(wb[j], b);
-        block(j, a, b);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint4 la = load_shared16(stage + 512 * k + 16 * lane), lb = load_shared16(stage + C::HALF + 512 * k + 16 * lane);
+    for (int side = 0; side < 2; ++side) {
+      const uint32_t from = stage + side * block_bytes + 16 * lane;
+      if constexpr (F == Format::int4) {
+        const uint4 la = load_shared16(from), lb = load_shared16(from + C::HALF);
         const uint32_t wa[4] = {la.x, la.y, la.z, la.w}, wb[4] = {lb.x, lb.y, lb.z, lb.w};
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          uint32_t half[2];
-          unpack8<T>(wa[2 * j], half), a[0] = half[0], a[1] = half[1];
-          unpack8<T>(wa[2 * j + 1], half), a[2] = half[0], a[3] = half[1];
-          unpack8<T>(wb[2 * j], half), b[0] = half[0], b[1] = half[1];
-          unpack8<T>(wb[2 * j + 1], half), b[2] = half[0], b[3] = half[1];
-          block(2 * k + j, a, b);
+        for (int j = 0; j < 4; ++j) {
+          unpack4<T>(wa[j], a);
+          unpack4<T>(wb[j], b);
+          block(4 * side + j, a, b);
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint4 la = load_shared16(from + 512 * k), lb = load_shared16(from + C::HALF + 512 * k);
+          const uint32_t wa[4] = {la.x, la.y, la.z, la.w}, wb[4] = {lb.x, lb.y, lb.z, lb.w};
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            uint32_t half[2];
+            unpack8<T>(wa[2 * j], half), a[0] = half[0], a[1] = half[1];
+            unpack8<T>(wa[2 * j + 1], half), a[2] = half[0], a[3] = half[1];
+            unpack8<T>(wb[2 * j], half), b[0] = half[0], b[1] = half[1];
+            unpack8<T>(wb[2 * j + 1], half), b[2] = half[0], b[3] = half[1];
+            block(4 * side + 2 * k + j, a, b);
+          }
         }
       }
     }
