@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemv_kernel(const __grid_constant_
   launch_next();
   const Input<T> input{static_cast<const T*>(p.x), static_cast<const T*>(p.norm), p.rows, p.in, p.eps};
   wait_for_previous();
-  int turn = 0;
-  linear<T>(shared.matrix, input, Output<T>{p.store, p.rows, p.y, p.y_stride}, stream, shared.scratch, turn);
+  linear<T>(shared.matrix, input, Output<T>{p.store, p.rows, p.y, p.y_stride}, stream, shared.scratch);
 }
 
 template <class T>

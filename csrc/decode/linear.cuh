@@ -72,10 +72,11 @@ struct Stream {
   }
 };
 
-// Sums of the warps, two of them so that one barrier a tile is enough; of squares, one a warp and vector.
+// Sums of the warps over some tiles, and of squares.
 template <int WARPS>
 struct Scratch {
-  float sum[2][WARPS][SLOTS * 8];
+  static constexpr int ROOM = 256;  // tiles x 16 slots x vectors
+  float sum[WARPS][ROOM];
   float squares[WARPS][8];
 };
 
@@ -159,73 +160,86 @@ struct Output {
   int64_t stride;
   int splits = 1;  // vectors that are parts of one row and are added up; a power of two
 
-  // Before the products: the residual, which nobody else changes meanwhile. From L2, where L1 may be stale.
-  __device__ float before(const Matrix& w, int tile, int slot, int n) const {
-    const int row = w.row(tile, slot), r = n / splits;
-    if (store != Store::add || n % splits || r >= rows || row >= w.out) return 0.f;
+  // The residual, which nobody else changes meanwhile. From L2, where L1 may be stale.
+  __device__ float residual(const Matrix& w, int row, int r) const {
+    if (store != Store::add || r >= rows || row >= w.out) return 0.f;
     const auto bits = __ldcg(static_cast<const unsigned short*>(y) + r * stride + row);
     return to_float(reinterpret_cast<const T&>(bits));
   }
-  // Called by whole warps: 4 slots, 8 vectors each.
-  template <int WARPS>
-  __device__ void operator()(const Matrix& w, const float (&sum)[WARPS][SLOTS * 8], int tile, int slot, int n, float factor,
-                             float residual) const {
-    auto total = [&](int slot) {
-      float v = 0.f;
-#pragma unroll
-      for (int warp = 0; warp < WARPS; ++warp) v += sum[warp][slot * 8 + n];
-      return v * factor;
-    };
-    float v = total(slot);
-    for (int step = 1; step < splits; step *= 2) v += __shfl_xor_sync(~0u, v, step);
-    const int row = w.row(tile, slot), r = n / splits;
-    if (n % splits || r >= rows || row >= w.out || (store == Store::swiglu && slot >= 8)) return;
-    if (store == Store::swiglu) v = __fdividef(v, 1.f + __expf(-v)) * total(slot + 8);
+  __device__ void write(const Matrix& w, int row, int r, float v) const {
+    if (r >= rows || row >= w.out) return;
     if (store == Store::fp32) {
       static_cast<float*>(y)[r * stride + row] = v;
     } else {
-      static_cast<T*>(y)[r * stride + row] = from_float<T>(v + residual);
+      static_cast<T*>(y)[r * stride + row] = from_float<T>(v);
     }
   }
 };
 
-// y = W f(x) for the tiles of `w` that are this block's. `turn` says which half of the scratch is free and goes from one
-// call to the next; the block must meet at a barrier between two calls.
+// y = W f(x) for the tiles of `w` that are this block's. The block must meet at a barrier between two calls.
+//
+// Several tiles are multiplied before the warps meet (16 with one vector, 2 with eight): until then a warp waits for
+// nothing but its own copies.
 template <class T, Format F, int STAGES, int WARPS>
 __device__ void linear(const Matrix& in_shared, const Input<T>& input, const Output<T>& output,
-                       Stream<F, STAGES, WARPS>& stream, Scratch<WARPS>& scratch, int& turn) {
+                       Stream<F, STAGES, WARPS>& stream, Scratch<WARPS>& scratch) {
   const Matrix w = in_shared;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = w.in + COLUMNS - 1 >> 8;
-  const int slot = threadIdx.x / 8, n = threadIdx.x % 8;  // of the first 128 threads, once sums are there
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, chunks = w.in + COLUMNS - 1 >> 8;
+  const int bits = input.rows == 1 ? 0 : input.rows == 2 ? 1 : input.rows <= 4 ? 2 : 3;  // of a vector's index
   int tile = Stream<F, STAGES, WARPS>::first_tile(w);
+  if (tile >= w.tiles()) return;
+  // A sum's place is (tile of the batch, slot, vector); this thread adds up the one at threadIdx.x, and so on.
+  auto row_of = [&](int first, int place) { return w.row(first + (place >> bits + 4) * gridDim.x, place >> bits & 15); };
+  auto vector_of = [&](int place) { return place & (1 << bits) - 1; };
+  float residual = output.residual(w, row_of(tile, threadIdx.x), vector_of(threadIdx.x) / output.splits);
+
   Fragment f;
-  float squares[4] = {}, factor = 1.f;
-  for (bool first = true; tile < w.tiles(); tile += gridDim.x, first = false) {
-    const float residual = slot < SLOTS ? output.before(w, tile, slot, n) : 0.f;
-    float y[4] = {};
-    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-      if (first || chunks > WARPS) {
-        input.load(f, chunk);
-        if (input.norm) {
-          if (first) input.squares(f, squares);
-          input.weigh(f, chunk);
+  float squares[4] = {};
+  for (bool first = true; tile < w.tiles(); first = false) {
+    const int first_of_batch = tile;
+    int places = 0;
+    for (; places + (16 << bits) <= Scratch<WARPS>::ROOM && tile < w.tiles(); places += 16 << bits, tile += gridDim.x) {
+      float y[4] = {};
+      for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+        const bool fresh = first && places == 0;
+        if (fresh || chunks > WARPS) {
+          input.load(f, chunk);
+          if (input.norm) {
+            if (fresh) input.squares(f, squares);
+            input.weigh(f, chunk);
+          }
+          if (F == Format::int4) sum_blocks<T>(f, stream.shift);
         }
-        if (F == Format::int4) sum_blocks<T>(f, stream.shift);
+        const uint32_t stage = stream.wait();
+        multiply_chunk<T, F>(stage, f, stream.shift, y);
+        stream.release();
       }
-      const uint32_t stage = stream.wait();
-      multiply_chunk<T, F>(stage, f, stream.shift, y);
-      stream.release();
+      float* sum = scratch.sum[warp] + places;
+      if (2 * t < 1 << bits) sum[(g << bits) + 2 * t] = y[0], sum[(g + 8 << bits) + 2 * t] = y[2];
+      if (2 * t + 1 < 1 << bits) sum[(g << bits) + 2 * t + 1] = y[1], sum[(g + 8 << bits) + 2 * t + 1] = y[3];
     }
-    float* sum = scratch.sum[turn][warp];
-    reinterpret_cast<float2*>(sum)[lane] = {y[0], y[1]};  // slot g, vectors 2 t and 2 t + 1
-    reinterpret_cast<float2*>(sum)[32 + lane] = {y[2], y[3]};
-    if (first && lane % 4 == lane / 8) scratch.squares[warp][lane / 4] = lane / 4 % 2 ? squares[1] : squares[0];
+    if (first && t == g / 2) scratch.squares[warp][g] = g % 2 ? squares[1] : squares[0];
     __syncthreads();
-    if (slot < SLOTS) {
-      if (first) factor = input.after(scratch, n);
-      output(w, scratch.sum[turn], tile, slot, n, factor, residual);
+    auto total = [&](int place) {
+      float v = 0.f;
+#pragma unroll
+      for (int i = 0; i < WARPS; ++i) v += scratch.sum[i][place];
+      return v;
+    };
+    for (int place = threadIdx.x; place < (places + 31 & ~31); place += 32 * WARPS) {  // whole warps, for the shuffles
+      const int n = vector_of(place), r = n / output.splits, row = row_of(first_of_batch, place);
+      const float factor = input.after(scratch, n);
+      float v = total(place) * factor;
+      for (int step = 1; step < output.splits; step *= 2) v += __shfl_xor_sync(~0u, v, step);
+      if (place >= places || n % output.splits) continue;
+      if (output.store == Store::swiglu) {
+        if (place >> bits & 8) continue;
+        v = __fdividef(v, 1.f + __expf(-v)) * total(place + (8 << bits)) * factor;
+      }
+      if (!first || place != threadIdx.x) residual = output.residual(w, row, r);
+      output.write(w, row, r, v + residual);
     }
-    turn ^= 1;
+    if (tile < w.tiles()) __syncthreads();  // the sums were read
   }
 }
 

@@ -80,7 +80,7 @@ struct Logits {
   const L* row;
   const uint32_t* seen;
   int vocab;
-  bool aligned;
+  bool aligned, raw = true;  // raw: as they came
   float penalty = 1.f, kth = -INFINITY, temperature = 1.f;
   uint32_t border = 0;  // top-p: below it masked, and those that equal it before `border_id`
   int border_id = 0;
@@ -96,11 +96,15 @@ struct Logits {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = id + i < vocab ? to_float(row[id + i]) : -INFINITY;
     }
+    if (raw) return;
     const uint32_t bits = penalty != 1.f && id < vocab ? seen[id / 32] >> id % 32 : 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (bits >> i & 1) x[i] = x[i] > 0.f ? x[i] / penalty : x[i] * penalty;
-      x[i] = x[i] < kth ? -INFINITY : __fdiv_rn(x[i], temperature) + 0.f;  // + 0: no -0
+      x[i] = x[i] < kth ? -INFINITY : x[i];
+      if (temperature != 1.f) x[i] = __fdiv_rn(x[i], temperature);
+      x[i] += 0.f;  // no -0, which would be ordered before 0
+      if (border == 0) continue;
       const uint32_t key = order(x[i]);
       if (key < border || (key == border && id + i < border_id)) x[i] = -INFINITY;
     }
@@ -295,41 +299,44 @@ __global__ void __launch_bounds__(THREADS) sample_kernel(const Sample p) {
   logits.fill();
 
   const auto larger = [](float a, float b) { return fmaxf(a, b); };
-  bool fine = true;
+  float own;  // this thread's largest
   auto maximum = [&] {
-    float m = -INFINITY;
+    own = -INFINITY;
     logits.each([&](int, const float (&x)[8]) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) fine = fine && x[i] <= FLT_MAX, m = fmaxf(m, x[i]);  // NaN fails the comparison
+      for (int i = 0; i < 8; ++i) own = fmaxf(own, x[i]);
     });
-    return reduce(m, larger, s.floats);
+    return reduce(own, larger, s.floats);
   };
   const float raw_largest = maximum();
-  double mass = 0.;
+  float mass8 = 0.f;
   logits.each([&](int, const float (&x)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) mass += expf(x[i] - raw_largest);
+    for (int i = 0; i < 8; ++i) mass8 += __expf(x[i] - raw_largest);
   });
-  mass = reduce(mass, [](double a, double b) { return a + b; }, s.sums);
-  const bool finite = __syncthreads_and(fine) && raw_largest > -INFINITY;
+  const double mass = reduce(static_cast<double>(mass8), [](double a, double b) { return a + b; }, s.sums);
+  const bool finite = raw_largest > -INFINITY && mass <= DBL_MAX;  // a NaN or an infinity makes NaN of the sum
 
   int id = 0;
   if (finite) {
     const int k = p.top_k[b];
     const float temperature = p.temperature[b], top_p = p.top_p[b];
     float largest = raw_largest;
+    logits.raw = false;
     if ((logits.penalty = p.repetition_penalty[b]) != 1.f) {
       logits.fill();
       largest = maximum();
     }
     if (temperature < 1e-6f || top_p == 0.f) {
       uint32_t first = ~0u;
-      logits.each([&](int c, const float (&x)[8]) {
+      if (own == largest) {
+        logits.each([&](int c, const float (&x)[8]) {
 #pragma unroll
-        for (int i = 7; i >= 0; --i) {
-          if (x[i] == largest) first = min(first, static_cast<uint32_t>(c * CHUNK + threadIdx.x * 8 + i));
-        }
-      });
+          for (int i = 7; i >= 0; --i) {
+            if (x[i] == largest) first = min(first, static_cast<uint32_t>(c * CHUNK + threadIdx.x * 8 + i));
+          }
+        });
+      }
       id = reduce(first, [](uint32_t a, uint32_t b) { return min(a, b); }, s.words);
     } else {
       if (k > 0 && k < p.vocab) {

@@ -19,6 +19,7 @@ namespace tl {
 
 // Chunks a warp has on the way: as many as fit beside the rest. Older cards have 99 to 163 KB a block.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int kSplitTokens = 256;  // a block's share of a context before it is split (further): two tiles a warp
 __host__ __device__ constexpr int step_stages(Format f, int head_size, bool hopper) {
   if (f == Format::plain) return !hopper ? 1 : head_size == 64 ? 3 : 2;
   return f == Format::int8 ? (hopper ? 5 : 2) : (hopper ? 8 : 4);
@@ -147,8 +148,10 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
   auto *lse = reinterpret_cast<float*>(workspace + at.lse);
   auto* act = reinterpret_cast<T*>(workspace + at.act);
   GridBarrier barrier{reinterpret_cast<unsigned*>(workspace)};
-  const int splits = p.rows == 1 ? 8 : p.rows == 2 ? 4 : p.rows <= 4 ? 2 : 1;
-  int turn = 0;
+  // Long contexts are split, into as many parts as there are vectors left in a product.
+  int longest = 0, splits = 1;
+  for (int row = 0; row < p.rows; ++row) longest = max(longest, p.positions[row] + 1);
+  while (2 * splits * p.rows <= kDecodeRows && longest > kSplitTokens * splits) splits *= 2;
 
   for (int i = 0; i < count; ++i) {
     const int kind = i == 4 * p.layers ? 4 : i % 4;
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
       input.norm = static_cast<const T*>(layer.norm_1);
       output = Output<T>{Store::plain, p.rows, qkv, qkv_rows};
     } else if (kind == 1) {
-      input = Input<T>{part, nullptr, p.rows * splits, attention_width, 0.f, weights, D == 64 ? 6 : 7};
+      input = Input<T>{part, nullptr, p.rows * splits, attention_width, 0.f, splits > 1 ? weights : nullptr, D == 64 ? 6 : 7};
       output.splits = splits;
     } else if (kind == 2) {
       input.norm = static_cast<const T*>(layer.norm_2);
@@ -177,8 +180,8 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
       barrier.arrive();
     }
     if (i > 0) barrier.wait();
-    if (kind == 1) share_of_splits(lse, weights, p.rows, splits, p.heads);
-    linear<T>(matrices[i], input, output, stream, shared.scratch, turn);
+    if (kind == 1 && splits > 1) share_of_splits(lse, weights, p.rows, splits, p.heads);
+    linear<T>(matrices[i], input, output, stream, shared.scratch);
     if (i + 1 < count) barrier.arrive();
   }
   barrier.leave();
