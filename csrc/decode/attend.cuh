@@ -55,18 +55,17 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
 
   // The new token, at `position`, where this tile has it: from qkv, turned, and written to the cache.
   __device__ void append(const KvCache& c, int sequence, int head, int tile, int position, const T* new_k, const T* new_v,
-                         const Rotary& r) {
+                         const float* cos, const float* sin, int turning) {
     if (position / 16 != tile) return;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, i = position % 16 / 8;
     if (g != position % 8) return;
     const uint32_t quad = 0xfu << 4 * g;
     const int64_t to = cache_place(c, sequence, position, head);
-    const float *cos = r.cos + (int64_t)position * r.stride, *sin = r.sin + (int64_t)position * r.stride;
     uint4 x[N], y[N];
     float largest_k = 0.f, largest_v = 0.f;
 #pragma unroll
     for (int b = 0; b < N; ++b) {
-      x[b] = load_turned(new_k, 32 * b + 8 * t, cos, sin, r.n);
+      x[b] = load_turned(new_k, 32 * b + 8 * t, cos, sin, turning);
       y[b] = load_l2(new_v + 32 * b + 8 * t);
       if (INT8) {
         largest_k = fmaxf(largest_k, largest<T>(x[b]));
@@ -114,13 +113,12 @@ struct Attend {
   uint4 q[N];
   float o[4 * N][2] = {}, max = -INFINITY, sum = 0.f;
 
-  __device__ void load_q(const T* head, bool valid, int position, bool turn, const Rotary& r) {
+  __device__ void load_q(const T* head, bool valid, const float* cos, const float* sin, int turning) {
     const int t = threadIdx.x % 4;
-    const float *cos = r.cos + (int64_t)position * r.stride, *sin = r.sin + (int64_t)position * r.stride;
 #pragma unroll
     for (int b = 0; b < N; ++b) {
       const int d = 32 * b + 8 * t;
-      q[b] = !valid ? uint4{} : turn ? load_turned(head, d, cos, sin, r.n) : load_l2(head + d);
+      q[b] = valid ? load_turned(head, d, cos, sin, turning) : uint4{};
     }
   }
 
@@ -179,15 +177,16 @@ struct Attend {
 };
 
 // The block's part: tokens of tiles [first, last) of the sequence, for head block `part` of key-value head `head`.
-// Writes o, normalised, and lse (or neither where null) for the block's heads. `before` is called once after the
-// first loads from the cache and before anything of qkv is read.
+// Writes o, normalised, and lse (unless null) for the block's heads. `before` is called once after the first loads from
+// the cache and before anything of qkv is read. `cos` and `sin` are the angles of `position`.
 // NEXT: the next tile is asked for while one is worked on, which costs registers.
 template <class T, bool INT8, int D, int WARPS, bool NEXT, class Wait>
 __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShared<D, WARPS>& shared, int sequence,
-                       int head, int part, int first, int last, T* out, float* lse, Wait before) {
+                       int position, const float* cos, const float* sin, int head, int part, int first, int last, T* out,
+                       float* lse, Wait before) {
   constexpr int N = D / 32;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int position = p.positions[sequence], end = position + 1, cached = p.append ? position : end;
+  const int end = position + 1, cached = p.append ? position : end, turning = p.append ? p.rotary.n : 0;
   const int per_group = p.heads / p.groups, query = head * per_group + part * 8 + g;
   const int count = min(8, per_group - part * 8);  // query heads of this block
   const T* row = static_cast<const T*>(p.qkv) + (int64_t)sequence * (p.heads + 2 * p.groups) * D;
@@ -199,10 +198,10 @@ __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShar
   if (at < last) tile.load(cache, sequence, head, at, cached);
   before();
   Attend<T, INT8, D> a;
-  a.load_q(row + query * D, g < count, position, p.append, p.rotary);
+  a.load_q(row + query * D, g < count, cos, sin, turning);
   for (; at < last; at += WARPS) {
     if (NEXT && at + WARPS < last) next.load(cache, sequence, head, at + WARPS, cached);
-    if (p.append) tile.append(cache, sequence, head, at, position, new_k, new_v, p.rotary);
+    if (p.append) tile.append(cache, sequence, head, at, position, new_k, new_v, cos, sin, turning);
     __syncwarp();
     a.add(tile, at, end, scale);
     if (NEXT) tile = next;
@@ -231,23 +230,19 @@ __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShar
         float4{a.o[i][0], a.o[i][1], a.o[i + 1][0], a.o[i + 1][1]};
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < count * (D / 8); i += WARPS * 32) {
-    const int h = i / (D / 8), d = i % (D / 8) * 8, query = head * per_group + part * 8 + h;
-    float largest = -INFINITY, sum = 0.f, y[8] = {};
+  for (int i = threadIdx.x; i < count * (D / 2); i += WARPS * 32) {  // two dimensions of a head
+    const int h = i / (D / 2), d = i % (D / 2) * 2, query = head * per_group + part * 8 + h;
+    float largest = -INFINITY, sum = 0.f, y[2] = {};
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, shared.max[w][h]);
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      if (shared.sum[w][h] == 0.f) continue;  // a warp without tokens
-      const float weight = exp2f(shared.max[w][h] - largest);
-      sum += weight * shared.sum[w][h];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] += weight * shared.out[w][h][d + e];
+    for (int w = 0; w < WARPS; ++w) {  // a warp without tokens: sum and o are 0
+      const float weight = shared.sum[w][h] > 0.f ? exp2f(shared.max[w][h] - largest) : 0.f;
+      const float2 o = *reinterpret_cast<const float2*>(&shared.out[w][h][d]);
+      sum += weight * shared.sum[w][h], y[0] += weight * o.x, y[1] += weight * o.y;
     }
-    const float inverse = sum > 0.f ? 1.f / sum : 0.f;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) y[e] *= inverse;
-    Vector<T>::pack(y).store(out + query * D + d);
+    const float inverse = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
+    *reinterpret_cast<uint32_t*>(out + query * D + d) = pack2<T>(y[0] * inverse, y[1] * inverse);
     if (lse && d == 0) lse[query] = largest + log2f(sum);  // -inf where the split is empty
   }
 }

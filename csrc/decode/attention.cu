@@ -13,20 +13,21 @@ namespace {
 constexpr int MAX_SPLITS = 16;
 
 template <class T, bool INT8, int D, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32) attention_kernel(const PagedAttention p) {
+__global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / WARPS) attention_kernel(const PagedAttention p) {
   __shared__ __align__(16) AttendShared<D, WARPS> shared;
   const int parts = (p.heads / p.groups + 7) / 8;
   const int head = blockIdx.x / parts, part = blockIdx.x % parts, sequence = blockIdx.y, split = blockIdx.z;
   launch_next();
   const int position = p.positions[sequence];
   if (position < 0) return wait_for_previous();
+  const int64_t angle = (int64_t)position * p.rotary.stride;
   int first, last;
   split_range(position + 1, p.splits, split, first, last);
   const int row = p.heads * D;
   const int64_t slot = (int64_t)sequence * p.splits + split;
   auto* out = p.splits > 1 ? static_cast<T*>(p.partial) + slot * row : static_cast<T*>(p.out) + (int64_t)sequence * row;
   float* lse = p.splits > 1 ? p.lse + slot * p.heads : nullptr;
-  attend<T, INT8, D, WARPS, true>(p, p.cache, shared, sequence, head, part, first, last, out, lse, wait_for_previous);
+  attend<T, INT8, D, WARPS, WARPS == 8>(p, p.cache, shared, sequence, position, p.rotary.cos + angle, p.rotary.sin + angle, head, part, first, last, out, lse, wait_for_previous);
   if (p.splits == 1) return;
 
   __shared__ int ticket;
@@ -63,10 +64,11 @@ template <class T, bool INT8, int D>
 cudaError_t by_size(const PagedAttention& p, cudaStream_t stream) {
   const int parts = (p.heads / p.groups + 7) / 8;
   const dim3 grid(p.groups * parts, p.sequences, p.splits);
-  // A few blocks: 8 warps for a short way through the tokens. Many: 2, less to put together at the end.
-  const bool few = (int64_t)grid.x * grid.y * grid.z < 4 * multiprocessors();
-  return few ? launch(attention_kernel<T, INT8, D, 8>, grid, 256, 0, p.overlap, false, stream, p)
-             : launch(attention_kernel<T, INT8, D, 2>, grid, 64, 0, p.overlap, false, stream, p);
+  // Few blocks: 8 warps for a short way through the tokens. Many: one, and nothing to put together at the end.
+  const int64_t a_multiprocessor = (int64_t)grid.x * grid.y * grid.z / multiprocessors();
+  auto go = [&](auto kernel, int warps) { return launch(kernel, grid, 32 * warps, 0, p.overlap, false, stream, p); };
+  if (a_multiprocessor < 4) return go(attention_kernel<T, INT8, D, 8>, 8);
+  return a_multiprocessor < 12 ? go(attention_kernel<T, INT8, D, 2>, 2) : go(attention_kernel<T, INT8, D, 1>, 1);
 }
 
 template <class T>

@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(THREADS, 2) gemv_kernel(const __grid_constant_
 
 template <class T>
 cudaError_t by_format(const Gemv& p, cudaStream_t stream) {
-  const int tiles = (p.out + SLOTS - 1) / SLOTS;
+  const int tiles = (p.out + SLOTS - 1) / SLOTS, most = 2 * multiprocessors(), blocks = tiles < most ? tiles : most;
   auto go = [&](auto kernel, int shared) {
-    return launch(kernel, dim3(tiles), THREADS, shared, p.overlap, false, stream, p);
+    return launch(kernel, dim3(blocks), THREADS, shared, p.overlap, false, stream, p);
   };
   switch (p.format) {
     case Format::int8: return go(gemv_kernel<T, Format::int8>, sizeof(Shared<Format::int8>));

@@ -94,15 +94,18 @@ struct Input {
   float eps;
   const float* weights = nullptr;  // (rows, in >> head_bits) in shared memory, or null
   int head_bits = 0;
+  T* staged = nullptr;             // shared memory for all of x, where a warp comes back for more of it; or null
 
   static constexpr float SCALE = Is<T>::bf16 ? 1.f : 1.f / 256;
 
   // Columns 32 j + 8 t .. of a chunk, of vector n: lane 4 n + t.
   __device__ void load(Fragment& f, int chunk) const {
     const int n = threadIdx.x % 32 / 4, column = chunk * COLUMNS + threadIdx.x % 4 * 8;
-    const T* from = x + (int64_t)n * in + column;
+    const T* from = (staged ? staged : x) + (int64_t)n * in + column;
 #pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) f.x[j] = n < rows && column + 32 * j < in ? load_l2(from + 32 * j) : uint4{};
+    for (int j = 0; j < BLOCKS; ++j) {
+      f.x[j] = n >= rows || column + 32 * j >= in ? uint4{} : staged ? *reinterpret_cast<const uint4*>(from + 32 * j) : load_l2(from + 32 * j);
+    }
     if (!weights) return;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
@@ -113,6 +116,12 @@ struct Input {
       for (int i = 0; i < 8; ++i) v[i] *= weight;
       f.x[j] = Vector<T>::pack(v).bits;
     }
+  }
+  // All of x, by all threads.
+  __device__ void stage() const {
+    if (!staged) return;
+    for (int i = threadIdx.x * 8; i < rows * in; i += blockDim.x * 8) *reinterpret_cast<uint4*>(staged + i) = load_l2(x + i);
+    __syncthreads();
   }
   // Adds up the squares of the vectors, on the diagonal of X X^T: lane 4 n + n / 2 has vector n's in c[n % 2].
   __device__ void squares(const Fragment& f, float (&c)[4]) const {
@@ -193,6 +202,7 @@ __device__ void linear(const Matrix& in_shared, const Input<T>& input, const Out
   auto vector_of = [&](int place) { return place & (1 << bits) - 1; };
   float residual = output.residual(w, row_of(tile, threadIdx.x), vector_of(threadIdx.x) / output.splits);
 
+  input.stage();
   Fragment f;
   float squares[4] = {};
   for (bool first = true; tile < w.tiles(); first = false) {

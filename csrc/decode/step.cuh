@@ -80,41 +80,129 @@ __device__ inline void share_of_splits(const float* lse, float* weights, int row
   __syncthreads();
 }
 
-template <int D>
-union StepShared {
-  Scratch<WARPS> scratch;
-  AttendShared<D, WARPS> attend;
+// A copy of what does not change during a step and would be read from far in each layer.
+constexpr int kTable = 256;
+struct StepConstants {
+  int positions[kDecodeRows];
+  int table[kTable];  // cache blocks of this block's part of attention, the first of them
 };
+struct LayerPointers {
+  const void* norm[2];
+  void *k, *v;
+  float *k_scale, *v_scale;
+};
+constexpr int kStagedBytes = 12 * 1024;  // of a long input: Input::staged
+
+template <int D>
+struct StepShared {
+  union {  // a barrier over all blocks lies between the two uses
+    struct {
+      Scratch<WARPS> scratch;
+      uint8_t staged[kStagedBytes];
+    };
+    AttendShared<D, WARPS> attend;
+  };
+  StepConstants constants;
+  float cos[kDecodeRows][D / 2], sin[kDecodeRows][D / 2];  // of the positions
+};
+
+// One block's part of a layer's attention: a split of a row's tokens, for up to 8 query heads of a key-value head.
+struct Item {
+  int row, head, part, slot, first, last;  // slot: of the split; tiles [first, last)
+};
+__device__ inline Item item_of(const DecodeStep& p, const StepConstants& constants, int splits, int item) {
+  const int parts = (p.heads / p.groups + 7) / 8, heads = p.groups * parts;
+  Item i;
+  i.slot = item / heads, i.row = i.slot / splits, i.head = item % heads / parts, i.part = item % parts;
+  split_range(constants.positions[i.row] + 1, splits, i.slot % splits, i.first, i.last);
+  return i;
+}
+__device__ inline int item_count(const DecodeStep& p, int splits) {
+  return p.rows * splits * p.groups * ((p.heads / p.groups + 7) / 8);
+}
+__device__ inline KvCache cache_of(const DecodeStep& p, const LayerPointers& layer) {
+  KvCache c = p.cache;
+  c.k = layer.k, c.v = layer.v, c.k_scale = layer.k_scale, c.v_scale = layer.v_scale;
+  return c;
+}
+// With the part of the block table that is in shared memory, where it is all that the item needs.
+__device__ inline void use_table(KvCache& c, const Item& i, const StepConstants& constants) {
+  const int per_block = c.block_size / 16, from = per_block ? i.first / per_block : 0;
+  if (per_block && i.last - i.first <= kTable - per_block) c.table = constants.table - (i.row * c.max_blocks + from);
+}
 
 // A layer's attention, by the first blocks; waits for qkv.
 template <class T, bool INT8, int D>
-__device__ __forceinline__ void attention(const DecodeStep& p, const DecodeLayer& layer, int splits,
-                                       AttendShared<D, WARPS>& shared, const GridBarrier& barrier) {
+__device__ __forceinline__ void attention(const DecodeStep& p, const LayerPointers& layer, int splits, StepShared<D>& shared,
+                                          const GridBarrier& barrier) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   const StepBuffers at(p);
   auto* part = reinterpret_cast<T*>(workspace + at.part);
-  auto* lse = reinterpret_cast<float*>(workspace + at.lse);
+  auto* lse = splits > 1 ? reinterpret_cast<float*>(workspace + at.lse) : nullptr;
   PagedAttention a = {};
-  a.heads = p.heads, a.groups = p.groups, a.head_size = D, a.scale = p.scale;
-  a.qkv = workspace + at.qkv, a.positions = p.positions, a.append = true, a.rotary = p.rotary;
-  KvCache cache = p.cache;
-  cache.k = layer.k, cache.v = layer.v, cache.k_scale = layer.k_scale, cache.v_scale = layer.v_scale;
-  const int parts = (p.heads / p.groups + 7) / 8, items = p.rows * splits * p.groups * parts;
+  a.heads = p.heads, a.groups = p.groups, a.scale = p.scale, a.qkv = workspace + at.qkv, a.append = true, a.rotary.n = p.rotary.n;
   bool waited = false;
   auto wait = [&] {
     if (!waited) barrier.wait();
     waited = true;
   };
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const int head = item % (p.groups * parts), slot = item / (p.groups * parts), row = slot / splits;
-    if (p.positions[row] < 0) continue;
-    int first, last;
-    split_range(p.positions[row] + 1, splits, slot % splits, first, last);
-    attend<T, INT8, D, WARPS, false>(a, cache, shared, row, head / parts, head % parts, first, last,
-                                     part + (int64_t)slot * p.heads * D, lse + slot * p.heads, wait);
+  for (int item = blockIdx.x; item < item_count(p, splits); item += gridDim.x) {
+    const Item i = item_of(p, shared.constants, splits, item);
+    const int position = shared.constants.positions[i.row];
+    if (position < 0) continue;
+    KvCache cache = cache_of(p, layer);
+    if (item == blockIdx.x) use_table(cache, i, shared.constants);
+    attend<T, INT8, D, WARPS, false>(a, cache, shared.attend, i.row, position, shared.cos[i.row],
+                                     shared.sin[i.row], i.head, i.part, i.first, i.last,
+                                     part + (int64_t)i.slot * p.heads * D, lse ? lse + i.slot * p.heads : nullptr, wait);
     __syncthreads();  // `shared` is free again
   }
   wait();
+}
+
+// The cache that this block will read in a layer's attention, into L2.
+template <bool INT8, int D>
+__device__ inline void prefetch_cache(const DecodeStep& p, const LayerPointers& layer, int splits, const StepConstants& constants) {
+  if (static_cast<int>(blockIdx.x) >= item_count(p, splits)) return;
+  const Item i = item_of(p, constants, splits, blockIdx.x);
+  KvCache cache = cache_of(p, layer);
+  use_table(cache, i, constants);
+  for (int token = i.first * 16 + threadIdx.x; token < min(i.last * 16, constants.positions[i.row]); token += THREADS) {
+    const int64_t bytes = cache_place(cache, i.row, token, i.head) * (INT8 ? 1 : 2);
+#pragma unroll
+    for (int at = 0; at < D * (INT8 ? 1 : 2); at += 128) {
+      prefetch_l2(static_cast<const uint8_t*>(cache.k) + bytes + at);
+      prefetch_l2(static_cast<const uint8_t*>(cache.v) + bytes + at);
+    }
+  }
+}
+
+// All matrices in the order in which they are used, 4 a layer and the head, and what else is read in every layer.
+__device__ inline void gather_constants(const DecodeStep& p, int count, Matrix* matrices, LayerPointers* layers, StepConstants& c) {
+  const int rows[5] = {(p.heads + 2 * p.groups) * p.head_size, p.width, 2 * p.mlp_width, p.width, p.vocab};
+  const int columns[5] = {p.width, p.heads * p.head_size, p.width, p.mlp_width, p.width};
+  for (int i = threadIdx.x; i < count; i += THREADS) {
+    const int layer = i / 4, kind = layer == p.layers ? 4 : i % 4;
+    const DecodeLayer& l = p.layer[min(layer, p.layers - 1)];
+    const void* w = kind == 0 ? l.qkv : kind == 1 ? l.proj : kind == 2 ? l.gate_up : kind == 3 ? l.mlp_proj : p.head;
+    int64_t dealt = 0;
+    for (int k = 0; k < 4; ++k) dealt += (rows[k] + SLOTS - 1) / SLOTS * (layer + (k < kind));
+    matrices[i] = {static_cast<const uint8_t*>(w), rows[kind], columns[kind], kind == 2 ? p.mlp_width : 8,
+                   static_cast<int>(dealt % gridDim.x)};
+  }
+  for (int i = threadIdx.x; i < p.layers; i += THREADS) {
+    const DecodeLayer& l = p.layer[i];
+    layers[i] = {{l.norm_1, l.norm_2}, l.k, l.v, l.k_scale, l.v_scale};
+  }
+  if (threadIdx.x < p.rows) c.positions[threadIdx.x] = p.positions[threadIdx.x];
+}
+__device__ inline void gather_table(const DecodeStep& p, int splits, StepConstants& c) {
+  if (static_cast<int>(blockIdx.x) >= item_count(p, splits)) return;
+  const Item i = item_of(p, c, splits, blockIdx.x);
+  const int per_block = p.cache.block_size / 16, from = per_block ? i.first / per_block : 0;
+  for (int b = threadIdx.x; b < kTable && from + b < p.cache.max_blocks; b += THREADS) {
+    c.table[b] = p.cache.table[(int64_t)i.row * p.cache.max_blocks + from + b];
+  }
 }
 
 template <class T, Format F, bool INT8, int D>
@@ -123,64 +211,66 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
   using Ring = Stream<F, STAGES, WARPS>;
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<StepShared<D>*>(memory + WARPS * Ring::BYTES);
-  auto* matrices = reinterpret_cast<Matrix*>(&shared + 1);  // 4 a layer, then the head
+  auto* layers = reinterpret_cast<LayerPointers*>(&shared + 1);
+  auto* matrices = reinterpret_cast<Matrix*>(layers + p.layers);
   auto* weights = reinterpret_cast<float*>(matrices + 4 * p.layers + 1);  // of attention's splits
-  const int qkv_rows = (p.heads + 2 * p.groups) * D, attention_width = p.heads * D;
   const int count = 4 * p.layers + (p.head ? 1 : 0);
-  for (int i = threadIdx.x; i < count; i += THREADS) {
-    const int rows[5] = {qkv_rows, p.width, 2 * p.mlp_width, p.width, p.vocab};
-    const int columns[5] = {p.width, attention_width, p.width, p.mlp_width, p.width};
-    const int layer = i / 4, kind = layer == p.layers ? 4 : i % 4;
-    const DecodeLayer& l = p.layer[min(layer, p.layers - 1)];
-    const void* w = kind == 0 ? l.qkv : kind == 1 ? l.proj : kind == 2 ? l.gate_up : kind == 3 ? l.mlp_proj : p.head;
-    int64_t dealt = 0;
-    for (int k = 0; k < 4; ++k) dealt += (rows[k] + SLOTS - 1) / SLOTS * (layer + (k < kind));
-    matrices[i] = {static_cast<const uint8_t*>(w), rows[kind], columns[kind], kind == 2 ? p.mlp_width : 8, static_cast<int>(dealt % gridDim.x)};
-  }
+  gather_constants(p, count, matrices, layers, shared.constants);
   __syncthreads();
   Ring stream;
   stream.start(matrices, count, p.group, memory);
+
+  // Long contexts are split, into as many parts as there are vectors left in a product.
+  int longest = 0, splits = 1;
+  for (int row = 0; row < p.rows; ++row) longest = max(longest, shared.constants.positions[row] + 1);
+  while (2 * splits * p.rows <= kDecodeRows && longest > kSplitTokens * splits) splits *= 2;
+  gather_table(p, splits, shared.constants);
+  for (int i = threadIdx.x; i < p.rows * (D / 2); i += THREADS) {
+    const int row = i / (D / 2), d = i % (D / 2);
+    const int64_t angle = (int64_t)max(0, shared.constants.positions[row]) * p.rotary.stride + d;
+    if (d < p.rotary.n / 2) shared.cos[row][d] = p.rotary.cos[angle], shared.sin[row][d] = p.rotary.sin[angle];
+  }
+  __syncthreads();
 
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   const StepBuffers at(p);
   auto* x = static_cast<T*>(p.x);
   auto *qkv = reinterpret_cast<T*>(workspace + at.qkv), *part = reinterpret_cast<T*>(workspace + at.part);
-  auto *lse = reinterpret_cast<float*>(workspace + at.lse);
   auto* act = reinterpret_cast<T*>(workspace + at.act);
   GridBarrier barrier{reinterpret_cast<unsigned*>(workspace)};
-  // Long contexts are split, into as many parts as there are vectors left in a product.
-  int longest = 0, splits = 1;
-  for (int row = 0; row < p.rows; ++row) longest = max(longest, p.positions[row] + 1);
-  while (2 * splits * p.rows <= kDecodeRows && longest > kSplitTokens * splits) splits *= 2;
 
   for (int i = 0; i < count; ++i) {
     const int kind = i == 4 * p.layers ? 4 : i % 4;
-    const DecodeLayer& layer = p.layer[min(i / 4, p.layers - 1)];
+    const LayerPointers& layer = layers[min(i / 4, p.layers - 1)];
     Input<T> input{x, nullptr, p.rows, p.width, p.eps};
     Output<T> output{Store::add, p.rows, x, p.width};
+    const void* next_norm = nullptr;  // into L2 while others are waited for
     if (kind == 0) {
-      input.norm = static_cast<const T*>(layer.norm_1);
-      output = Output<T>{Store::plain, p.rows, qkv, qkv_rows};
+      input.norm = static_cast<const T*>(layer.norm[0]);
+      output = Output<T>{Store::plain, p.rows, qkv, (p.heads + 2 * p.groups) * D};
+      prefetch_cache<INT8, D>(p, layer, splits, shared.constants);
     } else if (kind == 1) {
-      input = Input<T>{part, nullptr, p.rows * splits, attention_width, 0.f, splits > 1 ? weights : nullptr, D == 64 ? 6 : 7};
+      input = Input<T>{part, nullptr, p.rows * splits, p.heads * D, 0.f, splits > 1 ? weights : nullptr, D == 64 ? 6 : 7};
       output.splits = splits;
+      next_norm = layer.norm[1];
     } else if (kind == 2) {
-      input.norm = static_cast<const T*>(layer.norm_2);
+      input.norm = static_cast<const T*>(layer.norm[1]);
       output = Output<T>{Store::swiglu, p.rows, act, p.mlp_width};
     } else if (kind == 3) {
       input = Input<T>{act, nullptr, p.rows, p.mlp_width};
+      if (2 * p.rows * p.mlp_width <= kStagedBytes) input.staged = reinterpret_cast<T*>(shared.staged);
+      next_norm = i + 1 < 4 * p.layers ? layers[i / 4 + 1].norm[0] : p.norm;
     } else {
       input.norm = static_cast<const T*>(p.norm);
       output = Output<T>{Store::fp32, p.rows, p.logits, p.logits_stride};
     }
-    // The norm's weights into L2 while others are waited for.
-    for (int c = threadIdx.x * 64; input.norm && c < p.width; c += THREADS * 64) prefetch_l2(input.norm + c);
+    for (int c = threadIdx.x * 64; next_norm && c < p.width; c += THREADS * 64) prefetch_l2(static_cast<const T*>(next_norm) + c);
     if (kind == 1) {
-      attention<T, INT8, D>(p, layer, splits, shared.attend, barrier);
+      attention<T, INT8, D>(p, layer, splits, shared, barrier);
       barrier.arrive();
     }
     if (i > 0) barrier.wait();
-    if (kind == 1 && splits > 1) share_of_splits(lse, weights, p.rows, splits, p.heads);
+    if (kind == 1 && splits > 1) share_of_splits(reinterpret_cast<float*>(workspace + at.lse), weights, p.rows, splits, p.heads);
     linear<T>(matrices[i], input, output, stream, shared.scratch);
     if (i + 1 < count) barrier.arrive();
   }
@@ -193,7 +283,7 @@ cudaError_t launch_step(const DecodeStep& p, cudaStream_t stream) {
   cudaGetDevice(&device);
   if (auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
   const int ring = WARPS * (major >= 9 ? Stream<F, step_stages(F, D, true), WARPS>::BYTES : Stream<F, step_stages(F, D, false), WARPS>::BYTES);
-  const int shared = ring + sizeof(StepShared<D>) + (4 * p.layers + 1) * sizeof(Matrix) +
+  const int shared = ring + sizeof(StepShared<D>) + p.layers * sizeof(LayerPointers) + (4 * p.layers + 1) * sizeof(Matrix) +
                      kDecodeRows * p.heads * sizeof(float);
   return launch(step_kernel<T, F, INT8, D>, dim3(multiprocessors()), THREADS, shared, false, true, stream, p);
 }
