@@ -71,8 +71,9 @@ __device__ inline float largest(uint4 values) {
 
 // First element of a token's head in the cache.
 __device__ inline int64_t cache_place(const KvCache& c, int sequence, int token, int head) {
-  const int block = c.table[(int64_t)sequence * c.max_blocks + token / c.block_size];
-  return block * c.block_stride + (int64_t)(token % c.block_size) * c.token_stride + (int64_t)head * c.head_stride;
+  const int bits = __ffs(c.block_size) - 1;  // a power of two: a division would cost more than all the rest
+  const int block = c.table[(int64_t)sequence * c.max_blocks + (token >> bits)];
+  return block * c.block_stride + (int64_t)(token & c.block_size - 1) * c.token_stride + (int64_t)head * c.head_stride;
 }
 
 }  // namespace tl

@@ -11,8 +11,16 @@
 
 namespace tl {
 
+struct Ahead {
+  int matrix, tile;  // what comes into L2 next
+  int bytes;         // how much is there that the ring has not asked for
+};
+
 // This warp's way through a list of matrices: of each, the tiles dealt to this block, of each tile, every WARPS-th chunk.
-template <Format F, int STAGES, int WARPS>
+//
+// AHEAD more bytes are on the way from memory to L2: what the ring will ask for next. The ring alone is 6 us of reading,
+// less than a block may wait.
+template <Format F, int STAGES, int WARPS, int AHEAD = 0>
 struct Stream {
   static constexpr int BYTES = STAGES * Chunk<F>::BYTES;  // shared memory a warp
 
@@ -21,14 +29,19 @@ struct Stream {
   uint32_t ring;
   int matrix, tile, chunk, stage;
   Matrix now;
+  Ahead* ahead;  // in shared memory, of the first thread
 
-  __device__ void start(const Matrix* list, int length, int group, uint8_t* memory) {
+  __device__ void start(const Matrix* list, int length, int group, uint8_t* memory, Ahead* state = nullptr) {
     uint8_t* own = memory + threadIdx.x / 32 * BYTES;
     for (int i = threadIdx.x % 32; i < BYTES / 16; i += 32) reinterpret_cast<uint4*>(own)[i] = uint4{};
-    matrices = list, count = length, shift = __ffs(group / 32) - 1, ring = shared_address(own);
+    ahead = state, matrices = list, count = length, shift = __ffs(group / 32) - 1, ring = shared_address(own);
     __syncwarp();
     matrix = -1, stage = 0;
     next_matrix();
+    if (AHEAD && threadIdx.x == 0) {
+      *ahead = {-1, 0, 0};
+      look_ahead();
+    }
     for (int i = 0; i < STAGES; ++i) copy_next(i);
   }
   // Tiles go round the blocks from one matrix to the next, so that over a layer all get about the same.
@@ -58,11 +71,29 @@ struct Stream {
       tile = first_tile(now);
     } while (tile >= now.tiles() || chunk * COLUMNS >= now.in);
   }
+  __device__ void look_ahead() {
+    Ahead a = *ahead;
+    while (a.bytes < AHEAD) {
+      while (a.matrix < 0 || a.tile >= matrices[a.matrix].tiles()) {
+        if (a.matrix + 1 >= count) return;
+        a.tile = first_tile(matrices[++a.matrix]);
+      }
+      const Matrix w = matrices[a.matrix];
+      prefetch_tile<F>(w, shift, a.tile);
+      a.tile += gridDim.x;
+      a.bytes += 2 * half_tile_bytes<F>(w, shift);
+      *ahead = a;
+    }
+  }
   __device__ void copy_next(int stage) {
     if (matrix < count) {
       copy_chunk<F>(ring + stage * Chunk<F>::BYTES, now, shift, tile, chunk);
       chunk += WARPS;
       if (chunk * COLUMNS >= now.in) {
+        if (AHEAD && threadIdx.x == 0) {
+          ahead->bytes -= 2 * half_tile_bytes<F>(now, shift);
+          look_ahead();
+        }
         chunk = threadIdx.x / 32;
         tile += gridDim.x;
         if (tile >= now.tiles()) next_matrix();
@@ -189,13 +220,13 @@ struct Output {
 //
 // Several tiles are multiplied before the warps meet (16 with one vector, 2 with eight): until then a warp waits for
 // nothing but its own copies.
-template <class T, Format F, int STAGES, int WARPS>
+template <class T, Format F, int STAGES, int WARPS, int AHEAD>
 __device__ void linear(const Matrix& in_shared, const Input<T>& input, const Output<T>& output,
-                       Stream<F, STAGES, WARPS>& stream, Scratch<WARPS>& scratch) {
+                       Stream<F, STAGES, WARPS, AHEAD>& stream, Scratch<WARPS>& scratch) {
   const Matrix w = in_shared;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, chunks = w.in + COLUMNS - 1 >> 8;
   const int bits = input.rows == 1 ? 0 : input.rows == 2 ? 1 : input.rows <= 4 ? 2 : 3;  // of a vector's index
-  int tile = Stream<F, STAGES, WARPS>::first_tile(w);
+  int tile = stream.first_tile(w);
   if (tile >= w.tiles()) return;
   // A sum's place is (tile of the batch, slot, vector); this thread adds up the one at threadIdx.x, and so on.
   auto row_of = [&](int first, int place) { return w.row(first + (place >> bits + 4) * gridDim.x, place >> bits & 15); };

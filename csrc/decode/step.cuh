@@ -19,6 +19,10 @@ namespace tl {
 
 // Chunks a warp has on the way: as many as fit beside the rest. Older cards have 99 to 163 KB a block.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
+#ifndef TL_AHEAD
+#define TL_AHEAD 256
+#endif
+constexpr int kAhead = TL_AHEAD * 1024;  // bytes a block on the way to L2
 constexpr int kSplitTokens = 256;  // a block's share of a context before it is split (further): two tiles a warp
 __host__ __device__ constexpr int step_stages(Format f, int head_size, bool hopper) {
   if (f == Format::plain) return !hopper ? 1 : head_size == 64 ? 3 : 2;
@@ -82,7 +86,12 @@ __device__ inline void share_of_splits(const float* lse, float* weights, int row
 
 // A copy of what does not change during a step and would be read from far in each layer.
 constexpr int kTable = 256;
+// One block's part of a layer's attention: a split of a row's tokens, for up to 8 query heads of a key-value head.
+struct Item {
+  int row, head, part, slot, first, last;  // slot: of the split; tiles [first, last)
+};
 struct StepConstants {
+  Item item;  // this block's first
   int positions[kDecodeRows];
   int table[kTable];  // cache blocks of this block's part of attention, the first of them
 };
@@ -103,13 +112,11 @@ struct StepShared {
     AttendShared<D, WARPS> attend;
   };
   StepConstants constants;
-  float cos[kDecodeRows][D / 2], sin[kDecodeRows][D / 2];  // of the positions
+  alignas(16) float cos[kDecodeRows][D / 2];  // of the positions
+  alignas(16) float sin[kDecodeRows][D / 2];
+  Ahead ahead;
 };
 
-// One block's part of a layer's attention: a split of a row's tokens, for up to 8 query heads of a key-value head.
-struct Item {
-  int row, head, part, slot, first, last;  // slot: of the split; tiles [first, last)
-};
 __device__ inline Item item_of(const DecodeStep& p, const StepConstants& constants, int splits, int item) {
   const int parts = (p.heads / p.groups + 7) / 8, heads = p.groups * parts;
   Item i;
@@ -127,7 +134,7 @@ __device__ inline KvCache cache_of(const DecodeStep& p, const LayerPointers& lay
 }
 // With the part of the block table that is in shared memory, where it is all that the item needs.
 __device__ inline void use_table(KvCache& c, const Item& i, const StepConstants& constants) {
-  const int per_block = c.block_size / 16, from = per_block ? i.first / per_block : 0;
+  const int per_block = c.block_size >> 4, from = per_block ? i.first >> __ffs(per_block) - 1 : 0;
   if (per_block && i.last - i.first <= kTable - per_block) c.table = constants.table - (i.row * c.max_blocks + from);
 }
 
@@ -147,7 +154,7 @@ __device__ __forceinline__ void attention(const DecodeStep& p, const LayerPointe
     waited = true;
   };
   for (int item = blockIdx.x; item < item_count(p, splits); item += gridDim.x) {
-    const Item i = item_of(p, shared.constants, splits, item);
+    const Item i = item == blockIdx.x ? shared.constants.item : item_of(p, shared.constants, splits, item);
     const int position = shared.constants.positions[i.row];
     if (position < 0) continue;
     KvCache cache = cache_of(p, layer);
@@ -164,7 +171,7 @@ __device__ __forceinline__ void attention(const DecodeStep& p, const LayerPointe
 template <bool INT8, int D>
 __device__ inline void prefetch_cache(const DecodeStep& p, const LayerPointers& layer, int splits, const StepConstants& constants) {
   if (static_cast<int>(blockIdx.x) >= item_count(p, splits)) return;
-  const Item i = item_of(p, constants, splits, blockIdx.x);
+  const Item i = constants.item;
   KvCache cache = cache_of(p, layer);
   use_table(cache, i, constants);
   for (int token = i.first * 16 + threadIdx.x; token < min(i.last * 16, constants.positions[i.row]); token += THREADS) {
@@ -199,6 +206,7 @@ __device__ inline void gather_constants(const DecodeStep& p, int count, Matrix* 
 __device__ inline void gather_table(const DecodeStep& p, int splits, StepConstants& c) {
   if (static_cast<int>(blockIdx.x) >= item_count(p, splits)) return;
   const Item i = item_of(p, c, splits, blockIdx.x);
+  if (threadIdx.x == 0) c.item = i;
   const int per_block = p.cache.block_size / 16, from = per_block ? i.first / per_block : 0;
   for (int b = threadIdx.x; b < kTable && from + b < p.cache.max_blocks; b += THREADS) {
     c.table[b] = p.cache.table[(int64_t)i.row * p.cache.max_blocks + from + b];
@@ -208,7 +216,7 @@ __device__ inline void gather_table(const DecodeStep& p, int splits, StepConstan
 template <class T, Format F, bool INT8, int D>
 __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ DecodeStep p) {
   constexpr int STAGES = step_stages(F, D, kHopper);
-  using Ring = Stream<F, STAGES, WARPS>;
+  using Ring = Stream<F, STAGES, WARPS, F == Format::plain ? kAhead : 0>;  // the others do not wait for memory
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<StepShared<D>*>(memory + WARPS * Ring::BYTES);
   auto* layers = reinterpret_cast<LayerPointers*>(&shared + 1);
@@ -218,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
   gather_constants(p, count, matrices, layers, shared.constants);
   __syncthreads();
   Ring stream;
-  stream.start(matrices, count, p.group, memory);
+  stream.start(matrices, count, p.group, memory, &shared.ahead);
 
   // Long contexts are split, into as many parts as there are vectors left in a product.
   int longest = 0, splits = 1;

@@ -48,6 +48,22 @@ struct Matrix {
   __device__ int row(int tile, int slot) const { return first(tile) + (slot & 7) + (slot & 8 ? second : 0); }
 };
 
+// Bytes of half a tile, 8 rows of all columns, which lie together.
+template <Format F>
+__device__ inline int half_tile_bytes(const Matrix& w, int shift) {
+  return F == Format::plain ? 16 * w.in : (w.in + 127 >> 7) * Chunk<F>::block_bytes(shift);
+}
+// A tile into L2, by one thread.
+template <Format F>
+__device__ inline void prefetch_tile(const Matrix& w, int shift, int tile) {
+  const int bytes = half_tile_bytes<F>(w, shift), row = w.first(tile);
+  for (int half = 0; half < 2; ++half) {
+    const int from = row + half * w.second, rows = min(8, w.out - from);
+    const int there = F == Format::plain ? 2 * w.in * rows : rows > 0 ? bytes : 0;
+    if (there > 0) prefetch_l2_bulk(w.data + (int64_t)(from >> 3) * bytes, there);
+  }
+}
+
 // Starts the copy of a chunk of a tile to `stage`, by one warp. Rows that do not exist are left out, and columns: what
 // lies there meets an x of 0. (Few instructions matter more here than anywhere: a warp does this for each chunk. The
 // copy engine, cp.async.bulk, was slower: a warp's 16 rows are 16 instructions one after another, 90 cycles each.)
