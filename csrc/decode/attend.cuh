@@ -38,8 +38,10 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
         if constexpr (INT8) {
           const int64_t at = from + 32 * b + 8 * t;
           const uint2 zero = {};
-          reinterpret_cast<uint2&>(k[i][b]) = valid ? *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(c.k) + at) : zero;
-          reinterpret_cast<uint2&>(v[i][b]) = valid ? *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(c.v) + at) : zero;
+          reinterpret_cast<uint2&>(k[i][b]) =
+              valid ? *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(c.k) + at) : zero;
+          reinterpret_cast<uint2&>(v[i][b]) =
+              valid ? *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(c.v) + at) : zero;
         } else {
           const int64_t at = from + 32 * b + 8 * t;
           k[i][b] = valid ? *reinterpret_cast<const uint4*>(static_cast<const T*>(c.k) + at) : uint4{};
@@ -54,8 +56,8 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
   }
 
   // The new token, at `position`, where this tile has it: from qkv, turned, and written to the cache.
-  __device__ void append(const KvCache& c, int sequence, int head, int tile, int position, const T* new_k, const T* new_v,
-                         const float* cos, const float* sin, int turning) {
+  __device__ void append(const KvCache& c, int sequence, int head, int tile, int position, const T* new_k,
+                         const T* new_v, const float* cos, const float* sin, int turning) {
     if (position / 16 != tile) return;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, i = position % 16 / 8;
     if (g != position % 8) return;
@@ -182,8 +184,8 @@ struct Attend {
 // NEXT: the next tile is asked for while one is worked on, which costs registers.
 template <class T, bool INT8, int D, int WARPS, bool NEXT, class Wait>
 __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShared<D, WARPS>& shared, int sequence,
-                       int position, const float* cos, const float* sin, int head, int part, int first, int last, T* out,
-                       float* lse, Wait before) {
+                       int position, const float* cos, const float* sin, int head, int part, int first, int last,
+                       T* out, float* lse, Wait before) {
   constexpr int N = D / 32;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int end = position + 1, cached = p.append ? position : end, turning = p.append ? p.rotary.n : 0;
@@ -204,8 +206,10 @@ __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShar
     if (p.append) tile.append(cache, sequence, head, at, position, new_k, new_v, cos, sin, turning);
     __syncwarp();
     a.add(tile, at, end, scale);
-    if (NEXT) tile = next;
-    else if (at + WARPS < last) tile.load(cache, sequence, head, at + WARPS, cached);
+    if (NEXT)
+      tile = next;
+    else if (at + WARPS < last)
+      tile.load(cache, sequence, head, at + WARPS, cached);
   }
   a.sum = quad_sum(a.sum);
 

@@ -13,7 +13,8 @@ namespace {
 constexpr int MAX_SPLITS = 16;
 
 template <class T, bool INT8, int D, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / WARPS) attention_kernel(const PagedAttention p) {
+__global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / WARPS)
+    attention_kernel(const PagedAttention p) {
   __shared__ __align__(16) AttendShared<D, WARPS> shared;
   const int parts = (p.heads / p.groups + 7) / 8;
   const int head = blockIdx.x / parts, part = blockIdx.x % parts, sequence = blockIdx.y, split = blockIdx.z;
@@ -27,7 +28,8 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / 
   const int64_t slot = (int64_t)sequence * p.splits + split;
   auto* out = p.splits > 1 ? static_cast<T*>(p.partial) + slot * row : static_cast<T*>(p.out) + (int64_t)sequence * row;
   float* lse = p.splits > 1 ? p.lse + slot * p.heads : nullptr;
-  attend<T, INT8, D, WARPS, WARPS == 8>(p, p.cache, shared, sequence, position, p.rotary.cos + angle, p.rotary.sin + angle, head, part, first, last, out, lse, wait_for_previous);
+  attend<T, INT8, D, WARPS, WARPS == 8>(p, p.cache, shared, sequence, position, p.rotary.cos + angle,
+                                        p.rotary.sin + angle, head, part, first, last, out, lse, wait_for_previous);
   if (p.splits == 1) return;
 
   __shared__ int ticket;

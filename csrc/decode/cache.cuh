@@ -32,10 +32,12 @@ __device__ inline uint4 from_int8(uint2 codes) {
   auto* out = reinterpret_cast<uint32_t*>(&x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t pair = __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // bytes 2i, 2i+1 in halves
-    if constexpr (Is<T>::bf16) {  // as unpack8() in weights.cuh
+    const uint32_t pair =
+        __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // bytes 2i, 2i+1 in halves
+    if constexpr (Is<T>::bf16) {                                             // as unpack8() in weights.cuh
       const uint32_t low = (pair & 0x007f007fu) | 0x43004300u, sign = (pair & 0x00800080u) | 0x43004300u;
-      const auto d = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
+      const auto d =
+          __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
       out[i] = reinterpret_cast<const uint32_t&>(d);
     } else {
       const uint32_t biased = (pair & 0x00ff00ffu) ^ 0x64806480u, bias = 0x64806480u;

@@ -19,7 +19,7 @@ enum class Format { plain, int8, int4 };  // plain: (N, K) of 16 bits; int8, int
 struct Dequantize {
   Type type;  // of y
   Format format;
-  int group;  // columns that share a scale: 32, 64 or 128
+  int group;          // columns that share a scale: 32, 64 or 128
   int rows, columns;  // N, K
   const void* weight;
   void* y;  // (N, K)
@@ -38,8 +38,8 @@ enum class Store {
 struct Gemv {
   Type type;  // of x, y, norm and plain weights: bf16 or fp16
   Format format;
-  int group;  // 32, 64 or 128
-  int rows;   // 1 to 8
+  int group;    // 32, 64 or 128
+  int rows;     // 1 to 8
   int out, in;  // N, K; K a multiple of 8; swiglu: N = 2F, F a multiple of 8
   const void* weight;
   const void* x;     // (rows, K)
@@ -62,8 +62,8 @@ struct KvCache {
   float *k_scale, *v_scale;  // int8: one a token and head, at the element's place / D; else null
   int64_t block_stride;      // elements; all multiples of 8
   int token_stride, head_stride;
-  int block_size;            // tokens: a power of two, 8 or more
-  const int* table;          // (B, max_blocks) blocks of each sequence
+  int block_size;    // tokens: a power of two, 8 or more
+  const int* table;  // (B, max_blocks) blocks of each sequence
   int max_blocks;
 };
 
@@ -79,18 +79,19 @@ struct PagedAttention {
   Type type;  // of qkv and out
   bool int8_cache;
   int sequences, heads, groups, head_size;  // B, H, G, D (64 or 128)
-  float scale;           // of the scores, 1/sqrt(D)
-  const void* qkv;       // (B, (H+2G) D); with `append` not yet turned
+  float scale;                              // of the scores, 1/sqrt(D)
+  const void* qkv;                          // (B, (H+2G) D); with `append` not yet turned
   KvCache cache;
-  const int* positions;  // (B,) of the new token, which attends to itself and all before; below 0: idle row, not written
-  bool append;           // turn q and k by `rotary`, write the new k and v to the cache
+  const int*
+      positions;  // (B,) of the new token, which attends to itself and all before; below 0: idle row, not written
+  bool append;    // turn q and k by `rotary`, write the new k and v to the cache
   Rotary rotary;
-  void* out;             // (B, H D)
-  int splits;            // of each sequence's tokens: paged_attention_splits(); 1 needs none of what follows
-  void* partial;         // (B, splits, H D)
-  float* lse;            // (B, splits, H)
-  int* arrived;          // (B * G * ceil(H/G/8),) zeros at first; zeros again after each launch
-  bool overlap;          // as in Gemv; the cache before `positions` is read before the wait
+  void* out;      // (B, H D)
+  int splits;     // of each sequence's tokens: paged_attention_splits(); 1 needs none of what follows
+  void* partial;  // (B, splits, H D)
+  float* lse;     // (B, splits, H)
+  int* arrived;   // (B * G * ceil(H/G/8),) zeros at first; zeros again after each launch
+  bool overlap;   // as in Gemv; the cache before `positions` is read before the wait
 };
 // A good number of splits for sequences of up to `length` tokens; at most 16.
 int paged_attention_splits(int sequences, int groups, int length);
@@ -108,16 +109,16 @@ struct RopeCache {
   const int* positions;  // (tokens,); below 0: skipped
   const int* sequences;  // (tokens,) row of the block table, or null: token i is of sequence i
   KvCache cache;
-  Rotary rotary;         // any even n <= D
+  Rotary rotary;  // any even n <= D
 };
 cudaError_t rope_cache(const RopeCache& p, cudaStream_t stream);
 
 // ---- step_*.cu: all layers and the head in one launch, for 1 to 8 rows -------------------------------------
 
-struct DecodeLayer {  // device pointers; an array of these lies in device memory
-  const void *norm_1, *norm_2;                      // (C,)
+struct DecodeLayer {                            // device pointers; an array of these lies in device memory
+  const void *norm_1, *norm_2;                  // (C,)
   const void *qkv, *proj, *gate_up, *mlp_proj;  // ((H+2G) D, C), (C, H D), (2F, C), (C, F)
-  void *k, *v;                         // this layer's cache
+  void *k, *v;                                  // this layer's cache
   float *k_scale, *v_scale;
 };
 
@@ -126,19 +127,19 @@ struct DecodeStep {
   Format format;
   int group;
   bool int8_cache;
-  int rows;  // B, 1 to 8
+  int rows;                                                       // B, 1 to 8
   int layers, width, heads, groups, head_size, mlp_width, vocab;  // .., C, H, G, D, F, V
   float eps, scale;
   const DecodeLayer* layer;
-  const void* norm;      // (C,) before the head
-  const void* head;      // (V, C); null: no head
-  KvCache cache;         // k, v and scales unused
+  const void* norm;  // (C,) before the head
+  const void* head;  // (V, C); null: no head
+  KvCache cache;     // k, v and scales unused
   Rotary rotary;
   const int* positions;  // (B,); below 0: idle row
   void* x;               // (B, C) embeddings; overwritten by the last layer's residual stream
   float* logits;         // (B, V) at logits_stride
   int64_t logits_stride;
-  void* workspace;       // decode_step_workspace() bytes, zeros at first
+  void* workspace;  // decode_step_workspace() bytes, zeros at first
 };
 int64_t decode_step_workspace(const DecodeStep& p);
 cudaError_t decode_step(const DecodeStep& p, cudaStream_t stream);
@@ -173,7 +174,7 @@ cudaError_t sample(const Sample& p, cudaStream_t stream);
 // x[i] = embedding[ids[i]]; 16-bit.
 struct Embed {
   int64_t tokens;
-  int width;  // C, a multiple of 8
+  int width;              // C, a multiple of 8
   const int* ids;         // (tokens,); below 0: zeros
   const void* embedding;  // (V, C)
   void* x;                // (tokens, C)

@@ -50,8 +50,9 @@ cudaError_t dequantize(const Dequantize& p, cudaStream_t stream) {
   constexpr int MOST = 65528;  // rows a launch: the grid's limit, whole blocks
   const int shift = p.group == 32 ? 0 : p.group == 64 ? 1 : 2;
   const bool int4 = p.format == Format::int4;
-  const int64_t row_of_blocks = (p.columns + 127) / 128 *
-                                (int4 ? Chunk<Format::int4>::block_bytes(shift) : Chunk<Format::int8>::block_bytes(shift));
+  const int64_t row_of_blocks =
+      (p.columns + 127) / 128 *
+      (int4 ? Chunk<Format::int4>::block_bytes(shift) : Chunk<Format::int8>::block_bytes(shift));
   for (int from = 0; from < p.rows; from += MOST) {
     Dequantize part = p;
     part.rows = p.rows - from < MOST ? p.rows - from : MOST;
@@ -60,8 +61,10 @@ cudaError_t dequantize(const Dequantize& p, cudaStream_t stream) {
     const dim3 grid((p.columns / 8 + 255) / 256, part.rows);
     auto go = [&](auto zero) {
       using T = decltype(zero);
-      if (int4) dequantize_kernel<T, Format::int4><<<grid, 256, 0, stream>>>(part);
-      else dequantize_kernel<T, Format::int8><<<grid, 256, 0, stream>>>(part);
+      if (int4)
+        dequantize_kernel<T, Format::int4><<<grid, 256, 0, stream>>>(part);
+      else
+        dequantize_kernel<T, Format::int8><<<grid, 256, 0, stream>>>(part);
     };
     p.type == Type::bf16 ? go(__nv_bfloat16{}) : go(__half{});
   }

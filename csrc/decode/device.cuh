@@ -9,9 +9,13 @@ namespace tl {
 template <class T>
 struct Is;
 template <>
-struct Is<__nv_bfloat16> { static constexpr bool bf16 = true; };
+struct Is<__nv_bfloat16> {
+  static constexpr bool bf16 = true;
+};
 template <>
-struct Is<__half> { static constexpr bool bf16 = false; };
+struct Is<__half> {
+  static constexpr bool bf16 = false;
+};
 
 // c (16 x 8) += A (16 x 16) B (16 x 8). Lane 4 g + t holds, with g in 0..7 and t in 0..3:
 //   a0: row g, k 2t, 2t+1    a1: row g+8    a2, a3: the same rows, k + 8
@@ -20,15 +24,14 @@ struct Is<__half> { static constexpr bool bf16 = false; };
 // k may be permuted, if A's and B's are alike: where a lane has 8 neighbours of a row, elements 0..3 are one product's
 // (2t, 2t+1, 2t+8, 2t+9), elements 4..7 the next one's.
 template <class T>
-__device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                           uint32_t b1) {
   if constexpr (Is<T>::bf16) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
@@ -67,7 +70,9 @@ __device__ inline void copy16_async(uint32_t to, const void* from) {
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N groups of this thread are under way.
 template <int N>
-__device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 __device__ inline uint4 load_shared16(uint32_t from) {
   uint4 x;
@@ -84,12 +89,6 @@ constexpr bool kHopper = false;
 constexpr bool kHopper = true;
 #endif
 
-// A multiple of 16 bytes into L2, by the copy engine; nothing on older cards.
-__device__ inline void prefetch_l2_bulk(const void* p, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch: the next kernel may start; wait for the one before to end. Nothing on older cards.

@@ -16,7 +16,9 @@ namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 template <Format F>
-constexpr int kStages = F == Format::plain ? 1 : F == Format::int8 ? 2 : 3;
+constexpr int kStages = F == Format::plain  ? 1
+                        : F == Format::int8 ? 2
+                                            : 3;
 
 template <Format F>
 struct Shared {
@@ -48,9 +50,12 @@ cudaError_t by_format(const Gemv& p, cudaStream_t stream) {
     return launch(kernel, dim3(blocks), THREADS, shared, p.overlap, false, stream, p);
   };
   switch (p.format) {
-    case Format::int8: return go(gemv_kernel<T, Format::int8>, sizeof(Shared<Format::int8>));
-    case Format::int4: return go(gemv_kernel<T, Format::int4>, sizeof(Shared<Format::int4>));
-    default: return go(gemv_kernel<T, Format::plain>, sizeof(Shared<Format::plain>));
+    case Format::int8:
+      return go(gemv_kernel<T, Format::int8>, sizeof(Shared<Format::int8>));
+    case Format::int4:
+      return go(gemv_kernel<T, Format::int4>, sizeof(Shared<Format::int4>));
+    default:
+      return go(gemv_kernel<T, Format::plain>, sizeof(Shared<Format::plain>));
   }
 }
 

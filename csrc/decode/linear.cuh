@@ -1,9 +1,9 @@
 // The matrix-vector product that gemv.cu and the whole-step kernels share.
 //
-// A block takes tiles of 16 rows; its warps split K, chunk by chunk (weights.cuh), and their sums meet in shared memory.
-// Weights do not depend on what is computed, so each warp runs a ring of asynchronous copies ahead of the products, over
-// tile and matrix boundaries: while a block waits for the others (or for the kernel before), its ring fills, and memory
-// never rests as long as the wait is shorter than the ring.
+// A block takes tiles of 16 rows; its warps split K, chunk by chunk (weights.cuh), and their sums meet in shared
+// memory. Weights do not depend on what is computed, so each warp runs a ring of asynchronous copies ahead of the
+// products, over tile and matrix boundaries: while a block waits for the others (or for the kernel before), its ring
+// fills, and memory never rests as long as the wait is shorter than the ring.
 #pragma once
 #include <type_traits>
 
@@ -11,16 +11,10 @@
 
 namespace tl {
 
-struct Ahead {
-  int matrix, tile;  // what comes into L2 next
-  int bytes;         // how much is there that the ring has not asked for
-};
-
-// This warp's way through a list of matrices: of each, the tiles dealt to this block, of each tile, every WARPS-th chunk.
-//
-// AHEAD more bytes are on the way from memory to L2: what the ring will ask for next. The ring alone is 6 us of reading,
-// less than a block may wait.
-template <Format F, int STAGES, int WARPS, int AHEAD = 0>
+// This warp's way through a list of matrices: of each, the tiles dealt to this block, of each tile, every WARPS-th
+// chunk. (Asking for what comes after the ring with cp.async.bulk.prefetch.L2, 256 KB a block, made the step 28 %
+// slower.)
+template <Format F, int STAGES, int WARPS>
 struct Stream {
   static constexpr int BYTES = STAGES * Chunk<F>::BYTES;  // shared memory a warp
 
@@ -29,19 +23,14 @@ struct Stream {
   uint32_t ring;
   int matrix, tile, chunk, stage;
   Matrix now;
-  Ahead* ahead;  // in shared memory, of the first thread
 
-  __device__ void start(const Matrix* list, int length, int group, uint8_t* memory, Ahead* state = nullptr) {
+  __device__ void start(const Matrix* list, int length, int group, uint8_t* memory) {
     uint8_t* own = memory + threadIdx.x / 32 * BYTES;
     for (int i = threadIdx.x % 32; i < BYTES / 16; i += 32) reinterpret_cast<uint4*>(own)[i] = uint4{};
-    ahead = state, matrices = list, count = length, shift = __ffs(group / 32) - 1, ring = shared_address(own);
+    matrices = list, count = length, shift = __ffs(group / 32) - 1, ring = shared_address(own);
     __syncwarp();
     matrix = -1, stage = 0;
     next_matrix();
-    if (AHEAD && threadIdx.x == 0) {
-      *ahead = {-1, 0, 0};
-      look_ahead();
-    }
     for (int i = 0; i < STAGES; ++i) copy_next(i);
   }
   // Tiles go round the blocks from one matrix to the next, so that over a layer all get about the same.
@@ -71,29 +60,11 @@ struct Stream {
       tile = first_tile(now);
     } while (tile >= now.tiles() || chunk * COLUMNS >= now.in);
   }
-  __device__ void look_ahead() {
-    Ahead a = *ahead;
-    while (a.bytes < AHEAD) {
-      while (a.matrix < 0 || a.tile >= matrices[a.matrix].tiles()) {
-        if (a.matrix + 1 >= count) return;
-        a.tile = first_tile(matrices[++a.matrix]);
-      }
-      const Matrix w = matrices[a.matrix];
-      prefetch_tile<F>(w, shift, a.tile);
-      a.tile += gridDim.x;
-      a.bytes += 2 * half_tile_bytes<F>(w, shift);
-      *ahead = a;
-    }
-  }
   __device__ void copy_next(int stage) {
     if (matrix < count) {
       copy_chunk<F>(ring + stage * Chunk<F>::BYTES, now, shift, tile, chunk);
       chunk += WARPS;
       if (chunk * COLUMNS >= now.in) {
-        if (AHEAD && threadIdx.x == 0) {
-          ahead->bytes -= 2 * half_tile_bytes<F>(now, shift);
-          look_ahead();
-        }
         chunk = threadIdx.x / 32;
         tile += gridDim.x;
         if (tile >= now.tiles()) next_matrix();
@@ -113,10 +84,10 @@ struct Scratch {
 
 // What a product reads: `rows` vectors of `in` columns: as they are, RMS-normalised, or parts of attention.
 //
-// Normalised: W (x w / rms) = (W (x w)) / rms, so that only x w, rounded, goes into the product and the root mean square
-// is not needed before its end. (fp16: x w 2^-8, so that it cannot overflow.)
-// Parts of attention: a split is a vector of its own, weighted by its share; Output adds the splits up after the
-// product, which is linear. So the parts need no pass that puts them together.
+// Normalised: W (x w / rms) = (W (x w)) / rms, so that only x w, rounded, goes into the product and the root mean
+// square is not needed before its end. (fp16: x w 2^-8, so that it cannot overflow.) Parts of attention: a split is a
+// vector of its own, weighted by its share; Output adds the splits up after the product, which is linear. So the parts
+// need no pass that puts them together.
 template <class T>
 struct Input {
   const T* x;     // (rows, in)
@@ -125,7 +96,7 @@ struct Input {
   float eps;
   const float* weights = nullptr;  // (rows, in >> head_bits) in shared memory, or null
   int head_bits = 0;
-  T* staged = nullptr;             // shared memory for all of x, where a warp comes back for more of it; or null
+  T* staged = nullptr;  // shared memory for all of x, where a warp comes back for more of it; or null
 
   static constexpr float SCALE = Is<T>::bf16 ? 1.f : 1.f / 256;
 
@@ -135,12 +106,15 @@ struct Input {
     const T* from = (staged ? staged : x) + (int64_t)n * in + column;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      f.x[j] = n >= rows || column + 32 * j >= in ? uint4{} : staged ? *reinterpret_cast<const uint4*>(from + 32 * j) : load_l2(from + 32 * j);
+      f.x[j] = n >= rows || column + 32 * j >= in ? uint4{}
+               : staged                           ? *reinterpret_cast<const uint4*>(from + 32 * j)
+                                                  : load_l2(from + 32 * j);
     }
     if (!weights) return;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      const float weight = n < rows && column + 32 * j < in ? weights[n * (in >> head_bits) + (column + 32 * j >> head_bits)] : 0.f;
+      const float weight =
+          n < rows && column + 32 * j < in ? weights[n * (in >> head_bits) + (column + 32 * j >> head_bits)] : 0.f;
       float v[8];
       Vector<T>{f.x[j]}.unpack(v);
 #pragma unroll
@@ -151,7 +125,8 @@ struct Input {
   // All of x, by all threads.
   __device__ void stage() const {
     if (!staged) return;
-    for (int i = threadIdx.x * 8; i < rows * in; i += blockDim.x * 8) *reinterpret_cast<uint4*>(staged + i) = load_l2(x + i);
+    for (int i = threadIdx.x * 8; i < rows * in; i += blockDim.x * 8)
+      *reinterpret_cast<uint4*>(staged + i) = load_l2(x + i);
     __syncthreads();
   }
   // Adds up the squares of the vectors, on the diagonal of X X^T: lane 4 n + n / 2 has vector n's in c[n % 2].
@@ -169,7 +144,8 @@ struct Input {
     const int column = chunk * COLUMNS + threadIdx.x % 4 * 8;
     uint4 w[BLOCKS];
 #pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) w[j] = column + 32 * j < in ? *reinterpret_cast<const uint4*>(norm + column + 32 * j) : uint4{};
+    for (int j = 0; j < BLOCKS; ++j)
+      w[j] = column + 32 * j < in ? *reinterpret_cast<const uint4*>(norm + column + 32 * j) : uint4{};
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       auto *a = reinterpret_cast<T2*>(&f.x[j]), *b = reinterpret_cast<T2*>(&w[j]);
@@ -196,7 +172,7 @@ template <class T>
 struct Output {
   Store store;
   int rows;
-  void* y;         // (rows, ..) at stride; T, or float for Store::fp32
+  void* y;  // (rows, ..) at stride; T, or float for Store::fp32
   int64_t stride;
   int splits = 1;  // vectors that are parts of one row and are added up; a power of two
 
@@ -220,16 +196,18 @@ struct Output {
 //
 // Several tiles are multiplied before the warps meet (16 with one vector, 2 with eight): until then a warp waits for
 // nothing but its own copies.
-template <class T, Format F, int STAGES, int WARPS, int AHEAD>
+template <class T, Format F, int STAGES, int WARPS>
 __device__ void linear(const Matrix& in_shared, const Input<T>& input, const Output<T>& output,
-                       Stream<F, STAGES, WARPS, AHEAD>& stream, Scratch<WARPS>& scratch) {
+                       Stream<F, STAGES, WARPS>& stream, Scratch<WARPS>& scratch) {
   const Matrix w = in_shared;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, chunks = w.in + COLUMNS - 1 >> 8;
   const int bits = input.rows == 1 ? 0 : input.rows == 2 ? 1 : input.rows <= 4 ? 2 : 3;  // of a vector's index
   int tile = stream.first_tile(w);
   if (tile >= w.tiles()) return;
   // A sum's place is (tile of the batch, slot, vector); this thread adds up the one at threadIdx.x, and so on.
-  auto row_of = [&](int first, int place) { return w.row(first + (place >> bits + 4) * gridDim.x, place >> bits & 15); };
+  auto row_of = [&](int first, int place) {
+    return w.row(first + (place >> bits + 4) * gridDim.x, place >> bits & 15);
+  };
   auto vector_of = [&](int place) { return place & (1 << bits) - 1; };
   float residual = output.residual(w, row_of(tile, threadIdx.x), vector_of(threadIdx.x) / output.splits);
 

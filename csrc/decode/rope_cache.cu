@@ -3,9 +3,9 @@
 //
 //   pair (a, b) = dimensions i and i + n/2 of a head at position t:  a' = a cos - b sin,  b' = b cos + a sin
 //
-// fp32 inside, one rounding. A warp a head of a token; a lane holds dimensions lane, lane + 32, ... so that any n works.
-// Bytes a token: q, k read and written, v read, k and v written to the cache.
-// Reference: `rope_reference` in src/ops/rope.rs.
+// fp32 inside, one rounding. A warp a head of a token; a lane holds dimensions lane, lane + 32, ... so that any n
+// works. Bytes a token: q, k read and written, v read, k and v written to the cache. Reference: `rope_reference` in
+// src/ops/rope.rs.
 #include "cache.cuh"
 
 namespace tl {
@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(256) rope_cache_kernel(const RopeCache p) {
   T* x = static_cast<T*>(p.qkv) + at * size;
   const bool value = head >= p.heads + p.groups;
   const int half = p.rotary.n / 2;
-  const float *cos = p.rotary.cos + (int64_t)position * p.rotary.stride, *sin = p.rotary.sin + (int64_t)position * p.rotary.stride;
+  const float *cos = p.rotary.cos + (int64_t)position * p.rotary.stride,
+              *sin = p.rotary.sin + (int64_t)position * p.rotary.stride;
 
   float y[MOST], largest = 0.f;
 #pragma unroll

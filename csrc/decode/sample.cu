@@ -7,8 +7,8 @@
 // log-probability under the plain softmax, count and position plus 1, and its embedding into the residual stream.
 //
 // One block of 1,024 threads a sequence. Up to 32,768 logits stay in registers, 8 neighbours a thread and chunk; longer
-// vocabularies are read again in each pass, from L2. Nothing is sorted: the k-th largest logit and the border of top-p are
-// found bit by bit, 32 times a count or a sum. For top-k up to 1,024 the k-th largest of the threads' maxima comes
+// vocabularies are read again in each pass, from L2. Nothing is sorted: the k-th largest logit and the border of top-p
+// are found bit by bit, 32 times a count or a sum. For top-k up to 1,024 the k-th largest of the threads' maxima comes
 // first: what is below it cannot count, and the rest (about k) fits shared memory. Sums of probabilities in fp64 and in
 // a fixed order: the same id in every run. Bytes: V logits.
 // Reference: src/generate/sampler.rs.
@@ -91,7 +91,7 @@ struct Logits {
     if (aligned && id + 8 <= vocab) {
       constexpr int N = Vector<L>::N;
 #pragma unroll
-      for (int i = 0; i < 8; i += N) Vector<L>::load(row + id + i).unpack(reinterpret_cast<float(&)[N]>(x[i]));
+      for (int i = 0; i < 8; i += N) Vector<L>::load(row + id + i).unpack(reinterpret_cast<float (&)[N]>(x[i]));
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = id + i < vocab ? to_float(row[id + i]) : -INFINITY;

@@ -4,13 +4,13 @@
 //                    x += Wdown swiglu([Wgate; Wup] norm(x))
 //   logits = Whead norm(x)
 //
-// Why: at batch 1 a layer's five kernels read 88 MB in 20 us (bf16, 4.3 TB/s), and each border between two of them costs
-// 2 us in which memory rests, overlapped launches included. Here one block an SM stays, and its ring of copies
-// (linear.cuh) goes on from matrix to matrix while blocks wait for each other at the five barriers of a layer: 192 KB an
-// SM, 6 us of reading, are asked for ahead. What remains at the end of attention's split parts is put together by the
-// next product (Input::weigh). Bytes: all weights once, the cache of the tokens so far once.
-// Geometry: one block of 256 threads an SM; all must be on the card at once, hence cooperative.
-// Reference: the model's forward pass over the whole sequence in fp32.
+// Why: at batch 1 a layer's five kernels read 88 MB in 20 us (bf16, 4.3 TB/s), and each border between two of them
+// costs 2 us in which memory rests, overlapped launches included. Here one block an SM stays, and its ring of copies
+// (linear.cuh) goes on from matrix to matrix while blocks wait for each other at the five barriers of a layer: 192 KB
+// an SM, 6 us of reading, are asked for ahead. What remains at the end of attention's split parts is put together by
+// the next product (Input::weigh). Bytes: all weights once, the cache of the tokens so far once. Geometry: one block of
+// 256 threads an SM; all must be on the card at once, hence cooperative. Reference: the model's forward pass over the
+// whole sequence in fp32.
 #pragma once
 #include "attend.cuh"
 #include "linear.cuh"
@@ -19,10 +19,6 @@ namespace tl {
 
 // Chunks a warp has on the way: as many as fit beside the rest. Older cards have 99 to 163 KB a block.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-#ifndef TL_AHEAD
-#define TL_AHEAD 256
-#endif
-constexpr int kAhead = TL_AHEAD * 1024;  // bytes a block on the way to L2
 constexpr int kSplitTokens = 256;  // a block's share of a context before it is split (further): two tiles a warp
 __host__ __device__ constexpr int step_stages(Format f, int head_size, bool hopper) {
   if (f == Format::plain) return !hopper ? 1 : head_size == 64 ? 3 : 2;
@@ -114,7 +110,6 @@ struct StepShared {
   StepConstants constants;
   alignas(16) float cos[kDecodeRows][D / 2];  // of the positions
   alignas(16) float sin[kDecodeRows][D / 2];
-  Ahead ahead;
 };
 
 __device__ inline Item item_of(const DecodeStep& p, const StepConstants& constants, int splits, int item) {
@@ -140,14 +135,15 @@ __device__ inline void use_table(KvCache& c, const Item& i, const StepConstants&
 
 // A layer's attention, by the first blocks; waits for qkv.
 template <class T, bool INT8, int D>
-__device__ __forceinline__ void attention(const DecodeStep& p, const LayerPointers& layer, int splits, StepShared<D>& shared,
-                                          const GridBarrier& barrier) {
+__device__ __forceinline__ void attention(const DecodeStep& p, const LayerPointers& layer, int splits,
+                                          StepShared<D>& shared, const GridBarrier& barrier) {
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   const StepBuffers at(p);
   auto* part = reinterpret_cast<T*>(workspace + at.part);
   auto* lse = splits > 1 ? reinterpret_cast<float*>(workspace + at.lse) : nullptr;
   PagedAttention a = {};
-  a.heads = p.heads, a.groups = p.groups, a.scale = p.scale, a.qkv = workspace + at.qkv, a.append = true, a.rotary.n = p.rotary.n;
+  a.heads = p.heads, a.groups = p.groups, a.scale = p.scale, a.qkv = workspace + at.qkv, a.append = true,
+  a.rotary.n = p.rotary.n;
   bool waited = false;
   auto wait = [&] {
     if (!waited) barrier.wait();
@@ -159,9 +155,9 @@ __device__ __forceinline__ void attention(const DecodeStep& p, const LayerPointe
     if (position < 0) continue;
     KvCache cache = cache_of(p, layer);
     if (item == blockIdx.x) use_table(cache, i, shared.constants);
-    attend<T, INT8, D, WARPS, false>(a, cache, shared.attend, i.row, position, shared.cos[i.row],
-                                     shared.sin[i.row], i.head, i.part, i.first, i.last,
-                                     part + (int64_t)i.slot * p.heads * D, lse ? lse + i.slot * p.heads : nullptr, wait);
+    attend<T, INT8, D, WARPS, false>(a, cache, shared.attend, i.row, position, shared.cos[i.row], shared.sin[i.row],
+                                     i.head, i.part, i.first, i.last, part + (int64_t)i.slot * p.heads * D,
+                                     lse ? lse + i.slot * p.heads : nullptr, wait);
     __syncthreads();  // `shared` is free again
   }
   wait();
@@ -169,7 +165,8 @@ __device__ __forceinline__ void attention(const DecodeStep& p, const LayerPointe
 
 // The cache that this block will read in a layer's attention, into L2.
 template <bool INT8, int D>
-__device__ inline void prefetch_cache(const DecodeStep& p, const LayerPointers& layer, int splits, const StepConstants& constants) {
+__device__ inline void prefetch_cache(const DecodeStep& p, const LayerPointers& layer, int splits,
+                                      const StepConstants& constants) {
   if (static_cast<int>(blockIdx.x) >= item_count(p, splits)) return;
   const Item i = constants.item;
   KvCache cache = cache_of(p, layer);
@@ -185,7 +182,8 @@ __device__ inline void prefetch_cache(const DecodeStep& p, const LayerPointers& 
 }
 
 // All matrices in the order in which they are used, 4 a layer and the head, and what else is read in every layer.
-__device__ inline void gather_constants(const DecodeStep& p, int count, Matrix* matrices, LayerPointers* layers, StepConstants& c) {
+__device__ inline void gather_constants(const DecodeStep& p, int count, Matrix* matrices, LayerPointers* layers,
+                                        StepConstants& c) {
   const int rows[5] = {(p.heads + 2 * p.groups) * p.head_size, p.width, 2 * p.mlp_width, p.width, p.vocab};
   const int columns[5] = {p.width, p.heads * p.head_size, p.width, p.mlp_width, p.width};
   for (int i = threadIdx.x; i < count; i += THREADS) {
@@ -216,7 +214,7 @@ __device__ inline void gather_table(const DecodeStep& p, int splits, StepConstan
 template <class T, Format F, bool INT8, int D>
 __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant__ DecodeStep p) {
   constexpr int STAGES = step_stages(F, D, kHopper);
-  using Ring = Stream<F, STAGES, WARPS, F == Format::plain ? kAhead : 0>;  // the others do not wait for memory
+  using Ring = Stream<F, STAGES, WARPS>;
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<StepShared<D>*>(memory + WARPS * Ring::BYTES);
   auto* layers = reinterpret_cast<LayerPointers*>(&shared + 1);
@@ -226,7 +224,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
   gather_constants(p, count, matrices, layers, shared.constants);
   __syncthreads();
   Ring stream;
-  stream.start(matrices, count, p.group, memory, &shared.ahead);
+  stream.start(matrices, count, p.group, memory);
 
   // Long contexts are split, into as many parts as there are vectors left in a product.
   int longest = 0, splits = 1;
@@ -258,7 +256,8 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
       output = Output<T>{Store::plain, p.rows, qkv, (p.heads + 2 * p.groups) * D};
       prefetch_cache<INT8, D>(p, layer, splits, shared.constants);
     } else if (kind == 1) {
-      input = Input<T>{part, nullptr, p.rows * splits, p.heads * D, 0.f, splits > 1 ? weights : nullptr, D == 64 ? 6 : 7};
+      input =
+          Input<T>{part, nullptr, p.rows * splits, p.heads * D, 0.f, splits > 1 ? weights : nullptr, D == 64 ? 6 : 7};
       output.splits = splits;
       next_norm = layer.norm[1];
     } else if (kind == 2) {
@@ -272,13 +271,15 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const __grid_constant_
       input.norm = static_cast<const T*>(p.norm);
       output = Output<T>{Store::fp32, p.rows, p.logits, p.logits_stride};
     }
-    for (int c = threadIdx.x * 64; next_norm && c < p.width; c += THREADS * 64) prefetch_l2(static_cast<const T*>(next_norm) + c);
+    for (int c = threadIdx.x * 64; next_norm && c < p.width; c += THREADS * 64)
+      prefetch_l2(static_cast<const T*>(next_norm) + c);
     if (kind == 1) {
       attention<T, INT8, D>(p, layer, splits, shared, barrier);
       barrier.arrive();
     }
     if (i > 0) barrier.wait();
-    if (kind == 1 && splits > 1) share_of_splits(reinterpret_cast<float*>(workspace + at.lse), weights, p.rows, splits, p.heads);
+    if (kind == 1 && splits > 1)
+      share_of_splits(reinterpret_cast<float*>(workspace + at.lse), weights, p.rows, splits, p.heads);
     linear<T>(matrices[i], input, output, stream, shared.scratch);
     if (i + 1 < count) barrier.arrive();
   }
@@ -290,17 +291,15 @@ cudaError_t launch_step(const DecodeStep& p, cudaStream_t stream) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   if (auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
-  const int ring = WARPS * (major >= 9 ? Stream<F, step_stages(F, D, true), WARPS>::BYTES : Stream<F, step_stages(F, D, false), WARPS>::BYTES);
-  const int shared = ring + sizeof(StepShared<D>) + p.layers * sizeof(LayerPointers) + (4 * p.layers + 1) * sizeof(Matrix) +
-                     kDecodeRows * p.heads * sizeof(float);
+  const int ring = WARPS * (major >= 9 ? Stream<F, step_stages(F, D, true), WARPS>::BYTES
+                                       : Stream<F, step_stages(F, D, false), WARPS>::BYTES);
+  const int shared = ring + sizeof(StepShared<D>) + p.layers * sizeof(LayerPointers) +
+                     (4 * p.layers + 1) * sizeof(Matrix) + kDecodeRows * p.heads * sizeof(float);
   return launch(step_kernel<T, F, INT8, D>, dim3(multiprocessors()), THREADS, shared, false, true, stream, p);
 }
 
 template <Format F>
 cudaError_t decode_step_of(const DecodeStep& p, cudaStream_t stream) {
-#ifdef TL_QUICK
-  return launch_step<__nv_bfloat16, F, false, 64>(p, stream);
-#else
   auto by_size = [&](auto zero) {
     using T = decltype(zero);
     if (p.head_size == 64) {
@@ -309,7 +308,6 @@ cudaError_t decode_step_of(const DecodeStep& p, cudaStream_t stream) {
     return p.int8_cache ? launch_step<T, F, true, 128>(p, stream) : launch_step<T, F, false, 128>(p, stream);
   };
   return p.type == Type::bf16 ? by_size(__nv_bfloat16{}) : by_size(__half{});
-#endif
 }
 
 // One a file, so that they compile side by side.

@@ -3,6 +3,8 @@
 
 namespace tl {
 
-cudaError_t decode_step_int8(const DecodeStep& p, cudaStream_t stream) { return decode_step_of<Format::int8>(p, stream); }
+cudaError_t decode_step_int8(const DecodeStep& p, cudaStream_t stream) {
+  return decode_step_of<Format::int8>(p, stream);
+}
 
 }  // namespace tl

@@ -5,13 +5,14 @@
 //   int4    w = scale q + minimum,  q in 0..15          two fp16 a group (Q4_0: minimum = -8 scale)
 //
 // A warp works on a chunk: 16 rows ("slots") x 256 columns, multiplied by tensor cores, with the weights as the 16-row
-// operand and up to 8 vectors x as the columns: a weight costs 1/8 of an instruction where a multiply-add a weight would
-// cost three. Lane 4 g + t holds slots g and g + 8.
+// operand and up to 8 vectors x as the columns: a weight costs 1/8 of an instruction where a multiply-add a weight
+// would cost three. Lane 4 g + t holds slots g and g + 8.
 //
-// int8 and int4 lie in blocks of 8 rows x 128 columns, (ceil(N / 8), ceil(K / 128)) of them, the codes and scales that are
-// missing at the edges 0: half a chunk is two of them side by side, in the order in which lanes read it. With g a row and
-// column = 32 j + 8 t + e of the block (j, t in 0..3, e in 0..7):
-//   int4: 512 bytes of codes: 32-bit word 16 g + 4 t + j, of which nibble r is e = 2 r for r < 4, e = 2 r - 7 for r >= 4;
+// int8 and int4 lie in blocks of 8 rows x 128 columns, (ceil(N / 8), ceil(K / 128)) of them, the codes and scales that
+// are missing at the edges 0: half a chunk is two of them side by side, in the order in which lanes read it. With g a
+// row and column = 32 j + 8 t + e of the block (j, t in 0..3, e in 0..7):
+//   int4: 512 bytes of codes: 32-bit word 16 g + 4 t + j, of which nibble r is e = 2 r for r < 4, e = 2 r - 7 for r >=
+//   4;
 //         then 8 x (128 / group) pairs of fp16 (scale, minimum), row by row.
 //   int8: 1,024 bytes of codes: byte 512 (j / 2) + 64 g + 16 t + 8 (j % 2) + i is e = 0 2 1 3 4 6 5 7 for i = 0..7;
 //         then 8 x (128 / group) fp16 scales, row by row.
@@ -47,22 +48,6 @@ struct Matrix {
   __device__ int first(int tile) const { return second == 8 ? tile * SLOTS : tile * 8; }
   __device__ int row(int tile, int slot) const { return first(tile) + (slot & 7) + (slot & 8 ? second : 0); }
 };
-
-// Bytes of half a tile, 8 rows of all columns, which lie together.
-template <Format F>
-__device__ inline int half_tile_bytes(const Matrix& w, int shift) {
-  return F == Format::plain ? 16 * w.in : (w.in + 127 >> 7) * Chunk<F>::block_bytes(shift);
-}
-// A tile into L2, by one thread.
-template <Format F>
-__device__ inline void prefetch_tile(const Matrix& w, int shift, int tile) {
-  const int bytes = half_tile_bytes<F>(w, shift), row = w.first(tile);
-  for (int half = 0; half < 2; ++half) {
-    const int from = row + half * w.second, rows = min(8, w.out - from);
-    const int there = F == Format::plain ? 2 * w.in * rows : rows > 0 ? bytes : 0;
-    if (there > 0) prefetch_l2_bulk(w.data + (int64_t)(from >> 3) * bytes, there);
-  }
-}
 
 // Starts the copy of a chunk of a tile to `stage`, by one warp. Rows that do not exist are left out, and columns: what
 // lies there meets an x of 0. (Few instructions matter more here than anywhere: a warp does this for each chunk. The
@@ -135,7 +120,8 @@ __device__ inline void unpack8(uint32_t word, uint32_t (&q)[2]) {
   for (int i = 0; i < 2; ++i, word >>= 8) {
     if constexpr (Is<T>::bf16) {  // 128 + the low 7 bits, less 128, or less 256 where the sign is set
       const uint32_t low = (word & 0x007f007fu) | 0x43004300u, sign = (word & 0x00800080u) | 0x43004300u;
-      const auto d = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
+      const auto d =
+          __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
       q[i] = reinterpret_cast<const uint32_t&>(d);
     } else {  // 1024 + 128 + q, less 1152
       const uint32_t biased = (word & 0x00ff00ffu) ^ 0x64806480u, bias = 0x64806480u;
