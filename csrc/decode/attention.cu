@@ -3,8 +3,10 @@
 // A block for each sequence, key-value head (up to 8 of its query heads) and split. With several splits the last block
 // to arrive puts the parts together:  o = sum_s 2^(lse_s - max) o_s / sum_s 2^(lse_s - max).
 // With `append`, q and the new k are turned here and the new k and v written, so that RoPE costs no launch and no pass.
-// Bytes a sequence: 2 G D length sizeof, each key-value head once for its group of query heads.
-// Reference: `attention` over the gathered cache in fp32.
+// Geometry: many sequences a warp each, since more of them fit than of anything larger (1,000 x 256 tokens: 84 us; 2
+// warps 88, 4 warps 95, and with the next tile in flight 86, 97, 111); few 8 warps. Bytes a sequence: 2 G D length
+// sizeof, each key-value head once for its group of query heads. Reference: `attention` over the gathered cache in
+// fp32.
 #include "attend.cuh"
 
 namespace tl {

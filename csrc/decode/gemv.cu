@@ -1,11 +1,12 @@
 // y = W f(x) for 1 to 8 vectors, f an RMSNorm or nothing, y stored, added to the residual stream or put through SwiGLU.
 //
-//   f(x) = x / sqrt(mean(x^2) + eps) w, rounded to the dtype;   y = W f(x)   |   y += W f(x)
+//   f(x) = x w / sqrt(mean(x^2) + eps), x w rounded to the dtype;   y = W f(x)   |   y += W f(x)
 //   y = silu(g) u with [g; u] = W f(x)
 //
 // Sums in fp32, one rounding. One kernel instead of norm, product and what follows: at batch 1 a launch costs as much
 // as reading 8 MB. Every block computes the norm anew (2 C bytes from L2). Bytes: W once; the rest is small.
-// Geometry: linear.cuh; STAGES chunks a warp on the way. With `overlap` a block asks for its first weights before the
+// Geometry: linear.cuh; kStages chunks a warp on the way, two blocks an SM at most, which take tiles in turn (a block a
+// tile was 8 % slower in 16 bits and 18 % in int4). With `overlap` a block asks for its first weights before the
 // kernel that computes x has ended; so that its blocks find room beside that kernel's, they take at most half of an
 // SM's shared memory.
 // Reference: `Linear` after `rms_norm_reference`, src/ops.

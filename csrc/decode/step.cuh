@@ -8,9 +8,9 @@
 // costs 2 us in which memory rests, overlapped launches included. Here one block an SM stays, and its ring of copies
 // (linear.cuh) goes on from matrix to matrix while blocks wait for each other at the five barriers of a layer: 192 KB
 // an SM, 6 us of reading, are asked for ahead. What remains at the end of attention's split parts is put together by
-// the next product (Input::weigh). Bytes: all weights once, the cache of the tokens so far once. Geometry: one block of
-// 256 threads an SM; all must be on the card at once, hence cooperative. Reference: the model's forward pass over the
-// whole sequence in fp32.
+// the next product (Input::weights). Bytes: all weights once, the cache of the tokens so far once. Geometry: one block
+// of 256 threads an SM; all must be on the card at once, hence cooperative. Reference: the model's forward pass over
+// the whole sequence in fp32.
 #pragma once
 #include "attend.cuh"
 #include "linear.cuh"
