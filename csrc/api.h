@@ -244,6 +244,69 @@ int tl_cross_entropy(TlTensor logits, TlTensor target, double scale, double labe
 int tl_head_loss(TlTensor x, TlTensor weight, TlTensor target, int64_t chunks, double scale, double label_smoothing,
                  double z_loss, TlTensor* loss);
 
+// ---- decoding (csrc/torch/decode.cpp -> csrc/decode) ---------------------------------------------------------
+// One new token for each of B sequences, in bf16. Tensors lie on one CUDA device; nothing waits, so that a graph can hold
+// it all.
+
+// A weight (N, K): bf16, or bytes of codes and scales as csrc/decode/weights.cuh says.
+typedef struct {
+  TlTensor data;
+  int format;  // 0: bf16, 1: int8, 2: int4
+  int group;   // columns that share a scale
+  int64_t rows, columns;
+} TlWeight;
+// *out (N, K) bf16.
+int tl_dequantize(const TlWeight* weight, TlTensor* out);
+
+// A layer's keys and values, (slots, G, D) in blocks of block_size slots: bf16, or int8 with scales (slots, G).
+typedef struct {
+  TlTensor k, v, k_scale, v_scale;
+} TlPagedLayer;
+// Where the new tokens are.
+typedef struct {
+  TlTensor table;      // (B, blocks) int32
+  TlTensor positions;  // (B,) int32; below 0: nothing is done
+  TlTensor cos, sin;   // (positions, n) fp32
+  TlTensor arrived;    // (B * G * ceil(H/G/8),) int32 zeros
+  int block_size;
+  int longest;  // no sequence is longer
+} TlDecodeState;
+// Turns queries and keys of qkv (B, (H+2G) D), appends keys and values to the cache, attends: *out (B, H D).
+int tl_decode_attention(const TlDecodeState* state, const TlPagedLayer* layer, TlTensor qkv, TlTensor* out);
+
+typedef struct {
+  TlTensor norm_1, norm_2;                // (C,)
+  TlWeight qkv, proj, gate_up, mlp_proj;  // ((H+2G) D, C), (C, H D), (2F, C), (C, F)
+  TlPagedLayer cache;
+} TlDecodeLayer;
+typedef struct {
+  int n_layer, heads;
+  const TlDecodeLayer* layers;
+  TlTensor norm;  // (C,)
+  TlWeight head;  // (V, C)
+  TlDecodeState state;
+  double eps;
+} TlDecoder;
+// All layers and the head for at most 8 sequences. The decoder keeps the tensors.
+int tl_decoder_new(const TlDecoder* decoder, void** out);
+// x (B, C), the embeddings, is overwritten; logits (B, V) fp32.
+int tl_decoder_run(void* decoder, TlTensor x, TlTensor logits, int rows);
+void tl_decoder_free(void* decoder);
+
+// The next id of each sequence, as src/generate/sampler.rs chooses it, and its embedding.
+typedef struct {
+  int rows, vocab;
+  TlTensor logits;                                         // (B, V) fp32 or bf16
+  TlTensor temperature, top_k, top_p, repetition_penalty;  // (B,) fp32, top_k int32
+  TlTensor seen;                                           // (B, ceil(vocab/32)) int32 bits
+  TlTensor key;                                            // (B, 8) int32, ChaCha8's
+  TlTensor count, positions;                               // (B,) int32, incremented
+  TlTensor next, log_prob, not_finite;                     // (B,) int32, fp32, int32
+  TlTensor ids;                                            // (B, n) int32 ring of the last ids
+  TlTensor embedding, x;                                   // (V, C), (B, C)
+} TlSample;
+int tl_sample(const TlSample* sample);
+
 // ---- optimizer (csrc/torch/optim.cpp -> csrc/adamw.cu) -----------------------------------------------------
 
 // One parameter of an AdamW step: contiguous tensors of n elements on one CUDA device. The dtypes say how master and

@@ -27,7 +27,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 torch=${TORCH:-$(python3 -c 'import os, torch; print(os.path.dirname(torch.__file__))')}
 export LD_LIBRARY_PATH="$torch/lib:$(dirname "$torch")/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-(($#)) || set -- kernels:: gpu:: gpu_step::
+(($#)) || set -- kernels:: gpu:: gpu_decode:: gpu_step::
 exec ./suite --test-threads 1 --nocapture "$@"
 RUN
 chmod +x "$folder/run.sh"

@@ -1,5 +1,5 @@
 // Attention of one new token over a paged cache: what one block does for up to 8 query heads of one key-value head and
-// one part ("split") of a sequence's tokens. Shared by attention.cu and the whole-step kernels.
+// one part ("split") of a sequence's tokens.
 //
 //   s_j = scale q . k_j;   o = sum_j exp(s_j) v_j / sum_j exp(s_j),   j in the split;   lse = log2 sum_j exp(s_j)
 //
@@ -19,7 +19,7 @@ struct AttendShared {
   float out[WARPS][8][D + 4];  // + 4: rows start in different banks
 };
 
-template <class T, bool INT8, int D>
+template <bool INT8, int D>
 struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 in each block of 32 dimensions
   static constexpr int N = D / 32;
   uint4 k[2][N], v[2][N];  // int8: 8 bytes of each are used
@@ -44,8 +44,8 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
               valid ? *reinterpret_cast<const uint2*>(static_cast<const int8_t*>(c.v) + at) : zero;
         } else {
           const int64_t at = from + 32 * b + 8 * t;
-          k[i][b] = valid ? *reinterpret_cast<const uint4*>(static_cast<const T*>(c.k) + at) : uint4{};
-          v[i][b] = valid ? *reinterpret_cast<const uint4*>(static_cast<const T*>(c.v) + at) : uint4{};
+          k[i][b] = valid ? *reinterpret_cast<const uint4*>(static_cast<const bf16*>(c.k) + at) : uint4{};
+          v[i][b] = valid ? *reinterpret_cast<const uint4*>(static_cast<const bf16*>(c.v) + at) : uint4{};
         }
       }
       if constexpr (INT8) {
@@ -56,8 +56,8 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
   }
 
   // The new token, at `position`, where this tile has it: from qkv, turned, and written to the cache.
-  __device__ void append(const KvCache& c, int sequence, int head, int tile, int position, const T* new_k,
-                         const T* new_v, const float* cos, const float* sin, int turning) {
+  __device__ void append(const KvCache& c, int sequence, int head, int tile, int position, const bf16* new_k,
+                         const bf16* new_v, const float* cos, const float* sin, int turning) {
     if (position / 16 != tile) return;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, i = position % 16 / 8;
     if (g != position % 8) return;
@@ -70,8 +70,8 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
       x[b] = load_turned(new_k, 32 * b + 8 * t, cos, sin, turning);
       y[b] = load_l2(new_v + 32 * b + 8 * t);
       if (INT8) {
-        largest_k = fmaxf(largest_k, largest<T>(x[b]));
-        largest_v = fmaxf(largest_v, largest<T>(y[b]));
+        largest_k = fmaxf(largest_k, largest(x[b]));
+        largest_v = fmaxf(largest_v, largest(y[b]));
       }
     }
     float scale_k = 0.f, scale_v = 0.f;
@@ -87,14 +87,14 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
     for (int b = 0; b < N; ++b) {
       const int64_t at = to + 32 * b + 8 * t;
       if constexpr (INT8) {
-        const uint2 qk = to_int8<T>(x[b], scale_k > 0.f ? 1.f / scale_k : 0.f);
-        const uint2 qv = to_int8<T>(y[b], scale_v > 0.f ? 1.f / scale_v : 0.f);
+        const uint2 qk = to_int8(x[b], scale_k > 0.f ? 1.f / scale_k : 0.f);
+        const uint2 qv = to_int8(y[b], scale_v > 0.f ? 1.f / scale_v : 0.f);
         *reinterpret_cast<uint2*>(static_cast<int8_t*>(c.k) + at) = qk;
         *reinterpret_cast<uint2*>(static_cast<int8_t*>(c.v) + at) = qv;
         x[b] = {qk.x, qk.y, 0, 0}, y[b] = {qv.x, qv.y, 0, 0};
       } else {
-        *reinterpret_cast<uint4*>(static_cast<T*>(c.k) + at) = x[b];
-        *reinterpret_cast<uint4*>(static_cast<T*>(c.v) + at) = y[b];
+        *reinterpret_cast<uint4*>(static_cast<bf16*>(c.k) + at) = x[b];
+        *reinterpret_cast<uint4*>(static_cast<bf16*>(c.v) + at) = y[b];
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {  // i is not a constant, and registers have no index
@@ -109,13 +109,13 @@ struct KvTile {  // 16 tokens: lane 4 g + t has 8 values of tokens g and g + 8 i
 };
 
 // What one warp knows of its heads so far. Lane 4 g + t: head g; o[4 b + r]: dimensions 32 b + 8 t + 2 r, + 1.
-template <class T, bool INT8, int D>
+template <bool INT8, int D>
 struct Attend {
   static constexpr int N = D / 32;
   uint4 q[N];
   float o[4 * N][2] = {}, max = -INFINITY, sum = 0.f;
 
-  __device__ void load_q(const T* head, bool valid, const float* cos, const float* sin, int turning) {
+  __device__ void load_q(const bf16* head, bool valid, const float* cos, const float* sin, int turning) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int b = 0; b < N; ++b) {
@@ -125,7 +125,7 @@ struct Attend {
   }
 
   // Tokens 16 tile .. of which those before `end` count, at least one. scale: with log2 e.
-  __device__ void add(const KvTile<T, INT8, D>& kv, int tile, int end, float scale) {
+  __device__ void add(const KvTile<INT8, D>& kv, int tile, int end, float scale) {
     const int t = threadIdx.x % 4;
     float s[2][2], largest = -INFINITY;
 #pragma unroll
@@ -133,9 +133,9 @@ struct Attend {
       float c[4] = {}, other[4] = {};
 #pragma unroll
       for (int b = 0; b < N; ++b) {
-        const uint4 k = INT8 ? from_int8<T>(uint2{kv.k[i][b].x, kv.k[i][b].y}) : kv.k[i][b];
-        mma<T>(c, q[b].x, 0, q[b].y, 0, k.x, k.y);
-        mma<T>(other, q[b].z, 0, q[b].w, 0, k.z, k.w);
+        const uint4 k = INT8 ? from_int8(uint2{kv.k[i][b].x, kv.k[i][b].y}) : kv.k[i][b];
+        mma(c, q[b].x, 0, q[b].y, 0, k.x, k.y);
+        mma(other, q[b].z, 0, q[b].w, 0, k.z, k.w);
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {  // token 8 i + 2 t + e, whose scale its own lanes 4 (2 t + e) .. hold
@@ -161,17 +161,17 @@ struct Attend {
         sum += e[j];
         if (INT8) e[j] *= __shfl_sync(~0u, kv.v_scale[i], 4 * (2 * t + j));
       }
-      p[i] = pack2<T>(e[0], e[1]);
+      p[i] = pack2(e[0], e[1]);
     }
 #pragma unroll
     for (int b = 0; b < N; ++b) {
-      const uint4 v0 = INT8 ? from_int8<T>(uint2{kv.v[0][b].x, kv.v[0][b].y}) : kv.v[0][b];
-      const uint4 v1 = INT8 ? from_int8<T>(uint2{kv.v[1][b].x, kv.v[1][b].y}) : kv.v[1][b];
+      const uint4 v0 = INT8 ? from_int8(uint2{kv.v[0][b].x, kv.v[0][b].y}) : kv.v[0][b];
+      const uint4 v1 = INT8 ? from_int8(uint2{kv.v[1][b].x, kv.v[1][b].y}) : kv.v[1][b];
       const uint32_t a[4] = {v0.x, v0.y, v0.z, v0.w}, c[4] = {v1.x, v1.y, v1.z, v1.w};
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         float y[4] = {o[4 * b + r][0], o[4 * b + r][1], 0.f, 0.f};
-        mma<T>(y, p[0], 0, p[1], 0, transpose8(a[r]), transpose8(c[r]));
+        mma(y, p[0], 0, p[1], 0, transpose8(a[r]), transpose8(c[r]));
         o[4 * b + r][0] = y[0], o[4 * b + r][1] = y[1];
       }
     }
@@ -182,24 +182,24 @@ struct Attend {
 // Writes o, normalised, and lse (unless null) for the block's heads. `before` is called once after the first loads from
 // the cache and before anything of qkv is read. `cos` and `sin` are the angles of `position`.
 // NEXT: the next tile is asked for while one is worked on, which costs registers.
-template <class T, bool INT8, int D, int WARPS, bool NEXT, class Wait>
+template <bool INT8, int D, int WARPS, bool NEXT, class Wait>
 __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShared<D, WARPS>& shared, int sequence,
                        int position, const float* cos, const float* sin, int head, int part, int first, int last,
-                       T* out, float* lse, Wait before) {
+                       bf16* out, float* lse, Wait before) {
   constexpr int N = D / 32;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int end = position + 1, cached = p.append ? position : end, turning = p.append ? p.rotary.n : 0;
   const int per_group = p.heads / p.groups, query = head * per_group + part * 8 + g;
   const int count = min(8, per_group - part * 8);  // query heads of this block
-  const T* row = static_cast<const T*>(p.qkv) + (int64_t)sequence * (p.heads + 2 * p.groups) * D;
-  const T *new_k = row + (p.heads + head) * D, *new_v = new_k + p.groups * D;
+  const bf16* row = static_cast<const bf16*>(p.qkv) + (int64_t)sequence * (p.heads + 2 * p.groups) * D;
+  const bf16 *new_k = row + (p.heads + head) * D, *new_v = new_k + p.groups * D;
   const float scale = p.scale * 1.4426950408889634f;
 
-  KvTile<T, INT8, D> tile, next;
+  KvTile<INT8, D> tile, next;
   int at = first + warp;
   if (at < last) tile.load(cache, sequence, head, at, cached);
   before();
-  Attend<T, INT8, D> a;
+  Attend<INT8, D> a;
   a.load_q(row + query * D, g < count, cos, sin, turning);
   for (; at < last; at += WARPS) {
     if (NEXT && at + WARPS < last) next.load(cache, sequence, head, at + WARPS, cached);
@@ -221,7 +221,7 @@ __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShar
         float y[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) y[i] = a.o[4 * b + i / 2][i % 2] * inverse;
-        Vector<T>::pack(y).store(out + query * D + 32 * b + 8 * t);
+        Vector<bf16>::pack(y).store(out + query * D + 32 * b + 8 * t);
       }
       if (lse && t == 0) lse[query] = a.max + log2f(a.sum);
     }
@@ -246,7 +246,7 @@ __device__ void attend(const PagedAttention& p, const KvCache& cache, AttendShar
       sum += weight * shared.sum[w][h], y[0] += weight * o.x, y[1] += weight * o.y;
     }
     const float inverse = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
-    *reinterpret_cast<uint32_t*>(out + query * D + d) = pack2<T>(y[0] * inverse, y[1] * inverse);
+    *reinterpret_cast<uint32_t*>(out + query * D + d) = pack2(y[0] * inverse, y[1] * inverse);
     if (lse && d == 0) lse[query] = largest + log2f(sum);  // -inf where the split is empty
   }
 }

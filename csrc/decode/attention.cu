@@ -14,7 +14,7 @@ namespace {
 
 constexpr int MAX_SPLITS = 16;
 
-template <class T, bool INT8, int D, int WARPS>
+template <bool INT8, int D, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / WARPS)
     attention_kernel(const PagedAttention p) {
   __shared__ __align__(16) AttendShared<D, WARPS> shared;
@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / 
   split_range(position + 1, p.splits, split, first, last);
   const int row = p.heads * D;
   const int64_t slot = (int64_t)sequence * p.splits + split;
-  auto* out = p.splits > 1 ? static_cast<T*>(p.partial) + slot * row : static_cast<T*>(p.out) + (int64_t)sequence * row;
+  auto* out = p.splits > 1 ? static_cast<bf16*>(p.partial) + slot * row : static_cast<bf16*>(p.out) + (int64_t)sequence * row;
   float* lse = p.splits > 1 ? p.lse + slot * p.heads : nullptr;
-  attend<T, INT8, D, WARPS, WARPS == 8>(p, p.cache, shared, sequence, position, p.rotary.cos + angle,
+  attend<INT8, D, WARPS, WARPS == 8>(p, p.cache, shared, sequence, position, p.rotary.cos + angle,
                                         p.rotary.sin + angle, head, part, first, last, out, lse, wait_for_previous);
   if (p.splits == 1) return;
 
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / 
   if (ticket != p.splits - 1) return;
   __threadfence();
   const int per_group = p.heads / p.groups, count = min(8, per_group - part * 8);
-  const auto* parts_o = static_cast<const T*>(p.partial) + (int64_t)sequence * p.splits * row;
+  const auto* parts_o = static_cast<const bf16*>(p.partial) + (int64_t)sequence * p.splits * row;
   const float* parts_lse = p.lse + (int64_t)sequence * p.splits * p.heads;
   for (int i = threadIdx.x; i < count * (D / 8); i += WARPS * 32) {
     const int query = head * per_group + part * 8 + i / (D / 8), d = i % (D / 8) * 8;
@@ -52,33 +52,27 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 || D == 128 ? 1 : 20 / 
     for (int s = 0; s < p.splits; ++s) {
       const float weight = exp2f(__ldcg(parts_lse + s * p.heads + query) - largest);
       float x[8];
-      Vector<T>{load_l2(parts_o + s * row + query * D + d)}.unpack(x);
+      Vector<bf16>{load_l2(parts_o + s * row + query * D + d)}.unpack(x);
       sum += weight;
 #pragma unroll
       for (int e = 0; e < 8; ++e) y[e] += weight * x[e];
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) y[e] /= sum;
-    Vector<T>::pack(y).store(static_cast<T*>(p.out) + (int64_t)sequence * row + query * D + d);
+    Vector<bf16>::pack(y).store(static_cast<bf16*>(p.out) + (int64_t)sequence * row + query * D + d);
   }
   if (threadIdx.x == 0) *arrived = 0;
 }
 
-template <class T, bool INT8, int D>
+template <bool INT8, int D>
 cudaError_t by_size(const PagedAttention& p, cudaStream_t stream) {
   const int parts = (p.heads / p.groups + 7) / 8;
   const dim3 grid(p.groups * parts, p.sequences, p.splits);
   // Few blocks: 8 warps for a short way through the tokens. Many: one, and nothing to put together at the end.
   const int64_t a_multiprocessor = (int64_t)grid.x * grid.y * grid.z / multiprocessors();
-  auto go = [&](auto kernel, int warps) { return launch(kernel, grid, 32 * warps, 0, p.overlap, false, stream, p); };
-  if (a_multiprocessor < 4) return go(attention_kernel<T, INT8, D, 8>, 8);
-  return a_multiprocessor < 12 ? go(attention_kernel<T, INT8, D, 2>, 2) : go(attention_kernel<T, INT8, D, 1>, 1);
-}
-
-template <class T>
-cudaError_t by_type(const PagedAttention& p, cudaStream_t stream) {
-  if (p.head_size == 64) return p.int8_cache ? by_size<T, true, 64>(p, stream) : by_size<T, false, 64>(p, stream);
-  return p.int8_cache ? by_size<T, true, 128>(p, stream) : by_size<T, false, 128>(p, stream);
+  auto go = [&](auto kernel, int warps) { return launch(kernel, grid, 32 * warps, 0, p.overlap, stream, p); };
+  if (a_multiprocessor < 4) return go(attention_kernel<INT8, D, 8>, 8);
+  return a_multiprocessor < 12 ? go(attention_kernel<INT8, D, 2>, 2) : go(attention_kernel<INT8, D, 1>, 1);
 }
 
 }  // namespace
@@ -94,9 +88,8 @@ cudaError_t paged_attention(const PagedAttention& p, cudaStream_t stream) {
   const bool sizes = (p.head_size == 64 || p.head_size == 128) && p.groups > 0 && p.heads % p.groups == 0;
   if (!sizes || p.splits < 1 || p.sequences > 65535 || (p.append && p.rotary.n % 16)) return cudaErrorInvalidValue;
   if (p.sequences == 0) return cudaSuccess;
-  if (p.type == Type::bf16) return by_type<__nv_bfloat16>(p, stream);
-  if (p.type == Type::fp16) return by_type<__half>(p, stream);
-  return cudaErrorInvalidValue;
+  if (p.head_size == 64) return p.int8_cache ? by_size<true, 64>(p, stream) : by_size<false, 64>(p, stream);
+  return p.int8_cache ? by_size<true, 128>(p, stream) : by_size<false, 128>(p, stream);
 }
 
 }  // namespace tl

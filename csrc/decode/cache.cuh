@@ -1,20 +1,18 @@
 // Rows of heads: turned by RoPE as they are read, and written to or read from the paged cache.
 #pragma once
-#include "device.cuh"
+#include "weights.cuh"
 
 namespace tl {
 
 // Eight values of a head, d .. d + 7, turned for the position whose angles `cos` and `sin` point to:
 //   a' = a cos - b sin for d < n/2,  b' = b cos + a sin for n/2 <= d < n,  the pair being d and d + n/2.
-// From L2: in the whole-step kernel another block of the same launch wrote them.
-template <class T>
-__device__ inline uint4 load_turned(const T* head, int d, const float* cos, const float* sin, int n) {
+__device__ inline uint4 load_turned(const bf16* head, int d, const float* cos, const float* sin, int n) {
   const uint4 own = load_l2(head + d);
   if (d >= n) return own;
   const int half = n / 2, i = d < half ? d : d - half;
   float x[8], y[8], c[8], s[8];
-  Vector<T>{own}.unpack(x);
-  Vector<T>{load_l2(head + (d < half ? d + half : d - half))}.unpack(y);
+  Vector<bf16>{own}.unpack(x);
+  Vector<bf16>{load_l2(head + (d < half ? d + half : d - half))}.unpack(y);
 #pragma unroll
   for (int e = 0; e < 8; e += 4) {
     reinterpret_cast<float4&>(c[e]) = *reinterpret_cast<const float4*>(cos + i + e);
@@ -22,37 +20,24 @@ __device__ inline uint4 load_turned(const T* head, int d, const float* cos, cons
   }
 #pragma unroll
   for (int e = 0; e < 8; ++e) x[e] = d < half ? x[e] * c[e] - y[e] * s[e] : x[e] * c[e] + y[e] * s[e];
-  return Vector<T>::pack(x).bits;
+  return Vector<bf16>::pack(x).bits;
 }
 
-// Eight int8 codes as 16-bit numbers, exactly.
-template <class T>
+// Eight int8 codes as bf16, exactly.
 __device__ inline uint4 from_int8(uint2 codes) {
   uint4 x;
   auto* out = reinterpret_cast<uint32_t*>(&x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t pair =
-        __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // bytes 2i, 2i+1 in halves
-    if constexpr (Is<T>::bf16) {                                             // as unpack8() in weights.cuh
-      const uint32_t low = (pair & 0x007f007fu) | 0x43004300u, sign = (pair & 0x00800080u) | 0x43004300u;
-      const auto d =
-          __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
-      out[i] = reinterpret_cast<const uint32_t&>(d);
-    } else {
-      const uint32_t biased = (pair & 0x00ff00ffu) ^ 0x64806480u, bias = 0x64806480u;
-      const auto d = __hsub2(reinterpret_cast<const __half2&>(biased), reinterpret_cast<const __half2&>(bias));
-      out[i] = reinterpret_cast<const uint32_t&>(d);
-    }
+    out[i] = from_bytes(__byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140));  // bytes 2i, 2i+1
   }
   return x;
 }
 
 // Eight values times 1 / scale, rounded to int8.
-template <class T>
 __device__ inline uint2 to_int8(uint4 values, float inverse) {
   float x[8];
-  Vector<T>{values}.unpack(x);
+  Vector<bf16>{values}.unpack(x);
   uint32_t word[2] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -62,10 +47,9 @@ __device__ inline uint2 to_int8(uint4 values, float inverse) {
   return {word[0], word[1]};
 }
 
-template <class T>
 __device__ inline float largest(uint4 values) {
   float x[8], m = 0.f;
-  Vector<T>{values}.unpack(x);
+  Vector<bf16>{values}.unpack(x);
 #pragma unroll
   for (int i = 0; i < 8; ++i) m = fmaxf(m, fabsf(x[i]));
   return m;

@@ -1,4 +1,5 @@
-// Launches of the decode kernels: one new token a sequence. Raw pointers, sizes and a stream; no torch type.
+// Launches of the decode kernels: one new token a sequence, activations in bf16. Raw pointers, sizes and a stream; no
+// torch type.
 //
 // All that changes from step to step (ids, positions, block tables, sampling state) lies in device memory, so that one
 // captured CUDA graph serves every step. Letters: B sequences, H query heads, G key-value heads, D head size,
@@ -13,11 +14,10 @@ constexpr int kDecodeRows = 8;  // most sequences that the matrix-vector kernels
 
 // ---- weights (weights.cuh) -------------------------------------------------------------------------------
 
-enum class Format { plain, int8, int4 };  // plain: (N, K) of 16 bits; int8, int4: blocks, see weights.cuh
+enum class Format { plain, int8, int4 };  // plain: (N, K) of bf16; int8, int4: blocks, see weights.cuh
 
-// Quantised weights back to 16 bits, for products of many rows.
+// Quantised weights back to bf16, for products of many rows.
 struct Dequantize {
-  Type type;  // of y
   Format format;
   int group;          // columns that share a scale: 32, 64 or 128
   int rows, columns;  // N, K
@@ -36,7 +36,6 @@ enum class Store {
 };
 
 struct Gemv {
-  Type type;  // of x, y, norm and plain weights: bf16 or fp16
   Format format;
   int group;    // 32, 64 or 128
   int rows;     // 1 to 8
@@ -58,7 +57,7 @@ cudaError_t gemv(const Gemv& p, cudaStream_t stream);
 // Element (block, token of the block, head, d) of one layer lies at
 // block * block_stride + token * token_stride + head * head_stride + d.
 struct KvCache {
-  void *k, *v;               // 16-bit, or int8
+  void *k, *v;               // bf16, or int8
   float *k_scale, *v_scale;  // int8: one a token and head, at the element's place / D; else null
   int64_t block_stride;      // elements; all multiples of 8
   int token_stride, head_stride;
@@ -76,14 +75,12 @@ struct Rotary {
 // ---- attention.cu ----------------------------------------------------------------------------------------
 
 struct PagedAttention {
-  Type type;  // of qkv and out
   bool int8_cache;
   int sequences, heads, groups, head_size;  // B, H, G, D (64 or 128)
   float scale;                              // of the scores, 1/sqrt(D)
   const void* qkv;                          // (B, (H+2G) D); with `append` not yet turned
   KvCache cache;
-  const int*
-      positions;  // (B,) of the new token, which attends to itself and all before; below 0: idle row, not written
+  const int* positions;  // (B,) of the new token, which attends to itself and all before; below 0: idle, not written
   bool append;    // turn q and k by `rotary`, write the new k and v to the cache
   Rotary rotary;
   void* out;      // (B, H D)
@@ -101,7 +98,6 @@ cudaError_t paged_attention(const PagedAttention& p, cudaStream_t stream);
 
 // Prefill's half of `append`: turns q and k in place and writes k and v to the cache.
 struct RopeCache {
-  Type type;
   bool int8_cache;
   int64_t tokens;
   int heads, groups, head_size;
@@ -113,41 +109,10 @@ struct RopeCache {
 };
 cudaError_t rope_cache(const RopeCache& p, cudaStream_t stream);
 
-// ---- step_*.cu: all layers and the head in one launch, for 1 to 8 rows -------------------------------------
-
-struct DecodeLayer {                            // device pointers; an array of these lies in device memory
-  const void *norm_1, *norm_2;                  // (C,)
-  const void *qkv, *proj, *gate_up, *mlp_proj;  // ((H+2G) D, C), (C, H D), (2F, C), (C, F)
-  void *k, *v;                                  // this layer's cache
-  float *k_scale, *v_scale;
-};
-
-struct DecodeStep {
-  Type type;
-  Format format;
-  int group;
-  bool int8_cache;
-  int rows;                                                       // B, 1 to 8
-  int layers, width, heads, groups, head_size, mlp_width, vocab;  // .., C, H, G, D, F, V
-  float eps, scale;
-  const DecodeLayer* layer;
-  const void* norm;  // (C,) before the head
-  const void* head;  // (V, C); null: no head
-  KvCache cache;     // k, v and scales unused
-  Rotary rotary;
-  const int* positions;  // (B,); below 0: idle row
-  void* x;               // (B, C) embeddings; overwritten by the last layer's residual stream
-  float* logits;         // (B, V) at logits_stride
-  int64_t logits_stride;
-  void* workspace;  // decode_step_workspace() bytes, zeros at first
-};
-int64_t decode_step_workspace(const DecodeStep& p);
-cudaError_t decode_step(const DecodeStep& p, cudaStream_t stream);
-
 // ---- sample.cu -------------------------------------------------------------------------------------------
 
 struct Sample {
-  Type type;  // of the logits
+  Type type;  // of the logits: fp32 or bf16
   int sequences, vocab;
   const void* logits;  // (B, V) at logits_stride
   int64_t logits_stride;
@@ -164,14 +129,14 @@ struct Sample {
   int *ids, ids_stride;             // (B, ids_stride): the new id goes to count % ids_stride
   float* log_probs;                 // (B, ids_stride), or null
   int* not_finite;                  // (B,) set to 1 where a logit is not finite; the id is then 0
-  const void* embedding;            // (V, C) bf16 or fp16: its row goes to x; or null
+  const void* embedding;            // (V, C) bf16: its row goes to x; or null
   void* x;                          // (B, C)
   int width;                        // C, a multiple of 8
   bool overlap;
 };
 cudaError_t sample(const Sample& p, cudaStream_t stream);
 
-// x[i] = embedding[ids[i]]; 16-bit.
+// x[i] = embedding[ids[i]]; bf16.
 struct Embed {
   int64_t tokens;
   int width;              // C, a multiple of 8

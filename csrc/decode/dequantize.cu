@@ -1,4 +1,4 @@
-// int8 and int4 weights back to 16 bits (weights.cuh has the layouts), for products of many rows; and the gather of
+// int8 and int4 weights back to bf16 (weights.cuh has the layouts), for products of many rows; and the gather of
 // embeddings.
 //
 // A thread makes 8 neighbours of a row from the 4 or 8 bytes that hold them. Bytes a weight: its code, 2 written.
@@ -7,7 +7,7 @@
 namespace tl {
 namespace {
 
-template <class T, Format F>
+template <Format F>
 __global__ void __launch_bounds__(256) dequantize_kernel(const Dequantize p) {
   using C = Chunk<F>;
   const int row = blockIdx.y, column = (blockIdx.x * 256 + threadIdx.x) * 8;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const Dequantize p) {
       q[e] = s * static_cast<int8_t>((e < 4 ? words.x : words.y) >> 8 * byte);
     }
   }
-  Vector<T>::pack(q).store(static_cast<T*>(p.y) + (int64_t)row * p.columns + column);
+  Vector<bf16>::pack(q).store(static_cast<bf16*>(p.y) + (int64_t)row * p.columns + column);
 }
 
 __global__ void __launch_bounds__(256) embed_kernel(const Embed p) {
@@ -59,14 +59,8 @@ cudaError_t dequantize(const Dequantize& p, cudaStream_t stream) {
     part.weight = static_cast<const uint8_t*>(p.weight) + from / 8 * row_of_blocks;
     part.y = static_cast<uint8_t*>(p.y) + 2ll * from * p.columns;
     const dim3 grid((p.columns / 8 + 255) / 256, part.rows);
-    auto go = [&](auto zero) {
-      using T = decltype(zero);
-      if (int4)
-        dequantize_kernel<T, Format::int4><<<grid, 256, 0, stream>>>(part);
-      else
-        dequantize_kernel<T, Format::int8><<<grid, 256, 0, stream>>>(part);
-    };
-    p.type == Type::bf16 ? go(__nv_bfloat16{}) : go(__half{});
+    const auto kernel = int4 ? dequantize_kernel<Format::int4> : dequantize_kernel<Format::int8>;
+    kernel<<<grid, 256, 0, stream>>>(part);
   }
   return cudaGetLastError();
 }

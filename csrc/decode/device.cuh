@@ -6,16 +6,7 @@
 
 namespace tl {
 
-template <class T>
-struct Is;
-template <>
-struct Is<__nv_bfloat16> {
-  static constexpr bool bf16 = true;
-};
-template <>
-struct Is<__half> {
-  static constexpr bool bf16 = false;
-};
+using bf16 = __nv_bfloat16;
 
 // c (16 x 8) += A (16 x 16) B (16 x 8). Lane 4 g + t holds, with g in 0..7 and t in 0..3:
 //   a0: row g, k 2t, 2t+1    a1: row g+8    a2, a3: the same rows, k + 8
@@ -23,24 +14,16 @@ struct Is<__half> {
 //   c0, c1: row g, columns 2t, 2t+1     c2, c3: row g+8
 // k may be permuted, if A's and B's are alike: where a lane has 8 neighbours of a row, elements 0..3 are one product's
 // (2t, 2t+1, 2t+8, 2t+9), elements 4..7 the next one's.
-template <class T>
 __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                            uint32_t b1) {
-  if constexpr (Is<T>::bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Two values as one register.
-template <class T>
 __device__ inline uint32_t pack2(float low, float high) {
-  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  const bf16 pair[2] = {from_float<bf16>(low), from_float<bf16>(high)};
   return *reinterpret_cast<const uint32_t*>(pair);
 }
 
@@ -80,7 +63,7 @@ __device__ inline uint4 load_shared16(uint32_t from) {
   return x;
 }
 
-// What another block of the same launch wrote: from L2, where L1 may be stale.
+// What a kernel wrote that this one overlaps with: from L2, where L1 may be stale.
 __device__ inline uint4 load_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -103,30 +86,23 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// Launches with or without overlap with the kernel before, and as a cooperative grid if asked to.
+// Launches with or without overlap with the kernel before.
 template <class Kernel, class Params>
-cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, bool overlap, bool cooperative,
-                   cudaStream_t stream, const Params& params) {
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, int shared, bool overlap, cudaStream_t stream,
+                   const Params& params) {
   if (shared > 48 * 1024) {
     if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return error;
   }
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (overlap) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
   if (auto error = cudaLaunchKernelEx(&config, kernel, params)) return error;
   return cudaGetLastError();
 }

@@ -13,14 +13,13 @@ namespace {
 
 constexpr int MOST = 8;  // dimensions a lane: D up to 256
 
-template <class T>
 __global__ void __launch_bounds__(256) rope_cache_kernel(const RopeCache p) {
   const int heads = p.heads + 2 * p.groups, lane = threadIdx.x % 32, size = p.head_size;
   const int64_t at = blockIdx.x * 8ll + threadIdx.x / 32, token = at / heads;
   if (token >= p.tokens) return;
   const int head = at % heads, position = p.positions[token];
   if (position < 0) return;
-  T* x = static_cast<T*>(p.qkv) + at * size;
+  bf16* x = static_cast<bf16*>(p.qkv) + at * size;
   const bool value = head >= p.heads + p.groups;
   const int half = p.rotary.n / 2;
   const float *cos = p.rotary.cos + (int64_t)position * p.rotary.stride,
@@ -37,14 +36,14 @@ __global__ void __launch_bounds__(256) rope_cache_kernel(const RopeCache p) {
       const float other = to_float(x[d < half ? d + half : d - half]);
       y[i] = y[i] * cos[angle] + (d < half ? -other : other) * sin[angle];
     }
-    y[i] = to_float(from_float<T>(y[i]));
+    y[i] = to_float(from_float<bf16>(y[i]));
     largest = fmaxf(largest, fabsf(y[i]));
   }
   __syncwarp();  // all of the head was read
 #pragma unroll
   for (int i = 0; i < MOST; ++i) {
     const int d = i * 32 + lane;
-    if (d < size && !value) x[d] = from_float<T>(y[i]);
+    if (d < size && !value) x[d] = from_float<bf16>(y[i]);
   }
   if (head < p.heads) return;
   const int sequence = p.sequences ? p.sequences[token] : token;
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(256) rope_cache_kernel(const RopeCache p) {
     if (p.int8_cache) {
       static_cast<int8_t*>(cache)[to + d] = min(127, max(-127, __float2int_rn(y[i] * inverse)));
     } else {
-      static_cast<T*>(cache)[to + d] = from_float<T>(y[i]);
+      static_cast<bf16*>(cache)[to + d] = from_float<bf16>(y[i]);
     }
   }
 }
@@ -76,13 +75,7 @@ cudaError_t rope_cache(const RopeCache& p, cudaStream_t stream) {
   if (p.head_size > 32 * MOST || p.rotary.n % 2 || p.rotary.n > p.head_size) return cudaErrorInvalidValue;
   const int64_t warps = p.tokens * (p.heads + 2 * p.groups);
   if (warps == 0) return cudaSuccess;
-  if (p.type == Type::bf16) {
-    rope_cache_kernel<__nv_bfloat16><<<(warps + 7) / 8, 256, 0, stream>>>(p);
-  } else if (p.type == Type::fp16) {
-    rope_cache_kernel<__half><<<(warps + 7) / 8, 256, 0, stream>>>(p);
-  } else {
-    return cudaErrorInvalidValue;
-  }
+  rope_cache_kernel<<<(warps + 7) / 8, 256, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

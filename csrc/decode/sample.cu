@@ -374,8 +374,11 @@ __global__ void __launch_bounds__(THREADS) sample_kernel(const Sample p) {
 cudaError_t sample(const Sample& p, cudaStream_t stream) {
   if (p.vocab < 1 || p.ids_stride < 1 || p.width % 8) return cudaErrorInvalidValue;
   if (p.sequences == 0) return cudaSuccess;
-  auto go = [&](auto kernel) { return launch(kernel, dim3(p.sequences), THREADS, 0, p.overlap, false, stream, p); };
-  return TL_DISPATCH(p.type, L, p.vocab <= 4 * CHUNK ? go(sample_kernel<L, 4>) : go(sample_kernel<L, 0>));
+  auto go = [&](auto kernel) { return launch(kernel, dim3(p.sequences), THREADS, 0, p.overlap, stream, p); };
+  const bool kept = p.vocab <= 4 * CHUNK;
+  if (p.type == Type::fp32) return kept ? go(sample_kernel<float, 4>) : go(sample_kernel<float, 0>);
+  if (p.type == Type::bf16) return kept ? go(sample_kernel<bf16, 4>) : go(sample_kernel<bf16, 0>);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace tl

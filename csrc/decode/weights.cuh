@@ -1,4 +1,4 @@
-// How weights are stored, and how a chunk of them is multiplied: 16-bit, int8 and int4.
+// How weights are stored, and how a chunk of them is multiplied: bf16, int8 and int4.
 //
 //   plain   w as it is, (N, K)
 //   int8    w = scale q,            q in -128..127      one fp16 scale a group of 32, 64 or 128 columns
@@ -17,8 +17,8 @@
 //   int8: 1,024 bytes of codes: byte 512 (j / 2) + 64 g + 16 t + 8 (j % 2) + i is e = 0 2 1 3 4 6 5 7 for i = 0..7;
 //         then 8 x (128 / group) fp16 scales, row by row.
 // So a mask takes two codes that are neighbours in k into the halves of a register, where bits of an exponent make
-// numbers of them: int4 0x4300 | q = 128 + q in bf16, 0x6400 | q = 1024 + q in fp16; the constant is taken off again
-// with the minimum, which multiplies the sum of x over the group. int8 is exact in 16 bits after one subtraction.
+// numbers of them: int4 0x4300 | q = 128 + q; the constant is taken off again with the minimum, which multiplies the
+// sum of x over the group. int8 is exact in bf16 after one subtraction.
 #pragma once
 #include "device.cuh"
 
@@ -42,7 +42,6 @@ struct Matrix {
   const uint8_t* data;
   int out, in;  // N, K
   int second;   // 8; F where a slot and the slot 8 behind it are gate and up
-  int dealt;    // tiles that were dealt to blocks before this matrix, modulo the grid
 
   __device__ int tiles() const { return out + SLOTS - 1 >> 4; }
   __device__ int first(int tile) const { return second == 8 ? tile * SLOTS : tile * 8; }
@@ -89,50 +88,38 @@ struct Fragment {
   float sum[BLOCKS][2];  // int4: sums over the group so far, block j included, of vectors 2 t and 2 t + 1
 };
 
-template <class T>
 __device__ inline void sum_blocks(Fragment& f, int shift) {
-  const uint32_t one = pack2<T>(1.f, 1.f);
+  const uint32_t one = pack2(1.f, 1.f);
   float c[4] = {};
 #pragma unroll
   for (int j = 0; j < BLOCKS; ++j) {
     if ((j & (1 << shift) - 1) == 0) c[0] = c[1] = 0.f;
-    mma<T>(c, one, one, one, one, f.x[j].x, f.x[j].y);
-    mma<T>(c, one, one, one, one, f.x[j].z, f.x[j].w);
+    mma(c, one, one, one, one, f.x[j].x, f.x[j].y);
+    mma(c, one, one, one, one, f.x[j].z, f.x[j].w);
     f.sum[j][0] = c[0];
     f.sum[j][1] = c[1];
   }
 }
 
 // Eight codes of one int4 word: constant + q, as four registers of two.
-template <class T>
 __device__ inline void unpack4(uint32_t word, uint32_t (&q)[4]) {
-  constexpr uint32_t exponent = Is<T>::bf16 ? 0x43004300u : 0x64006400u;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) q[i] = (word >> 4 * i & 0x000f000fu) | exponent;
+  for (int i = 0; i < 4; ++i) q[i] = (word >> 4 * i & 0x000f000fu) | 0x43004300u;
 }
-template <class T>
-constexpr float kOffset4 = Is<T>::bf16 ? 128.f : 1024.f;
+constexpr float OFFSET4 = 128.f;
+
+// Two bytes in the halves of a register, as numbers: 128 + the low 7 bits, less 128, or less 256 where the sign is set.
+__device__ inline uint32_t from_bytes(uint32_t pair) {
+  const uint32_t low = (pair & 0x007f007fu) | 0x43004300u, sign = (pair & 0x00800080u) | 0x43004300u;
+  const auto d = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
+  return reinterpret_cast<const uint32_t&>(d);
+}
 
 // Four codes of one int8 word, exactly, as two registers of two.
-template <class T>
-__device__ inline void unpack8(uint32_t word, uint32_t (&q)[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i, word >>= 8) {
-    if constexpr (Is<T>::bf16) {  // 128 + the low 7 bits, less 128, or less 256 where the sign is set
-      const uint32_t low = (word & 0x007f007fu) | 0x43004300u, sign = (word & 0x00800080u) | 0x43004300u;
-      const auto d =
-          __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
-      q[i] = reinterpret_cast<const uint32_t&>(d);
-    } else {  // 1024 + 128 + q, less 1152
-      const uint32_t biased = (word & 0x00ff00ffu) ^ 0x64806480u, bias = 0x64806480u;
-      const auto d = __hsub2(reinterpret_cast<const __half2&>(biased), reinterpret_cast<const __half2&>(bias));
-      q[i] = reinterpret_cast<const uint32_t&>(d);
-    }
-  }
-}
+__device__ inline void unpack8(uint32_t word, uint32_t (&q)[2]) { q[0] = from_bytes(word), q[1] = from_bytes(word >> 8); }
 
 // y += the chunk at `stage` times the vectors. y: slots g (0, 1) and g + 8 (2, 3), vectors 2 t and 2 t + 1.
-template <class T, Format F>
+template <Format F>
 __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shift, float (&y)[4]) {
   using C = Chunk<F>;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -143,8 +130,8 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
     for (int j = 0; j < BLOCKS; ++j) {
       const uint32_t at = (j % 2 ? from - swap : from + swap) + 64 * j;
       const uint4 a = load_shared16(at), b = load_shared16(at + C::HALF);
-      mma<T>(y, a.x, b.x, a.y, b.y, f.x[j].x, f.x[j].y);
-      mma<T>(other, a.z, b.z, a.w, b.w, f.x[j].z, f.x[j].w);
+      mma(y, a.x, b.x, a.y, b.y, f.x[j].x, f.x[j].y);
+      mma(other, a.z, b.z, a.w, b.w, f.x[j].z, f.x[j].w);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[i] += other[i];
@@ -152,8 +139,8 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
     float even[4] = {}, odd[4] = {};
     const int block_bytes = C::block_bytes(shift);
     auto block = [&](int j, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-      mma<T>(even, a[0], b[0], a[1], b[1], f.x[j].x, f.x[j].y);
-      mma<T>(odd, a[2], b[2], a[3], b[3], f.x[j].z, f.x[j].w);
+      mma(even, a[0], b[0], a[1], b[1], f.x[j].x, f.x[j].y);
+      mma(odd, a[2], b[2], a[3], b[3], f.x[j].z, f.x[j].w);
       if ((j + 1 & (1 << shift) - 1) != 0) return;
       const uint32_t scales = stage + j / 4 * block_bytes + C::CODES + ((4 * g >> shift) + (j % 4 >> shift)) * C::SCALE;
 #pragma unroll
@@ -164,7 +151,7 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
           uint32_t bits;
           asm volatile("ld.shared.b32 %0, [%1];" : "=r"(bits) : "r"(from));
           const float2 s = __half22float2(reinterpret_cast<const __half2&>(bits));
-          const float minimum = fmaf(-kOffset4<T>, s.x, s.y);
+          const float minimum = fmaf(-OFFSET4, s.x, s.y);
           y[2 * half] += s.x * first + minimum * f.sum[j][0];
           y[2 * half + 1] += s.x * second + minimum * f.sum[j][1];
         } else {
@@ -187,8 +174,8 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
         const uint32_t wa[4] = {la.x, la.y, la.z, la.w}, wb[4] = {lb.x, lb.y, lb.z, lb.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          unpack4<T>(wa[j], a);
-          unpack4<T>(wb[j], b);
+          unpack4(wa[j], a);
+          unpack4(wb[j], b);
           block(4 * side + j, a, b);
         }
       } else {
@@ -199,10 +186,10 @@ __device__ inline void multiply_chunk(uint32_t stage, const Fragment& f, int shi
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             uint32_t half[2];
-            unpack8<T>(wa[2 * j], half), a[0] = half[0], a[1] = half[1];
-            unpack8<T>(wa[2 * j + 1], half), a[2] = half[0], a[3] = half[1];
-            unpack8<T>(wb[2 * j], half), b[0] = half[0], b[1] = half[1];
-            unpack8<T>(wb[2 * j + 1], half), b[2] = half[0], b[3] = half[1];
+            unpack8(wa[2 * j], half), a[0] = half[0], a[1] = half[1];
+            unpack8(wa[2 * j + 1], half), a[2] = half[0], a[3] = half[1];
+            unpack8(wb[2 * j], half), b[0] = half[0], b[1] = half[1];
+            unpack8(wb[2 * j + 1], half), b[2] = half[0], b[3] = half[1];
             block(4 * side + 2 * k + j, a, b);
           }
         }

@@ -45,6 +45,12 @@ TL_ABSENT(tl_event_elapsed_ms, void*, void*, float*)
 TL_ABSENT(tl_profile_start, void)
 TL_ABSENT(tl_profile_now, int64_t*)
 TL_ABSENT(tl_profile_stop, const TlActivity**, size_t*)
+TL_ABSENT(tl_dequantize, const TlWeight*, T*)
+TL_ABSENT(tl_decode_attention, const TlDecodeState*, const TlPagedLayer*, T, T*)
+TL_ABSENT(tl_decoder_new, const TlDecoder*, void**)
+TL_ABSENT(tl_decoder_run, void*, T, T, int)
+TL_ABSENT(tl_sample, const TlSample*)
+extern "C" void tl_decoder_free(void*) {}
 extern "C" void tl_event_free(void*) {}
 extern "C" void tl_graph_free(void*) {}
 extern "C" void tl_stage_free(void*) {}

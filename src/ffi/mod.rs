@@ -4,6 +4,7 @@
 
 mod cpu;
 mod cpu_decode;
+mod decode;
 pub mod driver;
 mod gradients;
 mod graph;
@@ -19,6 +20,7 @@ mod store;
 
 pub use cpu::*;
 pub use cpu_decode::*;
+pub use decode::*;
 pub use gradients::*;
 pub use graph::*;
 pub use hooks::{Call, on_gradient};

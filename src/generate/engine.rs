@@ -4,21 +4,28 @@
 //! read in pieces between the others' tokens (chunked prefill); samples of one prompt, and prompts that begin alike,
 //! share the cache's blocks. Where blocks run out, the youngest sequence gives its own back and is read again later:
 //! nothing that it said is lost. Every sequence has its own sampler, so that its draws do not depend on its company.
+//! On a CUDA card that the decode kernels cover, sequences whose prompt is read go on there ([`on_card`]).
 //!
 //! Read [`Engine::step`] first. What it must say is what [`super::plain`] says.
 //!
 //! # Source
 //! Orca (OSDI 2022), PagedAttention (arXiv 2309.06180), SARATHI (arXiv 2308.16369).
 
+mod on_card;
+
+use self::on_card::{Flight, Seat};
 use super::blocks::{BlockPool, Prefix, prefix};
+use super::card::{Card, covers};
 use super::network::NetworkRef;
 use super::request::{FinishReason, GenerateOptions, Generation, Token, check_prompt};
 use super::sampler::Sampler;
 use crate::error::WithHint;
 use crate::model::paged_cache::{BLOCK, Batch};
 use crate::model::{PagedCache, RopeType};
+use crate::ops::or_panic;
 use anyhow::{Result, anyhow};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
 use std::time::Instant;
 use tch::{Kind, Tensor};
 
@@ -33,11 +40,19 @@ pub struct EngineOptions {
     pub max_step_tokens: usize,
     /// Sequences that begin alike share what the cache has of it.
     pub share_prefixes: bool,
+    /// Decode by the card's kernels, where they cover the model.
+    pub decode_kernels: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { blocks: 1024, max_sequences: 64, max_step_tokens: 512, share_prefixes: true }
+        Self {
+            blocks: 1024,
+            max_sequences: 64,
+            max_step_tokens: 512,
+            share_prefixes: true,
+            decode_kernels: true,
+        }
     }
 }
 
@@ -55,7 +70,15 @@ impl EngineOptions {
         needs.sort_unstable_by(|a, b| b.cmp(a));
         let blocks = needs.iter().take(most).sum();
         let share_prefixes = requests.len() > 1;
-        Self { blocks, max_sequences: most, share_prefixes, ..Self::default() }
+        let sequences = requests.iter().map(|&(_, _, samples)| samples).sum::<usize>().max(1);
+        let max_step_tokens = if model.device().is_cuda() { 4096 } else { 512 };
+        Self {
+            blocks,
+            max_sequences: most.min(sequences),
+            max_step_tokens,
+            share_prefixes,
+            ..Self::default()
+        }
     }
 
     /// For requests that are not known yet, within so many bytes of cache: at most what all sequences can use.
@@ -64,7 +87,7 @@ impl EngineOptions {
         let fit = cache_bytes / PagedCache::block_bytes(model.config(), model.kind()).max(1);
         let blocks = (fit as usize).min(longest * max_sequences);
         let max_step_tokens = if model.device().is_cuda() { 4096 } else { 256 };
-        Self { blocks, max_sequences, max_step_tokens, share_prefixes: true }
+        Self { blocks, max_sequences, max_step_tokens, ..Self::default() }
     }
 
     /// Bytes of the cache for this model.
@@ -148,6 +171,8 @@ struct Sequence {
     sampler: Sampler,
     /// Samples 1.. of the request, which begin once the prompt is read.
     siblings: usize,
+    /// Where it is on the card.
+    seat: Option<Seat>,
 }
 
 /// Continues many prompts at a time.
@@ -163,23 +188,39 @@ pub struct Engine<'m> {
     early: Vec<Event>,
     next: RequestId,
     counters: Counters,
+    /// Where the decode kernels cover the model.
+    card: Option<Card<'m>>,
+    /// In order of launch.
+    flights: VecDeque<Flight>,
 }
 
 impl<'m> Engine<'m> {
     /// An engine over a model, with its cache in the model's dtype and on its device.
+    ///
+    /// # Panics
+    /// Where libtorch fails, such as without memory.
     pub fn new(model: impl Into<NetworkRef<'m>>, options: EngineOptions) -> Self {
         let model = model.into();
         let share = options.share_prefixes && !angles_depend_on_length(model);
+        let cache = PagedCache::new(model.config(), options.blocks, model.kind(), model.device());
+        let card = match model {
+            NetworkRef::Dense(gpt) if options.decode_kernels && covers(gpt) => {
+                Some(or_panic(Card::new(gpt, &cache, options.max_sequences)))
+            }
+            _ => None,
+        };
         Self {
             model,
             options,
-            cache: PagedCache::new(model.config(), options.blocks, model.kind(), model.device()),
+            cache,
             pool: BlockPool::new(options.blocks, share),
             waiting: VecDeque::new(),
             running: Vec::new(),
             early: Vec::new(),
             next: 0,
             counters: Counters::default(),
+            card,
+            flights: VecDeque::new(),
         }
     }
 
@@ -219,6 +260,7 @@ impl<'m> Engine<'m> {
                 published: Default::default(),
                 sampler,
                 siblings: samples - 1,
+                seat: None,
             });
         }
         Ok(id)
@@ -237,8 +279,7 @@ impl<'m> Engine<'m> {
 
     /// Forgets all requests and all that the cache holds, without events.
     pub fn reset(&mut self) {
-        self.waiting.clear();
-        self.running.clear();
+        self.remove(|_| true);
         self.early.clear();
         self.pool = BlockPool::new(self.options.blocks, self.pool.shares());
     }
@@ -268,15 +309,16 @@ impl<'m> Engine<'m> {
     /// the others.
     ///
     /// # Sync
-    /// Waits for the chosen tokens.
+    /// Waits for the chosen tokens; on the card for those of the step before.
     ///
     /// # Panics
     /// Where libtorch fails, such as without memory ([`crate::guard::catch`]).
     pub fn step(&mut self) -> Vec<Event> {
         let _no_grad = tch::no_grad_guard();
         let mut events = std::mem::take(&mut self.early);
+        self.step_card(&mut events);
         self.admit();
-        let plan = self.plan();
+        let plan = self.plan(&mut events);
         if plan.is_empty() {
             return events;
         }
@@ -297,7 +339,7 @@ impl<'m> Engine<'m> {
                 ends.push((i, span.start + span.tokens - 1));
             }
         }
-        self.publish(&plan);
+        self.publish(plan.iter().map(|&(i, _)| i));
         if !ends.is_empty() {
             self.choose(&x, ends, &mut events);
         }
@@ -332,20 +374,17 @@ impl<'m> Engine<'m> {
 
     /// Which sequence reads how many tokens in this step. Those that only lack their last token come first, then
     /// pieces of prompts in order of arrival, while `max_step_tokens` allow.
-    fn plan(&mut self) -> Vec<(usize, usize)> {
-        let mut i = 0;
-        while i < self.running.len() {
-            match self.grow(i) {
-                true => i += 1,
-                false => self.preempt(), // the last one: perhaps i itself
-            }
+    fn plan(&mut self, events: &mut Vec<Event>) -> Vec<(usize, usize)> {
+        while !(0..self.running.len()).all(|i| self.grow(i)) {
+            self.make_room(events);
         }
         let left = |s: &Sequence| s.tokens.len() - s.cached;
         let whole = angles_depend_on_length(self.model);
         let mut budget = self.options.max_step_tokens.max(1);
         let mut plan = Vec::new();
         for decoding in [true, false] {
-            for (i, sequence) in self.running.iter().enumerate() {
+            let on_cpu = self.running.iter().enumerate().filter(|(_, s)| s.seat.is_none());
+            for (i, sequence) in on_cpu {
                 let left = left(sequence);
                 if (left == 1) == decoding && budget > 0 {
                     let new = if whole { left } else { left.min(budget) };
@@ -360,7 +399,7 @@ impl<'m> Engine<'m> {
     /// Gives sequence i the block that its last token needs; `false` where none is free.
     fn grow(&mut self, i: usize) -> bool {
         let sequence = &mut self.running[i];
-        if sequence.tokens.len() <= sequence.table.len() * BLOCK {
+        if sequence.seat.is_some() || sequence.tokens.len() <= sequence.table.len() * BLOCK {
             return true;
         }
         let block = self.pool.take();
@@ -368,9 +407,17 @@ impl<'m> Engine<'m> {
         block.is_some()
     }
 
-    /// The youngest sequence gives its blocks back and waits, before all others.
-    fn preempt(&mut self) {
+    /// Blocks, by what tokens on their way may end; else the youngest sequence gives its own back and waits, before all
+    /// others.
+    fn make_room(&mut self, events: &mut Vec<Event>) {
+        if !self.flights.is_empty() {
+            while !self.flights.is_empty() {
+                self.land(events);
+            }
+            return;
+        }
         let Some(mut sequence) = self.running.pop() else { return };
+        self.leave_card(std::slice::from_mut(&mut sequence));
         self.pool.give_back(&sequence.table);
         sequence.table.clear();
         sequence.cached = 0;
@@ -379,11 +426,11 @@ impl<'m> Engine<'m> {
     }
 
     /// Tells the pool of blocks that are full now.
-    fn publish(&mut self, plan: &[(usize, usize)]) {
+    fn publish(&mut self, sequences: impl Iterator<Item = usize>) {
         if !self.pool.shares() {
             return;
         }
-        for &(i, _) in plan {
+        for i in sequences {
             let s = &mut self.running[i];
             let (mut blocks, mut before) = s.published;
             while (blocks + 1) * BLOCK <= s.cached {
@@ -400,47 +447,72 @@ impl<'m> Engine<'m> {
         let rows: Vec<i64> = ends.iter().map(|&(_, row)| row).collect();
         let rows = Tensor::from_slice(&rows).to_device(x.device()); // (E,)
         let logits = self.model.head(&x.index_select(0, &rows)); // (E, V)
-        let logprobs = logits.log_softmax(-1, Kind::Float); // (E, V)
 
         // From here on: (sequence, row of the logits). Siblings begin with the row of their first.
         ends.iter_mut().enumerate().for_each(|(row, end)| end.1 = row as i64);
+        let mut copies = Vec::new();
         for at in 0..ends.len() {
             let (i, row) = ends[at];
-            let siblings = self.fork(i);
+            let siblings = self.fork(i, &mut copies);
             ends.extend(siblings.map(|sibling| (sibling, row)));
         }
+        self.cache.copy_blocks(&copies);
 
-        let mut ended = Vec::new(); // (request, index)
-        for (i, row) in ends {
-            let sequence = &mut self.running[i];
-            let (request, index) = (sequence.request, sequence.index);
-            match sequence.choose(&logits.select(0, row), &logprobs.select(0, row)) {
-                Ok(token) => {
-                    self.counters.new_tokens += 1;
-                    let reason = sequence.ended(&token, self.model.config().max_length() as usize);
-                    events.push(Event::Token { request, index, token });
-                    if let Some(reason) = reason {
-                        events.push(Event::Finished { request, index, reason });
-                        ended.push((request, Some(index)));
-                    }
-                }
-                Err(error) => {
-                    events.push(Event::Failed { request, error });
-                    ended.push((request, None));
+        let for_card = self.for_card(&ends);
+        self.board(&ends[..for_card], &logits);
+        let ends = &ends[for_card..];
+        if ends.is_empty() {
+            return;
+        }
+        let logprobs = logits.log_softmax(-1, Kind::Float); // (E, V)
+        let mut ended = Vec::new();
+        for &(i, row) in ends {
+            let token = self.running[i].choose(&logits.select(0, row), &logprobs.select(0, row));
+            self.tell(i, token, events, &mut ended);
+        }
+        self.remove_ended(&ended);
+    }
+
+    /// Tells of sequence i's new token, and of its end, which is noted in `ended`: (request, sample, or all of them).
+    fn tell(
+        &mut self,
+        i: usize,
+        token: Result<Token>,
+        events: &mut Vec<Event>,
+        ended: &mut Vec<(RequestId, Option<usize>)>,
+    ) {
+        let sequence = &self.running[i];
+        let (request, index) = (sequence.request, sequence.index);
+        match token {
+            Ok(token) => {
+                self.counters.new_tokens += 1;
+                let reason = sequence.ended(&token, self.model.config().max_length() as usize);
+                events.push(Event::Token { request, index, token });
+                if let Some(reason) = reason {
+                    events.push(Event::Finished { request, index, reason });
+                    ended.push((request, Some(index)));
                 }
             }
-        }
-        if !ended.is_empty() {
-            let is = |s: &Sequence, (request, index): (RequestId, Option<usize>)| {
-                s.request == request && index.is_none_or(|index| index == s.index)
-            };
-            self.remove(|sequence| ended.iter().any(|&end| is(sequence, end)));
+            Err(error) => {
+                events.push(Event::Failed { request, error });
+                ended.push((request, None));
+            }
         }
     }
 
+    fn remove_ended(&mut self, ended: &[(RequestId, Option<usize>)]) {
+        if ended.is_empty() {
+            return;
+        }
+        let ended: HashSet<_> = ended.iter().collect();
+        self.remove(|s| {
+            ended.contains(&(s.request, Some(s.index))) || ended.contains(&(s.request, None))
+        });
+    }
+
     /// Once sequence i has its prompt read, its siblings run beside it: they share its full blocks and copy the last.
-    /// Those that find no block wait and read the prompt again. Returns where they run.
-    fn fork(&mut self, i: usize) -> std::ops::Range<usize> {
+    /// Those that find no block wait and read the prompt again. Returns where they run; `copies` gets blocks to copy.
+    fn fork(&mut self, i: usize, copies: &mut Vec<(u32, u32)>) -> Range<usize> {
         let first_new = self.running.len();
         let siblings = std::mem::take(&mut self.running[i].siblings);
         for index in 1..=siblings {
@@ -457,7 +529,7 @@ impl<'m> Engine<'m> {
             sequence.table = leader.table[..full].to_vec();
             sequence.table.iter().for_each(|&block| self.pool.share(block));
             if let (Some(last), Some(copy)) = (last, copy) {
-                self.cache.copy_block(last, copy);
+                copies.push((last, copy));
                 sequence.table.push(copy);
             }
             sequence.cached = leader.cached;
@@ -471,7 +543,8 @@ impl<'m> Engine<'m> {
         self.waiting.retain(|sequence| !is(sequence));
         let (gone, stay) = std::mem::take(&mut self.running).into_iter().partition(is);
         self.running = stay;
-        let gone: Vec<Sequence> = gone;
+        let mut gone: Vec<Sequence> = gone;
+        self.leave_card(&mut gone);
         gone.iter().for_each(|sequence| self.pool.give_back(&sequence.table));
     }
 
@@ -514,6 +587,7 @@ impl Sequence {
             published: Default::default(),
             sampler: self.sampler.sibling(index as u64),
             siblings: 0,
+            seat: None,
         }
     }
 

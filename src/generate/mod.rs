@@ -5,6 +5,7 @@
 //! [`speculative`], [`score`].
 
 pub mod blocks;
+pub mod card;
 pub mod engine;
 pub mod load;
 pub mod network;

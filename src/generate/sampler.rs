@@ -105,6 +105,21 @@ impl Sampler {
         Self { params, vocab_size: self.vocab_size, rng: ChaCha8Rng::seed_from_u64(seed), seen }
     }
 
+    /// How it chooses.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
+    /// Goes on behind tokens that were chosen elsewhere by the same seed: each counts as seen and as a draw.
+    pub fn follow(&mut self, ids: &[u32]) {
+        self.see(ids);
+        if !self.params.is_greedy() {
+            ids.iter().for_each(|_| {
+                self.uniform();
+            });
+        }
+    }
+
     /// Ids that it chooses from.
     pub fn vocab_size(&self) -> i64 {
         self.vocab_size
@@ -297,7 +312,11 @@ fn draw(probs: &[f32], u: f64) -> Result<u32> {
     bail!("probabilities sum to {total}, less than the draw {u}") // u < 1: cannot be reached
 }
 
-fn not_finite<T>() -> Result<T> {
+/// The error for such logits.
+///
+/// # Errors
+/// Always.
+pub(super) fn not_finite<T>() -> Result<T> {
     Err(anyhow!("the model's logits are not finite"))
         .hint("weights that hold NaN or infinity give this; try `--precision 32-true`")
 }

@@ -91,18 +91,15 @@ impl CausalSelfAttention {
         let (h, g, d) = (self.n_head, self.n_query_groups, self.head_size);
 
         let with = &at.kernels;
-        let mask = Mask { causal: true, documents: at.documents.as_ref() };
-        let (backend, angles) = (with.attention, (&at.cos, &at.sin));
         let y = match cache {
-            None => ops::rope_attention_qkv(qkv, angles, (h, g), mask, backend, with.fused), // (B, H, T, D)
-            Some(cache) => {
-                let qkv = ops::rope_qkv(qkv, &at.cos, &at.sin, h + g, d, with.fused); // (B, T, (H+2G)*D)
-                let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
-                let (q, k, v) = ops::split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
-                cache.attend(&q, &k, &v, backend) // (B, H, T, D)
+            Some(cache) => cache.attend(qkv, at, (h, g)), // (B, T, H*D)
+            None => {
+                let mask = Mask { causal: true, documents: at.documents.as_ref() };
+                let (backend, angles) = (with.attention, (&at.cos, &at.sin));
+                let y = ops::rope_attention_qkv(qkv, angles, (h, g), mask, backend, with.fused); // (B, H, T, D)
+                y.transpose(1, 2).reshape([b, t, h * d]) // (B, T, H*D)
             }
         };
-        let y = y.transpose(1, 2).reshape([b, t, h * d]); // (B, T, H*D)
         self.proj.forward(&y, with) // (B, T, C)
     }
 }

@@ -13,6 +13,7 @@ use super::paged_cache::{Batch, Cache, PagedCache};
 use super::rope::Rope;
 use super::units::AtUnit;
 use crate::config::AttentionBackend;
+use crate::ffi::DecodeState;
 use crate::ops::{self, Documents, LossScalars};
 use tch::{Device, Kind, Tensor};
 
@@ -45,7 +46,8 @@ pub struct GPT {
     pub recomputed_blocks: usize,
     /// Called when a pass enters a unit ([`GPT::units`]).
     pub at_unit: Option<AtUnit>,
-    rope: Rope,
+    /// Angles of positions.
+    pub rope: Rope,
 }
 
 impl GPT {
@@ -108,6 +110,17 @@ impl GPT {
     pub fn hidden_paged(&self, batch: &Batch, cache: &mut PagedCache) -> Tensor {
         let angles = self.rope.of_batch(batch); // (N, n_elem) x2
         self.run(&batch.ids, angles, None, Some(Cache::Paged(cache, batch))).squeeze_dim(0)
+    }
+
+    /// [`GPT::hidden`] of one new token of each of N sequences, by the decode kernels; nothing waits, so that a CUDA
+    /// graph can hold it.
+    ///
+    /// # Shapes
+    /// ids (N,) of i64 -> (N, C).
+    pub fn hidden_step(&self, ids: &Tensor, cache: &mut PagedCache, state: &DecodeState) -> Tensor {
+        let (cos, sin) = self.rope.tables();
+        let angles = (cos.shallow_clone(), sin.shallow_clone()); // the kernels take each row's own
+        self.run(&ids.unsqueeze(0), angles, None, Some(Cache::Step(cache, state))).squeeze_dim(0)
     }
 
     /// # Shapes

@@ -83,6 +83,13 @@ impl Mlp {
         });
     }
 
+    /// `[W1; W2]` (2F, C) as one view, where they lie behind each other.
+    pub fn gate_up(&self) -> Option<Tensor> {
+        let Self::LLaMA(mlp) = self else { return None };
+        let (f, c) = mlp.fc_1.weight.size2().expect("a matrix is (F, C)");
+        mlp.is_joined().then(|| mlp.fc_1.weight.as_strided([2 * f, c], [c, 1], None))
+    }
+
     /// Another handle on the same parameters.
     pub fn shallow_clone(&self) -> Self {
         match self {
@@ -143,6 +150,13 @@ impl Mlp {
 }
 
 impl LLaMAMLP {
+    /// Whether W2 lies behind W1 ([`Mlp::join`]).
+    pub fn is_joined(&self) -> bool {
+        let (f, c) = self.fc_1.weight.size2().expect("a matrix is (F, C)");
+        let bytes = (f * c) as usize * self.fc_1.weight.kind().elt_size_in_bytes();
+        self.fc_1.weight.data_ptr() as usize + bytes == self.fc_2.weight.data_ptr() as usize
+    }
+
     /// W1 (F, C), W2 (F, C), W3 (C, F).
     fn weights(&self) -> [&Tensor; 3] {
         [&self.fc_1.weight, &self.fc_2.weight, &self.proj.weight]

@@ -21,5 +21,6 @@ pub use config::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
 pub use fp8::{Fp8, Fp8Record, obstacle as fp8_obstacle, require_fp8};
 pub use gpt::GPT;
 pub use kv_cache::KvCache;
+pub use mlp::Mlp;
 pub use paged_cache::PagedCache;
 pub use units::{AtUnit, Pass};

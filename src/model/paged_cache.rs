@@ -6,11 +6,12 @@
 //! # Source
 //! PagedAttention (arXiv 2309.06180).
 
+use super::attention::Positions;
 use super::config::ModelConfig;
 use super::kv_cache::{KvCache, LayerCache};
 use crate::config::AttentionBackend;
-use crate::ffi;
-use crate::ops::{self, Mask};
+use crate::ffi::{self, DecodeState, LayerMemory};
+use crate::ops::{self, Mask, or_panic};
 use tch::{Device, Kind, Tensor};
 
 /// Tokens in a block.
@@ -171,17 +172,37 @@ impl PagedCache {
         pair.expect("an fp32 cache on the CPU")
     }
 
-    /// Copies what block `from` holds to block `to`, in every layer.
-    pub fn copy_block(&mut self, from: u32, to: u32) {
-        let rows = |x: &Tensor, block: u32| x.narrow(0, block as i64 * BLOCK as i64, BLOCK as i64);
-        for layer in &self.layers {
-            rows(&layer.k, to).copy_(&rows(&layer.k, from));
-            rows(&layer.v, to).copy_(&rows(&layer.v, from));
+    /// Keys and values of layer i, for the decode kernels.
+    pub fn memory(&self, i: usize) -> LayerMemory<'_> {
+        self.layers[i].memory()
+    }
+
+    /// Copies what blocks `from` hold to blocks `to`, pair by pair, in every layer.
+    pub fn copy_blocks(&mut self, pairs: &[(u32, u32)]) {
+        if pairs.is_empty() {
+            return;
+        }
+        let slots = |blocks: &mut dyn Iterator<Item = u32>| {
+            let first = |block: u32| block as i64 * BLOCK as i64;
+            let slots: Vec<i64> = blocks.flat_map(|b| first(b)..first(b) + BLOCK as i64).collect();
+            Tensor::from_slice(&slots).to_device(self.layers[0].k.device())
+        };
+        let from = slots(&mut pairs.iter().map(|pair| pair.0)); // (slots,)
+        let to = slots(&mut pairs.iter().map(|pair| pair.1)); // (slots,)
+        for layer in &mut self.layers {
+            for x in [&mut layer.k, &mut layer.v] {
+                let rows = x.index_select(0, &from);
+                let _ = x.index_copy_(0, &to, &rows);
+            }
         }
     }
 }
 
 impl PagedLayer {
+    fn memory(&self) -> LayerMemory<'_> {
+        LayerMemory { k: &self.k, v: &self.v, scales: None }
+    }
+
     /// Attention of a batch's tokens, each to those of its own sequence up to itself. Their keys and values are kept.
     ///
     /// # Shapes
@@ -215,6 +236,8 @@ pub enum Cache<'a> {
     Whole(&'a mut KvCache),
     /// Sequences of any length in blocks.
     Paged(&'a mut PagedCache, &'a Batch),
+    /// One new token of each of several sequences, whose places are known on the card alone.
+    Step(&'a mut PagedCache, &'a DecodeState),
 }
 
 /// One layer of it.
@@ -224,6 +247,8 @@ pub enum LayerOf<'a> {
     Whole(&'a mut LayerCache),
     /// See [`Cache::Paged`].
     Paged(&'a mut PagedLayer, &'a Batch),
+    /// See [`Cache::Step`].
+    Step(&'a mut PagedLayer, &'a DecodeState),
 }
 
 impl Cache<'_> {
@@ -232,19 +257,33 @@ impl Cache<'_> {
         match self {
             Self::Whole(cache) => LayerOf::Whole(&mut cache.layers[i]),
             Self::Paged(cache, batch) => LayerOf::Paged(&mut cache.layers[i], batch),
+            Self::Step(cache, state) => LayerOf::Step(&mut cache.layers[i], state),
         }
     }
 }
 
 impl LayerOf<'_> {
-    /// Attention of new tokens to themselves and to those before them, whose keys and values are kept.
+    /// Rotary positions and attention of new tokens, to themselves and to those before them. Their keys and values are
+    /// kept.
     ///
     /// # Shapes
-    /// q (B, H, T, D), k, v (B, G, T, D) -> (B, H, T, D).
-    pub fn attend(self, q: &Tensor, k: &Tensor, v: &Tensor, backend: AttentionBackend) -> Tensor {
-        match self {
-            Self::Whole(layer) => layer.attend(q, k, v, backend),
-            Self::Paged(layer, batch) => layer.attend(q, k, v, batch, backend),
+    /// qkv (B, T, (H+2G)*D), H = n_head, G = n_query_groups -> (B, T, H*D).
+    pub fn attend(self, qkv: &Tensor, at: &Positions, (h, g): (i64, i64)) -> Tensor {
+        let (b, t, width) = qkv.size3().expect("qkv is (B, T, (H+2G)*D)");
+        if let Self::Step(layer, state) = self {
+            let y = or_panic(ffi::decode_attention(&qkv.squeeze_dim(0), layer.memory(), state)); // (T, H*D)
+            return y.unsqueeze(0);
         }
+        let d = width / (h + 2 * g);
+        let (fused, backend) = (at.kernels.fused, at.kernels.attention);
+        let qkv = ops::rope_qkv(qkv, &at.cos, &at.sin, h + g, d, fused); // (B, T, (H+2G)*D)
+        let qkv = qkv.view([b, t, h + 2 * g, d]); // (B, T, H+2G, D)
+        let (q, k, v) = ops::split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
+        let y = match self {
+            Self::Whole(layer) => layer.attend(&q, &k, &v, backend), // (B, H, T, D)
+            Self::Paged(layer, batch) => layer.attend(&q, &k, &v, batch, backend), // (B, H, T, D)
+            Self::Step(..) => unreachable!("returned above"),
+        };
+        y.transpose(1, 2).reshape([b, t, h * d]) // (B, T, H*D)
     }
 }

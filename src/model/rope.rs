@@ -113,6 +113,14 @@ impl Rope {
         Self { config: config.clone(), cos, sin }
     }
 
+    /// cos and sin of all positions up to `block_size`.
+    ///
+    /// # Shapes
+    /// (block_size, n) x2, fp32.
+    pub fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// cos and sin of positions `past .. past + t`.
     ///
     /// # Shapes

@@ -44,6 +44,6 @@ fn say_once(text: String) {
     }
 }
 
-fn or_panic<T>(result: anyhow::Result<T>) -> T {
+pub(crate) fn or_panic<T>(result: anyhow::Result<T>) -> T {
     result.unwrap_or_else(|e| panic!("{e:#}"))
 }

@@ -90,7 +90,7 @@ fn many_requests_at_a_time_say_what_each_says_alone() {
         for (blocks, max_sequences, max_step_tokens) in [(512, 64, 512), (12, 64, 512), (64, 7, 5)]
         {
             let sizes =
-                EngineOptions { blocks, max_sequences, max_step_tokens, share_prefixes: true };
+                EngineOptions { blocks, max_sequences, max_step_tokens, ..Default::default() };
             let mut engine = Engine::new(&model, sizes);
             let mut asked = BTreeMap::new();
             for (prompt, options) in mixed() {

@@ -17,6 +17,7 @@ mod gguf;
 mod golden;
 mod golden_train;
 mod gpu;
+mod gpu_decode;
 mod gpu_ranks;
 mod gpu_step;
 #[cfg(feature = "hub")]

@@ -262,7 +262,7 @@ fn a_batch_of_a_quantised_model_has_the_bits_of_each_alone() {
     let model = llama(false);
     let quantised = quantised(&model, Scheme::Int4 { group: 64 });
     let sizes =
-        EngineOptions { blocks: 40, max_sequences: 9, max_step_tokens: 13, share_prefixes: true };
+        EngineOptions { blocks: 40, max_sequences: 9, max_step_tokens: 13, ..Default::default() };
     let mut engine = Engine::new(NetworkRef::Quantised(&quantised), sizes);
     let asked: Vec<_> = (0..20)
         .map(|i| (random_ids(80)[i..i + 1 + i * 5 % 30].to_vec(), with_seed(i as u64)))
