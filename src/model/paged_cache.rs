@@ -9,7 +9,7 @@
 use super::config::ModelConfig;
 use super::kv_cache::{KvCache, LayerCache};
 use crate::config::AttentionBackend;
-use crate::ffi;
+use crate::ffi::{self, KeysAndValues};
 use crate::ops::{self, Mask};
 use tch::{Device, Kind, Tensor};
 
@@ -29,6 +29,8 @@ pub struct PagedLayer {
     k: Tensor,
     /// (slots, G, D)
     v: Tensor,
+    /// Of an int8 cache: (slots, G) of fp32 for k and v, `x = scale q`.
+    scales: Option<(Tensor, Tensor)>,
 }
 
 /// The new tokens of one sequence in a [`Batch`].
@@ -146,37 +148,65 @@ impl Place {
 }
 
 impl PagedCache {
-    /// Room for `blocks` blocks of keys and values of dtype `kind`.
+    /// Room for `blocks` blocks of keys and values of dtype `kind`: fp32, bf16, fp16, or int8 with scales, which only
+    /// [`PagedCache::memory_mut`] gives access to.
     pub fn new(config: &ModelConfig, blocks: usize, kind: Kind, device: Device) -> Self {
         let slots = (blocks * BLOCK) as i64;
-        let shape = [slots, config.n_query_groups, config.head_size];
-        let zeros = || Tensor::zeros(shape, (kind, device)); // all memory now, or an error now
-        Self {
-            layers: (0..config.n_layer).map(|_| PagedLayer { k: zeros(), v: zeros() }).collect(),
-        }
+        let (g, d) = (config.n_query_groups, config.head_size);
+        // All memory now, or an error now.
+        let zeros = || Tensor::zeros([slots, g, d], (kind, device));
+        let scales = || Tensor::zeros([slots, g], (Kind::Float, device));
+        let layer = || PagedLayer {
+            k: zeros(),
+            v: zeros(),
+            scales: (kind == Kind::Int8).then(|| (scales(), scales())),
+        };
+        Self { layers: (0..config.n_layer).map(|_| layer()).collect() }
     }
 
     /// Bytes of one block in all layers.
     pub fn block_bytes(config: &ModelConfig, kind: Kind) -> u64 {
-        KvCache::bytes(config, BLOCK, kind)
+        let scales = (2 * config.n_layer * config.n_query_groups) as u64 * BLOCK as u64 * 4;
+        KvCache::bytes(config, BLOCK, kind) + if kind == Kind::Int8 { scales } else { 0 }
     }
 
-    /// Keys and values of a layer of an fp32 cache on the CPU, (slots, G, D) x2.
+    /// Keys and values of a layer of a cache on the CPU.
     ///
     /// # Panics
-    /// Where the cache is another.
-    pub fn floats_mut(&mut self, layer: usize) -> (&mut [f32], &mut [f32]) {
-        let PagedLayer { k, v } = &mut self.layers[layer];
-        let pair = ffi::floats_of_mut(k).zip(ffi::floats_of_mut(v));
-        pair.expect("an fp32 cache on the CPU")
+    /// Where the cache is elsewhere.
+    pub fn memory_mut(&mut self, layer: usize) -> KeysAndValues<'_> {
+        let PagedLayer { k, v, scales } = &mut self.layers[layer];
+        let scales = scales.as_mut().and_then(|(k_scale, v_scale)| {
+            ffi::floats_of_mut(k_scale).zip(ffi::floats_of_mut(v_scale))
+        });
+        let memory = match (k.kind(), scales) {
+            (Kind::Int8, Some((k_scale, v_scale))) => ffi::int8s_of_mut(k)
+                .zip(ffi::int8s_of_mut(v))
+                .map(|(k, v)| KeysAndValues::Int8 { k, v, k_scale, v_scale }),
+            (Kind::Half, _) => ffi::halves_of_mut(k)
+                .zip(ffi::halves_of_mut(v))
+                .map(|(k, v)| KeysAndValues::F16 { k, v }),
+            (Kind::BFloat16, _) => ffi::halves_of_mut(k)
+                .zip(ffi::halves_of_mut(v))
+                .map(|(k, v)| KeysAndValues::Bf16 { k, v }),
+            _ => ffi::floats_of_mut(k)
+                .zip(ffi::floats_of_mut(v))
+                .map(|(k, v)| KeysAndValues::F32 { k, v }),
+        };
+        memory.expect("a cache on the CPU")
     }
 
     /// Copies what block `from` holds to block `to`, in every layer.
     pub fn copy_block(&mut self, from: u32, to: u32) {
         let rows = |x: &Tensor, block: u32| x.narrow(0, block as i64 * BLOCK as i64, BLOCK as i64);
+        let copy = |x: &Tensor| rows(x, to).copy_(&rows(x, from));
         for layer in &self.layers {
-            rows(&layer.k, to).copy_(&rows(&layer.k, from));
-            rows(&layer.v, to).copy_(&rows(&layer.v, from));
+            copy(&layer.k);
+            copy(&layer.v);
+            if let Some((k_scale, v_scale)) = &layer.scales {
+                copy(k_scale);
+                copy(v_scale);
+            }
         }
     }
 }

@@ -35,6 +35,7 @@ mod presets;
 mod pretrain;
 mod pretrain_ranks;
 mod quant;
+mod quant_cache;
 mod quant_folder;
 mod recompute;
 mod serve;

@@ -143,7 +143,7 @@ fn the_programs_commands_take_such_a_folder() {
         (out, err)
     };
     let (_, err) = ok(&["convert", &hf, &path("q"), "--to", "hf", "--quantize", "int4"]);
-    assert!(err.contains("wrote") && err.contains("2 other file(s)"), "{err}");
+    assert!(err.contains("wrote") && err.contains("3 other file(s)"), "{err}");
     let config: Value =
         serde_json::from_str(&fs::read_to_string(path("q/config.json")).unwrap()).unwrap();
     let told = serde_json::json!(
