@@ -5,7 +5,8 @@ use crate::generate::engine::{Engine, EngineOptions, Event, Request};
 use crate::generate::network::NetworkRef;
 use crate::generate::request::{GenerateOptions, peak_memory};
 use crate::generate::sampler::SamplingParams;
-use crate::model::KvCache;
+use crate::model::PagedCache;
+use crate::model::paged_cache::BLOCK;
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -82,7 +83,8 @@ pub fn run(
     let decode = (new - sequences as f64) / run.decode().as_secs_f64().max(1e-9);
     let weight_bytes = model.step_bytes();
     let mean_context = case.prompt_tokens + case.new_tokens / 2;
-    let cache_bytes = sequences as u64 * KvCache::bytes(model.config(), mean_context, model.kind());
+    let block_bytes = PagedCache::block_bytes(model.config(), model.kind());
+    let cache_bytes = (sequences * mean_context) as u64 * block_bytes / BLOCK as u64;
     let limit = sequences as f64 * read_bandwidth / (weight_bytes + cache_bytes) as f64;
     Ok(Report {
         sequences,

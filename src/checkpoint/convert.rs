@@ -7,8 +7,9 @@ use super::gguf::mix::Mix;
 use super::source::{Parameters, Source};
 use super::tensors::Entry;
 use super::train_state::{TrainState, save_counters, save_moments};
-use super::{hf, litgpt};
+use super::{hf, litgpt, quantised};
 use crate::error::WithHint;
+use crate::quant::Scheme;
 use crate::tokenizer::Tokenizer;
 use crate::train::progress::bytes;
 use anyhow::{Result, anyhow};
@@ -22,6 +23,8 @@ pub enum Target {
     HuggingFace {
         /// Largest file.
         max_shard_bytes: u64,
+        /// 4 or 8 bits for matrices, which only this program reads (`quantised.rs`).
+        quantise: Option<Scheme>,
     },
     /// `model_config.yaml` and `lit_model.safetensors`.
     LitGpt,
@@ -85,7 +88,18 @@ pub fn convert(
             step: None,
         };
         match target {
-            Target::HuggingFace { max_shard_bytes } => {
+            Target::HuggingFace { max_shard_bytes, quantise: Some(scheme) } => {
+                quantised::check(&from.config, &entries, scheme)?;
+                done.bytes = hf::quantised_bytes(&from.config, &told, scheme);
+                check_free(to, done.bytes)?;
+                let tokenizer = folder.map(Tokenizer::load).transpose()?;
+                create_atomically(to, |dir| {
+                    let (tokenizer, max) = (tokenizer.as_ref(), max_shard_bytes);
+                    hf::save_quantised(dir, &from.config, &told, scheme, tokenizer, max)?;
+                    copy_files(&files, dir)
+                })?;
+            }
+            Target::HuggingFace { max_shard_bytes, quantise: None } => {
                 let moments = from.moments()?;
                 let state: u64 = moments.iter().flat_map(|m| &m.entries).map(Entry::bytes).sum();
                 check_free(to, total + state)?;

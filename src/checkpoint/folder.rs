@@ -187,7 +187,7 @@ pub fn list(out_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 
 /// Whether a folder has a configuration and all its weights files.
 fn is_complete(dir: &Path) -> bool {
-    dir.join("config.json").is_file() && weights_files(dir).is_ok()
+    dir.join("config.json").is_file() && weights_files(dir, false).is_ok()
 }
 
 /// The checkpoint of the highest step, counted as an integer.

@@ -1,12 +1,14 @@
-//! Hugging Face folders: `config.json`, `model.safetensors` (or shards and an index).
+//! Hugging Face folders: `config.json`, `model.safetensors` (or shards and an index), or quantised matrices.
 
 use super::hf_config::{self, Extras};
 use super::names::{self, Layout, Part};
+use super::quantised;
 use super::source::Parameters;
 use super::tensors::{self, Entry};
 use crate::bail_hint;
 use crate::error::WithHint;
 use crate::model::{GPT, ModelConfig};
+use crate::quant::{Scheme, round_matrix};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
@@ -26,17 +28,21 @@ const PICKLE_INDEX: &str = "pytorch_model.bin.index.json";
 ///
 /// # Errors
 /// None there; shards that are missing, all at once.
-pub(super) fn weights_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let there = |name: &&str| dir.join(name).is_file();
-    let known = [SINGLE, INDEX, PICKLE, PICKLE_INDEX];
-    let Some(found) = known.into_iter().find(there) else {
+pub(super) fn weights_files(dir: &Path, quantised: bool) -> Result<Vec<PathBuf>> {
+    let there = |name: &&&str| dir.join(name).is_file();
+    let known: &[&str] = match quantised {
+        true => &[quantised::SINGLE, quantised::INDEX],
+        false => &[SINGLE, INDEX, PICKLE, PICKLE_INDEX],
+    };
+    let Some(&found) = known.iter().find(there) else {
+        let looked: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
         bail_hint!(
-            "a checkpoint is a folder with `config.json` and `model.safetensors`";
-            "no weights in `{}`: looked for {}", dir.display(), known.map(|n| format!("`{n}`")).join(", ")
+            format!("a checkpoint is a folder with `config.json` and `{}`", known[0]);
+            "no weights in `{}`: looked for {}", dir.display(), looked.join(", ")
         );
     };
     let index = dir.join(found);
-    if matches!(found, SINGLE | PICKLE) {
+    if matches!(found, SINGLE | PICKLE | quantised::SINGLE) {
         return Ok(vec![index]);
     }
     let text = std::fs::read_to_string(&index)
@@ -90,9 +96,34 @@ pub fn save_parameters(
     tokenizer: Option<&Tokenizer>,
     max_shard_bytes: u64,
 ) -> Result<()> {
-    let kind = parameters.entries.first().map_or(Kind::Float, |entry| entry.kind);
+    save_all(dir, config, parameters, None, tokenizer, max_shard_bytes)
+}
+
+/// [`save_parameters`] with the matrices rounded: `quantized.safetensors` (`quantised.rs` has the layout).
+///
+/// # Errors
+/// As [`save_weights`]; rows that groups do not divide.
+pub fn save_quantised(
+    dir: &Path,
+    config: &ModelConfig,
+    parameters: &Parameters,
+    scheme: Scheme,
+    tokenizer: Option<&Tokenizer>,
+    max_shard_bytes: u64,
+) -> Result<()> {
+    save_all(dir, config, parameters, Some(scheme), tokenizer, max_shard_bytes)
+}
+
+fn save_all(
+    dir: &Path,
+    config: &ModelConfig,
+    parameters: &Parameters,
+    scheme: Option<Scheme>,
+    tokenizer: Option<&Tokenizer>,
+    max_shard_bytes: u64,
+) -> Result<()> {
     let extras = Extras {
-        dtype: match kind {
+        dtype: match written_kind(config, parameters, scheme) {
             Kind::Float => "float32",
             Kind::BFloat16 => "bfloat16",
             Kind::Half => "float16",
@@ -103,9 +134,29 @@ pub fn save_parameters(
         bos: tokenizer.and_then(Tokenizer::bos_id),
         eos: tokenizer.and_then(Tokenizer::eos_id),
     };
-    write_json(&dir.join("config.json"), &hf_config::to_json(config, &extras))?;
+    let mut json = hf_config::to_json(config, &extras);
+    if let Some(scheme) = scheme {
+        json["quantization_config"] = quantised::config_json(scheme);
+    }
+    write_json(&dir.join("config.json"), &json)?;
     write_json(&dir.join("generation_config.json"), &hf_config::generation_json(&extras))?;
-    save_shards(dir, config, parameters, max_shard_bytes)
+    save_shards(dir, config, parameters, scheme, max_shard_bytes)
+}
+
+/// Dtype of the first parameter that is written as it is.
+fn written_kind(config: &ModelConfig, parameters: &Parameters, scheme: Option<Scheme>) -> Kind {
+    let plain = |entry: &&Entry| quantised::format_of(entry, config, scheme).is_none();
+    parameters.entries.iter().find(plain).map_or(Kind::Float, |entry| entry.kind)
+}
+
+/// Bytes of the weights that [`save_quantised`] writes.
+pub(super) fn quantised_bytes(
+    config: &ModelConfig,
+    parameters: &Parameters,
+    scheme: Scheme,
+) -> u64 {
+    let shards = plan_shards(config, parameters, Some(scheme), u64::MAX);
+    shards.iter().flat_map(|(entries, _)| entries).map(Entry::bytes).sum()
 }
 
 /// Writes `model.safetensors`, or shards of at most `max_shard_bytes` (a larger tensor has its own)
@@ -123,13 +174,14 @@ pub fn save_weights(
     kind: Kind,
     max_shard_bytes: u64,
 ) -> Result<()> {
-    save_shards(dir, config, &Parameters::of(named, kind), max_shard_bytes)
+    save_shards(dir, config, &Parameters::of(named, kind), None, max_shard_bytes)
 }
 
 fn save_shards(
     dir: &Path,
     config: &ModelConfig,
     parameters: &Parameters,
+    scheme: Option<Scheme>,
     max_shard_bytes: u64,
 ) -> Result<()> {
     let problems = hf_config::unsupported(config);
@@ -138,23 +190,28 @@ fn save_shards(
         return Err(anyhow!("Hugging Face's layout has no place for this model:\n  {list}"))
             .hint("change these fields of `model_config`");
     }
-    let shards = plan_shards(config, parameters, max_shard_bytes);
+    let (single, index) = match scheme {
+        Some(_) => (quantised::SINGLE, quantised::INDEX),
+        None => (SINGLE, INDEX),
+    };
+    let stem = single.trim_end_matches(".safetensors");
+    let shards = plan_shards(config, parameters, scheme, max_shard_bytes);
     let (mut weight_map, mut total, count) = (Map::new(), 0, shards.len());
     // The parts of one parameter come one after the other: it is made once.
-    let last: RefCell<Option<(usize, Tensor)>> = RefCell::new(None);
+    let last: RefCell<Option<(usize, Vec<Tensor>)>> = RefCell::new(None);
     for (i, (entries, sources)) in shards.iter().enumerate() {
         let file = match count {
-            1 => SINGLE.to_owned(),
-            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+            1 => single.to_owned(),
+            _ => format!("{stem}-{:05}-of-{count:05}.safetensors", i + 1),
         };
         tensors::write_lazily(&dir.join(&file), entries, |i| {
-            let (parameter, layout) = sources[i];
+            let (parameter, layout, piece) = sources[i];
             let made = last.take().filter(|(before, _)| *before == parameter);
-            let (_, ours) = match made {
-                Some(made) => made,
-                None => (parameter, parameters.get(parameter)?),
+            let ours = match made {
+                Some((_, made)) => made,
+                None => pieces(config, parameters, scheme, parameter)?,
             };
-            let theirs = names::to_disk(&ours, layout, config);
+            let theirs = names::to_disk(&ours[piece], layout, config);
             last.replace(Some((parameter, ours)));
             Ok(theirs)
         })?;
@@ -162,7 +219,7 @@ fn save_shards(
         weight_map.extend(entries.iter().map(|e| (e.name.clone(), file.clone().into())));
     }
     // Whichever form an earlier save into this folder had, it must not be read instead.
-    let stale = dir.join(if count == 1 { INDEX } else { SINGLE });
+    let stale = dir.join(if count == 1 { index } else { single });
     if stale.exists() {
         std::fs::remove_file(&stale)
             .with_context(|| format!("cannot remove `{}`", stale.display()))?;
@@ -170,28 +227,54 @@ fn save_shards(
     if count == 1 {
         return Ok(());
     }
-    let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-    write_json(&dir.join(INDEX), &index)
+    let json = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+    write_json(&dir.join(index), &json)
 }
 
-/// What one file will hold, and of which parameter and how each entry is made.
-type Shard = (Vec<Entry>, Vec<(usize, Layout)>);
+/// What is written of a parameter, whole: itself, or the tensors of a quantised matrix.
+fn pieces(
+    config: &ModelConfig,
+    parameters: &Parameters,
+    scheme: Option<Scheme>,
+    i: usize,
+) -> Result<Vec<Tensor>> {
+    let entry = &parameters.entries[i];
+    let ours = parameters.get(i)?;
+    match quantised::format_of(entry, config, scheme) {
+        None => Ok(vec![ours]),
+        Some(format) => quantised::tensors(&round_matrix(&entry.name, &ours, format)?),
+    }
+}
 
-fn plan_shards(config: &ModelConfig, parameters: &Parameters, max_shard_bytes: u64) -> Vec<Shard> {
+/// What one file will hold, and of which parameter, which rows and which of its [`pieces`] each entry is.
+type Shard = (Vec<Entry>, Vec<(usize, Layout, usize)>);
+
+/// The tensors of a matrix lie in the same file.
+fn plan_shards(
+    config: &ModelConfig,
+    parameters: &Parameters,
+    scheme: Option<Scheme>,
+    max_shard_bytes: u64,
+) -> Vec<Shard> {
     let mut shards: Vec<Shard> = Vec::new();
     let mut in_shard = 0;
     for (i, ours) in parameters.entries.iter().enumerate() {
+        let format = quantised::format_of(ours, config, scheme);
         for Part { name, layout } in names::parts(&ours.name, config) {
             let shape = names::disk_shape(&ours.shape, layout);
-            let entry = Entry { name, kind: ours.kind, shape };
-            if shards.is_empty() || (in_shard > 0 && in_shard + entry.bytes() > max_shard_bytes) {
+            let new = match format {
+                Some(format) => quantised::entries(&name, format, shape[0], shape[1]),
+                None => vec![Entry { name, kind: ours.kind, shape }],
+            };
+            let bytes: u64 = new.iter().map(Entry::bytes).sum();
+            if shards.is_empty() || (in_shard > 0 && in_shard + bytes > max_shard_bytes) {
                 shards.push(Shard::default());
                 in_shard = 0;
             }
-            in_shard += entry.bytes();
+            in_shard += bytes;
             if let Some((entries, sources)) = shards.last_mut() {
-                entries.push(entry);
-                sources.push((i, layout));
+                sources.extend((0..new.len()).map(|piece| (i, layout, piece)));
+                entries.extend(new);
             }
         }
     }

@@ -3,6 +3,7 @@
 //! Read first: [`to_json`], which has every key once; the readers mirror it and also take other
 //! spellings.
 
+use super::quantised;
 use crate::bail_hint;
 use crate::error::WithHint;
 use crate::model::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
@@ -15,13 +16,20 @@ use std::path::Path;
 /// # Errors
 /// An architecture, activation or RoPE type that is not supported, by its name; missing keys.
 pub fn read(dir: &Path) -> Result<ModelConfig> {
+    let json = read_json(dir)?;
+    from_json(&json).with_context(|| format!("in `{}`", dir.join("config.json").display()))
+}
+
+/// `dir/config.json`.
+///
+/// # Errors
+/// There is none, or it is no JSON.
+pub fn read_json(dir: &Path) -> Result<Value> {
     let path = dir.join("config.json");
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read `{}`", path.display()))
         .hint("a checkpoint is a folder with `config.json` and `model.safetensors`")?;
-    let json: Value =
-        serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", path.display()))?;
-    from_json(&json).with_context(|| format!("in `{}`", path.display()))
+    serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", path.display()))
 }
 
 /// A parsed `config.json` as our configuration.
@@ -31,9 +39,7 @@ pub fn read(dir: &Path) -> Result<ModelConfig> {
 pub fn from_json(json: &Value) -> Result<ModelConfig> {
     let architecture = json.pointer("/architectures/0").and_then(Value::as_str).unwrap_or("");
     let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("");
-    if json.get("quantization_config").is_some_and(|q| !q.is_null()) {
-        bail!("`quantization_config`: weights that others quantized are not supported");
-    }
+    quantised::is_one(json)?;
     let config = match (architecture, model_type) {
         ("LlamaForCausalLM", _) | ("", "llama") => llama(json)?,
         ("GPTNeoXForCausalLM", _) | ("", "gpt_neox") => neox(json)?,
@@ -455,7 +461,13 @@ mod tests {
         let longrope = json!({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}});
         assert!(told(longrope).contains("`longrope`"));
         let quantized = json!({"quantization_config": {"quant_method": "gptq"}});
-        assert!(told(quantized).contains("`quantization_config`"));
+        let text = told(quantized);
+        assert!(
+            text.contains("quant_method`: expected `tinyllama`") && text.contains("`gptq`"),
+            "{text}"
+        );
+        let newer = json!({"quantization_config": {"quant_method": "tinyllama", "version": 2}});
+        assert!(told(newer).contains("version`: expected 1, got 2"));
     }
 
     #[test]

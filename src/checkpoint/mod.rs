@@ -15,6 +15,7 @@ mod litgpt;
 mod moments;
 pub mod names;
 mod outline;
+mod quantised;
 mod source;
 pub mod tensors;
 pub mod torch_file;
@@ -27,13 +28,15 @@ pub use folder::{
     copy_files, create_atomically, latest, list, prune, resolve, save_atomically, sweep,
     temporary_folder,
 };
-pub use hf::{MAX_SHARD_BYTES, save, save_model, save_parameters, save_weights, write_json};
+pub use hf::{
+    MAX_SHARD_BYTES, save, save_model, save_parameters, save_quantised, save_weights, write_json,
+};
 pub use inspect::{Change, CheckpointReport, Statistics, TensorReport, inspect};
 pub use moments::Moments;
 pub use outline::outline;
 pub use source::{
-    Blocks, Parameters, Source, StoredTensor, load_config, load_initial_weights, load_model,
-    load_weights,
+    BlockValues, Blocks, Parameters, Source, StoredTensor, load_config, load_initial_weights,
+    load_model, load_weights,
 };
 pub use train_state::{
     Tensors, TrainState, load_counters, load_train_state, save_counters, save_shard,

@@ -5,10 +5,11 @@ use super::gguf::Type;
 use super::names::{self, Layout, Naming, Part, presets_that_fit};
 use super::outline::outline;
 use super::tensors::Entry;
-use super::weights::Weights;
+use super::weights::{Packed, Weights};
 use crate::bail_hint;
 use crate::ffi;
 use crate::model::{GPT, ModelConfig, RopeScaling, RopeType};
+use crate::quant::Groups;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -171,23 +172,30 @@ impl Source {
         let (_, shape, parts) = found.with_context(|| format!("no parameter `{name}`"))?;
         let mut all = Vec::new();
         for Part { name, layout } in parts {
-            let Some((kind, bytes)) = self.weights.blocks(name)? else { return Ok(None) };
-            let rows = names::disk_shape(shape, *layout)[0] as usize;
-            let order = match layout {
-                Layout::RotaryPairs { .. } => Some(self.config.head_size as usize),
-                Layout::Same | Layout::Rows { .. } => None,
-                Layout::GroupInterleaved => return Ok(None),
+            let Some(packed) = self.weights.blocks(name)? else { return Ok(None) };
+            let (rows, columns) =
+                (names::disk_shape(shape, *layout)[0] as usize, shape[1] as usize);
+            let values = match (packed, layout) {
+                (Packed::Grouped(groups), Layout::Same | Layout::Rows { .. }) => {
+                    BlockValues::Grouped(groups.into_owned())
+                }
+                (Packed::Gguf(kind, bytes), Layout::Same | Layout::Rows { .. }) => {
+                    BlockValues::Gguf { kind, bytes: bytes.to_vec() }
+                }
+                (Packed::Gguf(kind, bytes), Layout::RotaryPairs { .. }) => {
+                    let bytes = unpaired(bytes, rows, self.config.head_size as usize);
+                    BlockValues::Gguf { kind, bytes }
+                }
+                _ => return Ok(None),
             };
-            let bytes = order.map_or_else(|| bytes.to_vec(), |d| unpaired(bytes, rows, d));
-            all.push(Blocks { kind, rows, columns: shape[1] as usize, bytes });
+            all.push(Blocks { rows, columns, values });
         }
         Ok(Some(all))
     }
 
     /// Whether any matrix is stored in blocks of quantised values.
     pub fn is_quantised(&self) -> bool {
-        let names: Vec<&str> = self.weights.names().collect();
-        names.into_iter().any(|name| matches!(self.weights.blocks(name), Ok(Some(_))))
+        self.weights.names().any(|name| self.weights.is_quantised(name))
     }
 
     /// Whether the tensors are those of the architecture, before any is read.
@@ -304,17 +312,29 @@ impl Source {
     }
 }
 
-/// Rows of quantised values, as GGUF stores them.
+/// Rows of quantised values.
 #[derive(Clone, Debug)]
 pub struct Blocks {
-    /// Their type.
-    pub kind: Type,
     /// N.
     pub rows: usize,
     /// K.
     pub columns: usize,
-    /// One row behind the other.
-    pub bytes: Vec<u8>,
+    /// As they are stored.
+    pub values: BlockValues,
+}
+
+/// How a file stores [`Blocks`].
+#[derive(Clone, Debug)]
+pub enum BlockValues {
+    /// As GGUF does.
+    Gguf {
+        /// Their type.
+        kind: Type,
+        /// One row behind the other.
+        bytes: Vec<u8>,
+    },
+    /// As `convert --quantize` does.
+    Grouped(Groups<'static>),
 }
 
 /// Rows of whole heads that are rotated in pairs of neighbours, in our order ([`Layout::RotaryPairs`]).

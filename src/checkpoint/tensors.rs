@@ -134,11 +134,15 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     write_lazily(path, &entries, |i| Ok(tensors[i].1.detach()))
 }
 
-/// The header's bytes with their length in front, and the order of the tensors: wide dtypes first,
-/// so that every tensor is aligned to its dtype.
+/// The header's bytes with their length in front, and the order of the tensors: wide dtypes first, so that every tensor
+/// is aligned to its dtype. Bytes of an even number stay among those of 2, so that what is made together stays so.
 fn header(entries: &[Entry]) -> Result<(Vec<u8>, Vec<usize>)> {
     let mut order: Vec<usize> = (0..entries.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(entries[i].kind.elt_size_in_bytes()));
+    let width = |entry: &Entry| match entry.kind.elt_size_in_bytes() {
+        1 if entry.bytes().is_multiple_of(2) => 2,
+        size => size,
+    };
+    order.sort_by_key(|&i| std::cmp::Reverse(width(&entries[i])));
     let mut json = Map::new();
     json.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut offset = 0;

@@ -3,10 +3,19 @@
 use super::gguf::Type;
 use super::tensors::TensorFile;
 use crate::ffi::TensorView;
+use crate::quant::Groups;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use tch::{Kind, Tensor};
+
+/// A matrix as it is quantised in a file.
+pub(super) enum Packed<'a> {
+    /// GGUF's blocks, one row behind the other.
+    Gguf(Type, &'a [u8]),
+    /// Codes, scales and minimums.
+    Grouped(Groups<'a>),
+}
 
 /// A file of named tensors.
 pub(super) trait Store {
@@ -38,8 +47,13 @@ pub(super) trait Store {
     /// as they are.
     fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>>;
 
-    /// The blocks of a tensor that is stored in blocks of quantised values.
-    fn blocks(&self, _name: &str) -> Result<Option<(Type, &[u8])>> {
+    /// Whether a tensor is stored in quantised values.
+    fn is_quantised(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// Its quantised values, where it is.
+    fn blocks(&self, _name: &str) -> Result<Option<Packed<'_>>> {
         Ok(None)
     }
 
@@ -163,9 +177,13 @@ impl Weights {
         store.rows(stored, rows).with_context(|| format!("cannot read `{name}`"))
     }
 
-    pub fn blocks(&self, name: &str) -> Result<Option<(Type, &[u8])>> {
+    pub fn is_quantised(&self, name: &str) -> bool {
+        self.find(name).is_ok_and(|(store, stored)| store.is_quantised(stored))
+    }
+
+    pub fn blocks(&self, name: &str) -> Result<Option<Packed<'_>>> {
         let (store, stored) = self.find(name)?;
-        store.blocks(stored)
+        store.blocks(stored).with_context(|| format!("cannot read `{name}`"))
     }
 
     pub fn read(&self, name: &str, out: &mut [u8]) -> Result<bool> {

@@ -1,6 +1,6 @@
 //! `tinyllama bench decode`.
 
-use super::generate::{InferencePrecision, form};
+use super::generate::{CacheDtype, InferencePrecision, form};
 use crate::bench::decode::{self, Case, Report};
 use crate::error::WithHint;
 use crate::generate::load::{self, Form};
@@ -28,6 +28,9 @@ pub struct Args {
     /// Matrices in 4 or 8 bits, on the CPU: as in `generate`
     #[arg(long, value_name = "SCHEME", value_parser = parse_scheme, requires = "checkpoint")]
     quantize: Option<Scheme>,
+    /// Dtype of keys and values in the cache, of quantised weights
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    kv_cache_dtype: CacheDtype,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
     #[arg(long, default_value = "auto")]
     device: String,
@@ -69,16 +72,17 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn measure(args: &Args, device: Device, sampling: &SamplingParams) -> Result<()> {
     let form = form(args.precision, args.quantize);
-    let network = match (&args.checkpoint, &args.preset) {
+    let mut network = match (&args.checkpoint, &args.preset) {
         (Some(dir), _) => load::load(dir, device, form, false)?.network,
         (None, name) => random_model(name.as_deref().unwrap_or_default(), form, device)?,
     };
+    args.kv_cache_dtype.set(&mut network)?;
     let model = network.borrow();
     if !args.json {
         let threads = tch::get_num_threads();
         let place = if device.is_cuda() { String::new() } else { format!(", {threads} threads") };
         println!(
-            "{} | {:.0} M parameters, {:.0} MB a step, activations {:?} | {device:?}{place}",
+            "{} | {:.0} M parameters, {:.0} MB a step, cache {:?} | {device:?}{place}",
             model.config().name,
             model.n_params() as f64 / 1e6,
             model.step_bytes() as f64 / 1e6,

@@ -3,6 +3,7 @@
 use crate::checkpoint::gguf::mix::Mix;
 use crate::checkpoint::{self, MAX_SHARD_BYTES, Source, Target};
 use crate::error::{WithHint, exit};
+use crate::quant::{Scheme, parse_scheme};
 use crate::train::progress::{bytes, count};
 use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -22,8 +23,9 @@ pub struct Args {
     /// Dtype of the weights; default: what they have
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
-    /// How --to gguf stores matrices; default: in their dtype
-    #[arg(long, value_name = "SCHEME", value_parser = clap::builder::PossibleValuesParser::new(Mix::NAMES), ignore_case = true, conflicts_with = "dtype")]
+    /// How matrices are stored; default: in their dtype. Of --to gguf: F32, F16, BF16, Q8_0, Q6_K, Q4_K_M or Q4_0. Of
+    /// --to hf, for this program alone: int4 or int8, with a group size as in int4:32
+    #[arg(long, value_name = "SCHEME", conflicts_with = "dtype")]
     quantize: Option<String>,
     /// Largest weights file in bytes, of --to hf
     #[arg(long, value_name = "BYTES", default_value_t = MAX_SHARD_BYTES, value_parser = clap::value_parser!(u64).range(1 << 20..))]
@@ -49,19 +51,8 @@ enum Dtype {
 
 /// Runs `convert`.
 pub fn run(args: Args) -> Result<u8> {
-    if args.quantize.is_some() && !matches!(args.target, Format::Gguf) {
-        return Err(anyhow!("`--quantize` is for `--to gguf`"))
-            .usage("take `--dtype` for the dtype of other formats");
-    }
+    let target = target(&args)?;
     let source = Source::open(&checkpoint::resolve(&args.from)?)?;
-    let target = match args.target {
-        Format::Hf => Target::HuggingFace { max_shard_bytes: args.max_shard_size },
-        Format::Litgpt => Target::LitGpt,
-        Format::Gguf => {
-            let scheme = args.quantize.as_deref().map(str::to_ascii_uppercase);
-            Target::Gguf { mix: scheme.as_deref().and_then(Mix::from_name) }
-        }
-    };
     let kind = args.dtype.map(|dtype| match dtype {
         Dtype::Fp32 => Kind::Float,
         Dtype::Bf16 => Kind::BFloat16,
@@ -92,4 +83,43 @@ pub fn run(args: Args) -> Result<u8> {
         );
     }
     Ok(exit::OK)
+}
+
+/// What is written, and how its matrices are stored.
+fn target(args: &Args) -> Result<Target> {
+    let scheme = args.quantize.as_deref();
+    let refused = |expected: String| {
+        let scheme = scheme.unwrap_or_default();
+        Err(anyhow!("`--quantize {scheme}`: expected {expected}"))
+            .usage("leave it out for the dtype of the weights, or take `--dtype` for another")
+    };
+    Ok(match args.target {
+        Format::Hf => {
+            let quantise = scheme.map(parse_scheme).transpose();
+            match quantise {
+                Ok(quantise) if quantise != Some(Scheme::Stored) => {
+                    Target::HuggingFace { max_shard_bytes: args.max_shard_size, quantise }
+                }
+                _ => {
+                    return refused(
+                        "`int4` or `int8`, with groups of 32, 64 or 128 as in `int4:32`, for \
+                         `--to hf`"
+                            .into(),
+                    );
+                }
+            }
+        }
+        Format::Litgpt if scheme.is_some() => {
+            return refused("nothing: it is for `--to hf` and `--to gguf`".into());
+        }
+        Format::Litgpt => Target::LitGpt,
+        Format::Gguf => {
+            let known = |name: &str| Mix::from_name(&name.to_ascii_uppercase());
+            let mix = scheme.and_then(known);
+            if scheme.is_some() && mix.is_none() {
+                return refused(format!("one of {} for `--to gguf`", Mix::NAMES.join(", ")));
+            }
+            Target::Gguf { mix }
+        }
+    })
 }

@@ -3,6 +3,7 @@
 use crate::error::WithHint;
 use crate::generate::engine::{Engine, EngineOptions, Event, Request};
 use crate::generate::load::{self, Form, Loaded};
+use crate::generate::network::Network;
 use crate::generate::plain::generate_plain;
 use crate::generate::request::{
     FinishReason, GenerateOptions, Generation, Timings, Token, peak_memory,
@@ -104,9 +105,43 @@ pub struct ModelArgs {
     /// them, which is the default for quantised files
     #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
     quantize: Option<Scheme>,
+    /// Dtype of keys and values in the cache, of quantised weights
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    kv_cache_dtype: CacheDtype,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
     #[arg(long, default_value = "auto")]
     pub device: String,
+}
+
+/// Dtype of the cache.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum CacheDtype {
+    /// float32 with quantised weights, else that of the weights
+    Auto,
+    /// 4 bytes a value
+    Float32,
+    /// 2 bytes, 8 bits of them precision
+    Bfloat16,
+    /// 2 bytes, 11 bits of them precision
+    Float16,
+    /// 1 byte, and a scale for each head of a token
+    Int8,
+}
+
+impl CacheDtype {
+    /// Gives a network such a cache.
+    ///
+    /// # Errors
+    /// It cannot have one.
+    pub fn set(self, network: &mut Network) -> Result<()> {
+        network.set_cache_kind(match self {
+            Self::Auto => return Ok(()),
+            Self::Float32 => Kind::Float,
+            Self::Bfloat16 => Kind::BFloat16,
+            Self::Float16 => Kind::Half,
+            Self::Int8 => Kind::Int8,
+        })
+    }
 }
 
 /// Number format of weights and activations.
@@ -134,7 +169,9 @@ impl ModelArgs {
     /// Loads the checkpoint onto what [`ModelArgs::device`] names.
     pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
         let form = form(self.precision, self.quantize);
-        load::load(&self.checkpoint, device, form, with_tokenizer)
+        let mut loaded = load::load(&self.checkpoint, device, form, with_tokenizer)?;
+        self.kv_cache_dtype.set(&mut loaded.network)?;
+        Ok(loaded)
     }
 
     /// The checkpoint.

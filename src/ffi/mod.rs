@@ -250,15 +250,34 @@ pub fn bytes_of_mut(tensor: &mut Tensor) -> Option<&mut [u8]> {
 
 /// The values of a contiguous fp32 tensor on the CPU, to read and write; `None` for any other.
 pub fn floats_of_mut(tensor: &mut Tensor) -> Option<&mut [f32]> {
-    if tensor.kind() != Kind::Float {
-        return None;
-    }
+    let is = tensor.kind() == Kind::Float;
+    // SAFETY: every pattern of 4 bytes is an f32.
+    is.then(|| unsafe { values_of_mut(tensor) })?
+}
+
+/// The bits of a contiguous fp16 or bf16 tensor on the CPU, to read and write; `None` for any other.
+pub fn halves_of_mut(tensor: &mut Tensor) -> Option<&mut [u16]> {
+    let is = matches!(tensor.kind(), Kind::Half | Kind::BFloat16);
+    // SAFETY: every pattern of 2 bytes is a u16.
+    is.then(|| unsafe { values_of_mut(tensor) })?
+}
+
+/// The values of a contiguous int8 tensor on the CPU, to read and write; `None` for any other.
+pub fn int8s_of_mut(tensor: &mut Tensor) -> Option<&mut [i8]> {
+    let is = tensor.kind() == Kind::Int8;
+    // SAFETY: every byte is an i8.
+    is.then(|| unsafe { values_of_mut(tensor) })?
+}
+
+/// # Safety
+/// T has the size of the tensor's dtype, and every pattern of bytes is one.
+unsafe fn values_of_mut<T>(tensor: &mut Tensor) -> Option<&mut [T]> {
     let bytes = bytes_of_mut(tensor)?;
-    let (start, len) = (bytes.as_mut_ptr().cast::<f32>(), bytes.len() / 4);
+    let (start, len) = (bytes.as_mut_ptr().cast::<T>(), bytes.len() / size_of::<T>());
     if len == 0 {
         return Some(&mut []);
     }
-    // SAFETY: libtorch aligns fp32 values to 4 bytes at least; the borrow is passed on.
+    // SAFETY: libtorch aligns values to their size at least; the borrow is passed on.
     Some(unsafe { std::slice::from_raw_parts_mut(start, len) })
 }
 

@@ -1,8 +1,10 @@
 //! The networks that can be run: one of fp32 or 16 bits, or one of quantised matrices on the CPU.
 
+use crate::error::WithHint;
 use crate::model::paged_cache::Batch;
 use crate::model::{GPT, ModelConfig, PagedCache};
 use crate::quant::QuantLlama;
+use anyhow::{Result, anyhow};
 use tch::{Device, Kind, Tensor};
 
 /// A network with its weights.
@@ -30,6 +32,25 @@ impl Network {
             Self::Dense(model) => NetworkRef::Dense(model),
             Self::Quantised(model) => NetworkRef::Quantised(model),
         }
+    }
+
+    /// Chooses the dtype of the cache: fp32, bf16, fp16 or int8 for quantised weights, their own for others.
+    ///
+    /// # Errors
+    /// Another dtype for weights that are not quantised.
+    pub fn set_cache_kind(&mut self, kind: Kind) -> Result<()> {
+        match self {
+            Self::Quantised(model) => model.cache_kind = kind,
+            Self::Dense(model) if model.kind() == kind => {}
+            Self::Dense(model) => {
+                let own = model.kind();
+                return Err(anyhow!(
+                    "a cache of {kind:?} needs quantised weights on the CPU: expected {own:?}, the dtype of these weights"
+                ))
+                .usage("leave `--kv-cache-dtype` out, or quantise: `--quantize int8 --device cpu`");
+            }
+        }
+        Ok(())
     }
 }
 
@@ -62,11 +83,11 @@ impl<'m> NetworkRef<'m> {
         }
     }
 
-    /// Dtype of activations and cache.
+    /// Dtype of the cache, and of activations where weights are not quantised (those of others are fp32).
     pub fn kind(self) -> Kind {
         match self {
             Self::Dense(model) => model.kind(),
-            Self::Quantised(model) => model.cache_kind(),
+            Self::Quantised(model) => model.cache_kind,
         }
     }
 

@@ -10,7 +10,7 @@ use super::attention::Positions;
 use super::config::ModelConfig;
 use super::kv_cache::{KvCache, LayerCache};
 use crate::config::AttentionBackend;
-use crate::ffi::{self, DecodeState, LayerMemory};
+use crate::ffi::{self, DecodeState, KeysAndValues, LayerMemory};
 use crate::ops::{self, Mask, or_panic};
 use tch::{Device, Kind, Tensor};
 
@@ -30,6 +30,8 @@ pub struct PagedLayer {
     k: Tensor,
     /// (slots, G, D)
     v: Tensor,
+    /// Of an int8 cache: (slots, G) of fp32 for k and v, `x = scale q`.
+    scales: Option<(Tensor, Tensor)>,
 }
 
 /// The new tokens of one sequence in a [`Batch`].
@@ -147,29 +149,52 @@ impl Place {
 }
 
 impl PagedCache {
-    /// Room for `blocks` blocks of keys and values of dtype `kind`.
+    /// Room for `blocks` blocks of keys and values of dtype `kind`: fp32, bf16, fp16, or int8 with scales, which only
+    /// [`PagedCache::memory_mut`] gives access to.
     pub fn new(config: &ModelConfig, blocks: usize, kind: Kind, device: Device) -> Self {
         let slots = (blocks * BLOCK) as i64;
-        let shape = [slots, config.n_query_groups, config.head_size];
-        let zeros = || Tensor::zeros(shape, (kind, device)); // all memory now, or an error now
-        Self {
-            layers: (0..config.n_layer).map(|_| PagedLayer { k: zeros(), v: zeros() }).collect(),
-        }
+        let (g, d) = (config.n_query_groups, config.head_size);
+        // All memory now, or an error now.
+        let zeros = || Tensor::zeros([slots, g, d], (kind, device));
+        let scales = || Tensor::zeros([slots, g], (Kind::Float, device));
+        let layer = || PagedLayer {
+            k: zeros(),
+            v: zeros(),
+            scales: (kind == Kind::Int8).then(|| (scales(), scales())),
+        };
+        Self { layers: (0..config.n_layer).map(|_| layer()).collect() }
     }
 
     /// Bytes of one block in all layers.
     pub fn block_bytes(config: &ModelConfig, kind: Kind) -> u64 {
-        KvCache::bytes(config, BLOCK, kind)
+        let scales = (2 * config.n_layer * config.n_query_groups) as u64 * BLOCK as u64 * 4;
+        KvCache::bytes(config, BLOCK, kind) + if kind == Kind::Int8 { scales } else { 0 }
     }
 
-    /// Keys and values of a layer of an fp32 cache on the CPU, (slots, G, D) x2.
+    /// Keys and values of a layer of a cache on the CPU.
     ///
     /// # Panics
-    /// Where the cache is another.
-    pub fn floats_mut(&mut self, layer: usize) -> (&mut [f32], &mut [f32]) {
-        let PagedLayer { k, v } = &mut self.layers[layer];
-        let pair = ffi::floats_of_mut(k).zip(ffi::floats_of_mut(v));
-        pair.expect("an fp32 cache on the CPU")
+    /// Where the cache is elsewhere.
+    pub fn memory_mut(&mut self, layer: usize) -> KeysAndValues<'_> {
+        let PagedLayer { k, v, scales } = &mut self.layers[layer];
+        let scales = scales.as_mut().and_then(|(k_scale, v_scale)| {
+            ffi::floats_of_mut(k_scale).zip(ffi::floats_of_mut(v_scale))
+        });
+        let memory = match (k.kind(), scales) {
+            (Kind::Int8, Some((k_scale, v_scale))) => ffi::int8s_of_mut(k)
+                .zip(ffi::int8s_of_mut(v))
+                .map(|(k, v)| KeysAndValues::Int8 { k, v, k_scale, v_scale }),
+            (Kind::Half, _) => ffi::halves_of_mut(k)
+                .zip(ffi::halves_of_mut(v))
+                .map(|(k, v)| KeysAndValues::F16 { k, v }),
+            (Kind::BFloat16, _) => ffi::halves_of_mut(k)
+                .zip(ffi::halves_of_mut(v))
+                .map(|(k, v)| KeysAndValues::Bf16 { k, v }),
+            _ => ffi::floats_of_mut(k)
+                .zip(ffi::floats_of_mut(v))
+                .map(|(k, v)| KeysAndValues::F32 { k, v }),
+        };
+        memory.expect("a cache on the CPU")
     }
 
     /// Keys and values of layer i, for the decode kernels.
@@ -190,7 +215,8 @@ impl PagedCache {
         let from = slots(&mut pairs.iter().map(|pair| pair.0)); // (slots,)
         let to = slots(&mut pairs.iter().map(|pair| pair.1)); // (slots,)
         for layer in &mut self.layers {
-            for x in [&mut layer.k, &mut layer.v] {
+            let scales = layer.scales.iter_mut().flat_map(|(k, v)| [k, v]);
+            for x in [&mut layer.k, &mut layer.v].into_iter().chain(scales) {
                 let rows = x.index_select(0, &from);
                 let _ = x.index_copy_(0, &to, &rows);
             }
@@ -200,7 +226,8 @@ impl PagedCache {
 
 impl PagedLayer {
     fn memory(&self) -> LayerMemory<'_> {
-        LayerMemory { k: &self.k, v: &self.v, scales: None }
+        let scales = self.scales.as_ref().map(|(k, v)| (k, v));
+        LayerMemory { k: &self.k, v: &self.v, scales }
     }
 
     /// Attention of a batch's tokens, each to those of its own sequence up to itself. Their keys and values are kept.

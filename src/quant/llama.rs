@@ -30,6 +30,8 @@ pub struct QuantLlama {
     pub lm_head: Option<QuantMatrix>,
     /// Angles of positions.
     pub rope: Rope,
+    /// Dtype of keys and values in the cache: fp32, bf16, fp16, or int8 with a scale a head.
+    pub cache_kind: Kind,
 }
 
 /// One block.
@@ -137,11 +139,6 @@ impl QuantLlama {
         let mut logits = vec![0.0; n as usize * head.rows()]; // (N, V)
         head.multiply(&input, &mut logits, head.rows());
         Tensor::from_slice(&logits).view([n, head.rows() as i64])
-    }
-
-    /// Dtype of the cache.
-    pub fn cache_kind(&self) -> Kind {
-        Kind::Float
     }
 
     /// Bytes of all weights.

@@ -2,8 +2,10 @@
 
 use super::llama::{QuantBlock, QuantLlama, Stack, obstacle};
 use super::matrix::{Format, QuantMatrix};
-use crate::checkpoint::{Blocks, Parameters, Source};
+use crate::checkpoint::{BlockValues, Blocks, Parameters, Source};
 use crate::error::WithHint;
+use crate::ffi;
+use crate::model::ModelConfig;
 use crate::model::rope::Rope;
 use anyhow::{Context, Result, anyhow};
 use std::collections::HashMap;
@@ -28,6 +30,35 @@ pub enum Scheme {
 
 /// Values that share a scale where nothing else is said.
 const GROUP: usize = 32;
+
+impl Scheme {
+    /// How the matrix with this lit-gpt name is rounded, unless it is used as it is stored.
+    pub fn format(self, name: &str, config: &ModelConfig) -> Format {
+        let is_embedding = name == "transformer.wte.weight";
+        match self {
+            Self::Stored => Format::Int8 { group: GROUP },
+            Self::Int8 { group } => Format::Int8 { group },
+            // Of an embedding a token reads one row, which costs no time in finer groups; as a head it is worth 8 bits.
+            Self::Int4 { .. } if is_embedding && config.tie_embeddings => {
+                Format::Int8 { group: GROUP }
+            }
+            Self::Int4 { .. } if is_embedding => Format::Int4 { group: GROUP },
+            Self::Int4 { group } => Format::Int4 { group },
+        }
+    }
+}
+
+/// Rounds a matrix (N, K) of any float dtype on the CPU.
+///
+/// # Errors
+/// K is no multiple of the group; `name` is told.
+pub fn round_matrix(name: &str, weight: &Tensor, format: Format) -> Result<QuantMatrix> {
+    let (n, k) = weight.size2()?;
+    let told = || format!("`{name}` of shape [{n}, {k}]");
+    let mut weight = weight.to_kind(Kind::Float).contiguous();
+    let values = ffi::floats_of_mut(&mut weight).with_context(told)?;
+    QuantMatrix::pack(format, values, k as usize).with_context(told)
+}
 
 /// Loads a checkpoint of any format.
 ///
@@ -61,6 +92,7 @@ pub fn load(source: &Source, scheme: Scheme) -> Result<QuantLlama> {
         ln_f: reader.vector("transformer.ln_f.weight")?,
         lm_head: head,
         rope: Rope::new(config, Device::Cpu),
+        cache_kind: Kind::Float,
         config: config.clone(),
     })
 }
@@ -97,31 +129,21 @@ impl Reader<'_> {
         if let Some(parts) = stored {
             return parts.iter().map(from_blocks).collect();
         }
-        let is_embedding = name == "transformer.wte.weight";
-        let format = match self.scheme {
-            Scheme::Stored => Format::Int8 { group: GROUP },
-            Scheme::Int8 { group } => Format::Int8 { group },
-            // Of an embedding a token reads one row, which costs no time in finer groups; as a head it is worth 8 bits.
-            Scheme::Int4 { .. } if is_embedding && self.source.config.tie_embeddings => {
-                Format::Int8 { group: GROUP }
-            }
-            Scheme::Int4 { .. } if is_embedding => Format::Int4 { group: GROUP },
-            Scheme::Int4 { group } => Format::Int4 { group },
-        };
-        let weight = self.tensor(name)?; // (N, K)
-        let (n, k) = weight.size2()?;
-        let values: Vec<f32> = Vec::try_from(&weight.contiguous().view([-1]))?;
-        let told = || format!("`{name}` of shape [{n}, {k}]");
-        Ok(vec![QuantMatrix::pack(format, &values, k as usize).with_context(told)?])
+        let format = self.scheme.format(name, &self.source.config);
+        Ok(vec![round_matrix(name, &self.tensor(name)?, format)?])
     }
 }
 
 /// Directly where there are kernels for the type; else by fp32 and 8 bits.
 fn from_blocks(blocks: &Blocks) -> Result<QuantMatrix> {
-    if let Some(matrix) = QuantMatrix::from_gguf(blocks.kind, blocks.columns, &blocks.bytes)? {
+    let (kind, bytes) = match &blocks.values {
+        BlockValues::Grouped(groups) => return QuantMatrix::from_groups(groups),
+        BlockValues::Gguf { kind, bytes } => (*kind, bytes),
+    };
+    if let Some(matrix) = QuantMatrix::from_gguf(kind, blocks.columns, bytes)? {
         return Ok(matrix);
     }
     let mut values = vec![0.0; blocks.rows * blocks.columns];
-    crate::checkpoint::gguf::quants::dequantize(blocks.kind, &blocks.bytes, &mut values)?;
+    crate::checkpoint::gguf::quants::dequantize(kind, bytes, &mut values)?;
     QuantMatrix::pack(Format::Int8 { group: GROUP }, &values, blocks.columns)
 }

@@ -6,6 +6,7 @@ use crate::checkpoint::gguf::Type;
 use crate::ffi::{self, ActivationBlock};
 use anyhow::{Result, bail};
 use rayon::prelude::*;
+use std::fmt;
 
 /// How weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,11 @@ impl Format {
         }
     }
 
+    /// Values that share a scale.
+    pub fn group(self) -> usize {
+        self.raw().1 as usize
+    }
+
     /// The number of `tl_quant_format`, and the group.
     fn raw(self) -> (i32, i32) {
         match self {
@@ -46,6 +52,19 @@ impl Format {
             Self::Q6K => (2, 16),
             Self::Int4 { group } => (3, group as i32),
             Self::Int8 { group } => (4, group as i32),
+        }
+    }
+}
+
+/// As the command line writes it: `int4:64`.
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Q4_0 => f.write_str("Q4_0"),
+            Self::Q4K => f.write_str("Q4_K"),
+            Self::Q6K => f.write_str("Q6_K"),
+            Self::Int4 { group } => write!(f, "int4:{group}"),
+            Self::Int8 { group } => write!(f, "int8:{group}"),
         }
     }
 }
@@ -94,7 +113,7 @@ impl QuantMatrix {
     }
 
     /// `put(row, row of the panel, panel)` fills the panels, which are zeros.
-    fn build(
+    pub(super) fn build(
         format: Format,
         rows: usize,
         columns: usize,
@@ -139,8 +158,14 @@ impl QuantMatrix {
     /// # Shapes
     /// out (K,).
     pub fn dequantise_row(&self, row: usize, out: &mut [f32]) {
+        let (panel, row) = self.panel_of(row);
+        get_row(self.format, row, panel, out);
+    }
+
+    /// The panel of a row, and which one it is there.
+    pub(super) fn panel_of(&self, row: usize) -> (&[u8], usize) {
         let bytes = Sections::of(self.format, self.columns).bytes;
-        get_row(self.format, row % PANEL, &self.panels[row / PANEL * bytes..][..bytes], out);
+        (&self.panels[row / PANEL * bytes..][..bytes], row % PANEL)
     }
 
     /// `y[m * stride + n] = sum over k of x[m, k] w[n, k]`, on all threads.

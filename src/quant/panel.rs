@@ -1,5 +1,6 @@
 //! Weights in panels of 8 rows, as `csrc/cpu/quant_matmul.h` wants them: bytes in another order, and no others.
 
+use super::groups::GroupsRow;
 use super::matrix::Format;
 use half::f16;
 
@@ -161,6 +162,36 @@ pub fn put_values(format: Format, row: usize, values: &[f32], panel: &mut [u8]) 
     }
 }
 
+/// Adds row `row` of a panel of [`Format::Int4`] or [`Format::Int8`] from a row in groups.
+pub(super) fn put_grouped(
+    format: Format,
+    row: usize,
+    k: usize,
+    groups: &GroupsRow,
+    panel: &mut [u8],
+) {
+    let at = Sections::of(format, k);
+    let is_int4 = matches!(format, Format::Int4 { .. });
+    let stride = if is_int4 { 32 } else { 16 };
+    for (g, scale) in groups.scales.chunks_exact(2).enumerate() {
+        half_at(panel, at.scales + g * stride + row * 2, scale);
+    }
+    for (g, minimum) in groups.minimums.chunks_exact(2).enumerate() {
+        half_at(panel, at.scales + g * stride + 16 + row * 2, minimum);
+    }
+    if !is_int4 {
+        for (i, &code) in groups.codes.iter().enumerate() {
+            panel[code8(i / BLOCK, row, i % BLOCK)] = code;
+        }
+        return;
+    }
+    for (i, &byte) in groups.codes.iter().enumerate() {
+        let (block, v) = (2 * i / BLOCK, 2 * i % BLOCK);
+        put4(panel, block, row, v, byte & 15);
+        put4(panel, block, row, v + 1, byte >> 4);
+    }
+}
+
 /// The values of row `row` of a panel.
 pub fn get_row(format: Format, row: usize, panel: &[u8], out: &mut [f32]) {
     let at = Sections::of(format, out.len());
@@ -193,6 +224,55 @@ pub fn get_row(format: Format, row: usize, panel: &[u8], out: &mut [f32]) {
             Format::Int8 { group } => {
                 half(at.scales + i / group * 16 + row * 2) * (panel[code8(b, row, v)] as i8) as f32
             }
+        };
+    }
+}
+
+/// Row `row` of a panel as codes (K,) and a scale and a minimum a group, `x = scale code + minimum`: see
+/// [`super::QuantMatrix::grouped_row`].
+///
+/// # Panics
+/// For Q6_K, whose groups of 16 no kernel has.
+pub fn get_grouped(
+    format: Format,
+    row: usize,
+    panel: &[u8],
+    codes: &mut [u8],
+    scales: &mut [f16],
+    minimums: &mut [f16],
+) {
+    let at = Sections::of(format, codes.len());
+    let half = |place: usize| f16::from_le_bytes([panel[place], panel[place + 1]]);
+    let is_int8 = matches!(format, Format::Int8 { .. });
+    for (i, code) in codes.iter_mut().enumerate() {
+        let (block, v) = (i / BLOCK, i % BLOCK);
+        *code = if is_int8 {
+            panel[code8(block, row, v)]
+        } else {
+            let (byte, shift) = code4(block, row, v);
+            panel[byte] >> shift & 15
+        };
+    }
+    for (i, (scale, minimum)) in scales.iter_mut().zip(minimums).enumerate() {
+        (*scale, *minimum) = match format {
+            Format::Q4_0 => {
+                let scale = half(at.scales + i * 16 + row * 2);
+                (scale, f16::from_f32(-8.0 * scale.to_f32()))
+            }
+            Format::Q4K => {
+                let scales = at.scales + i / 8 * 128;
+                let byte = |i: usize| panel[scales + 32 + i / 4 * 32 + row * 4 + i % 4];
+                let (scale, minimum) = scale_and_min(i % 8, byte);
+                let (d, m) =
+                    (half(scales + row * 2).to_f32(), half(scales + 16 + row * 2).to_f32());
+                (f16::from_f32(d * scale as f32), f16::from_f32(-m * minimum as f32))
+            }
+            Format::Int4 { .. } => {
+                let place = at.scales + i * 32 + row * 2;
+                (half(place), half(place + 16))
+            }
+            Format::Int8 { .. } => (half(at.scales + i * 16 + row * 2), f16::ZERO),
+            Format::Q6K => panic!("Q6_K has no groups of 32 or more"),
         };
     }
 }

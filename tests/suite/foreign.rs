@@ -161,7 +161,11 @@ fn from_hugging_face_to_gguf_and_back_is_the_same() {
             (path(&format!("hf{i}")), path(&format!("{i}.gguf")), path(&format!("back{i}")));
         checkpoint::save(&hf, &GPT::new(&config, Device::Cpu)).unwrap();
         made(&hf, &file, Target::Gguf { mix: None });
-        made(&file, &back, Target::HuggingFace { max_shard_bytes: MAX_SHARD_BYTES });
+        made(
+            &file,
+            &back,
+            Target::HuggingFace { max_shard_bytes: MAX_SHARD_BYTES, quantise: None },
+        );
         assert_eq!(
             fs::read(hf.join("model.safetensors")).unwrap(),
             fs::read(back.join("model.safetensors")).unwrap()
@@ -365,7 +369,7 @@ fn what_cannot_be_read_or_written_is_told_and_leaves_nothing() {
     refused(
         &golden("hf"),
         &["--to", "hf", "--quantize", "Q8_0"],
-        &["`--quantize` is for `--to gguf`"],
+        &["`--quantize Q8_0`: expected `int4` or `int8`", "`int4:32`, for `--to hf`"],
     );
 
     // A training checkpoint that does not say what it is.

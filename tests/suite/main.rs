@@ -36,6 +36,8 @@ mod presets;
 mod pretrain;
 mod pretrain_ranks;
 mod quant;
+mod quant_cache;
+mod quant_folder;
 mod recompute;
 mod serve;
 mod small_models;

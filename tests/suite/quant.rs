@@ -1,6 +1,7 @@
 //! Quantised matrices on the CPU, and a Llama of them.
 
 use crate::small_models::{checkpoint, families, random_ids, run_program, with_seed};
+use half::f16;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use tinyllama::checkpoint::gguf::{Type, quants};
@@ -87,6 +88,42 @@ fn rows_of_gguf_blocks_are_those_that_the_reader_of_files_gives() {
             let worst = worst.fold(0.0f32, f32::max);
             assert!(worst < 1e-6, "{kind}, row {row}: {worst}");
         }
+    }
+}
+
+#[test]
+fn rows_in_groups_say_what_the_matrix_says() {
+    let (rows, columns) = (13, 512);
+    for (name, matrix) in matrices(rows, columns) {
+        let Some(format) = matrix.grouped_format() else {
+            assert_eq!((matrix.format(), name.as_str()), (Format::Q6K, "Q6_K"));
+            continue;
+        };
+        let (group, int8) = (format.group(), matches!(format, Format::Int8 { .. }));
+        let (mut codes, mut scales) = (vec![77; columns], vec![f16::NAN; columns / group]);
+        let mut minimums = scales.clone();
+        for row in 0..rows {
+            matrix.grouped_row(row, &mut codes, &mut scales, &mut minimums);
+            for (k, expected) in row_of(&matrix, row).into_iter().enumerate() {
+                let (scale, minimum) = (scales[k / group].to_f32(), minimums[k / group].to_f32());
+                let code = if int8 { codes[k] as i8 as f32 } else { codes[k] as f32 };
+                assert!(int8 || codes[k] < 16, "{name}");
+                let got = scale * code + minimum;
+                // Q4_K's products are rounded to fp16.
+                let slack = (scale * code).abs().max(minimum.abs()) * 2.0 / 2048.0;
+                match matrix.format() {
+                    Format::Q4K => assert!((got - expected).abs() <= slack, "{got}, {expected}"),
+                    _ => assert_eq!(got, expected, "{name}"),
+                }
+            }
+        }
+        if matrix.format() == Format::Q4K {
+            continue;
+        }
+        // Out of panels and back.
+        let back = QuantMatrix::from_groups(&matrix.groups().unwrap()).unwrap();
+        assert_eq!((back.format(), back.rows()), (format, rows));
+        (0..rows).for_each(|row| assert_eq!(row_of(&back, row), row_of(&matrix, row), "{name}"));
     }
 }
 

@@ -4,7 +4,7 @@ use super::Opened;
 use crate::checkpoint::gguf::{GgufFile, Metadata, TensorInfo, Type, llama, quants, vocab};
 use crate::checkpoint::hf_config;
 use crate::checkpoint::names::Naming;
-use crate::checkpoint::weights::{Store, Weights};
+use crate::checkpoint::weights::{Packed, Store, Weights};
 use crate::error::WithHint;
 use crate::ffi::TensorView;
 use anyhow::{Context, Result};
@@ -97,10 +97,15 @@ impl Store for GgufStore {
         Ok(self.info(name)?.bytes()?)
     }
 
-    fn blocks(&self, name: &str) -> Result<Option<(Type, &[u8])>> {
+    fn is_quantised(&self, name: &str) -> bool {
+        let quantised =
+            |info: &TensorInfo| plain(info.kind).is_none() && quants::readable(info.kind);
+        self.info(name).is_ok_and(quantised)
+    }
+
+    fn blocks(&self, name: &str) -> Result<Option<Packed<'_>>> {
         let info = self.info(name)?;
-        let quantised = plain(info.kind).is_none() && quants::readable(info.kind);
-        Ok(quantised.then(|| (info.kind, self.file.bytes(info))))
+        Ok(self.is_quantised(name).then(|| Packed::Gguf(info.kind, self.file.bytes(info))))
     }
 
     fn rows(&self, name: &str, rows: Range<i64>) -> Result<TensorView<'_>> {

@@ -3,6 +3,7 @@
 //! | format                     | a folder with                             | a file that begins with          |
 //! |----------------------------|-------------------------------------------|----------------------------------|
 //! | Hugging Face               | `config.json`, safetensors or `.bin`      |                                  |
+//! | the same, quantised        | `config.json`, `quantized.safetensors`    |                                  |
 //! | litgpt, lit-gpt, TinyLlama | `model_config.yaml` or `lit_config.json`, `lit_model.safetensors` or `.pth` | a zip archive or PyTorch's number |
 //! | Meta                       | `params.json`, `consolidated.*.pth`       |                                  |
 //! | GGUF                       | one `.gguf` file                          | `GGUF`                           |
@@ -22,7 +23,7 @@ use super::names::{LitGpt, Naming};
 use super::tensors::TensorFile;
 use super::torch_file::is_torch_file;
 use super::weights::{Store, Weights};
-use super::{hf_config, litgpt};
+use super::{hf_config, litgpt, quantised};
 use crate::bail_hint;
 use crate::error::WithHint;
 use crate::model::ModelConfig;
@@ -131,12 +132,16 @@ fn open_folder(dir: &Path) -> Result<Opened> {
         }
     }
     let config = hf_config::read(dir)?;
-    let files = weights_files(dir)?;
-    let format = match files.first().is_some_and(|f| f.extension().is_some_and(|e| e == "bin")) {
-        true => "Hugging Face, PyTorch files",
-        false => "Hugging Face safetensors",
+    let quantised = quantised::is_one(&hf_config::read_json(dir)?)?;
+    let files = weights_files(dir, quantised)?;
+    let weights = weights_of(&files)?;
+    let is_bin = |file: &PathBuf| file.extension().is_some_and(|e| e == "bin");
+    let (format, weights) = match (quantised, files.first().is_some_and(is_bin)) {
+        (true, _) => ("Hugging Face, quantised by tinyllama", quantised::whole(weights, dir)?),
+        (false, true) => ("Hugging Face, PyTorch files", weights),
+        (false, false) => ("Hugging Face safetensors", weights),
     };
-    Ok(Opened::new(format, config, Naming::HuggingFace, weights_of(&files)?))
+    Ok(Opened::new(format, config, Naming::HuggingFace, weights))
 }
 
 /// Every tensor of some safetensors or PyTorch files.
