@@ -94,21 +94,6 @@ struct PagedAttention {
 int paged_attention_splits(int sequences, int groups, int length);
 cudaError_t paged_attention(const PagedAttention& p, cudaStream_t stream);
 
-// ---- rope_cache.cu ---------------------------------------------------------------------------------------
-
-// Prefill's half of `append`: turns q and k in place and writes k and v to the cache.
-struct RopeCache {
-  bool int8_cache;
-  int64_t tokens;
-  int heads, groups, head_size;
-  void* qkv;             // (tokens, (H+2G) D)
-  const int* positions;  // (tokens,); below 0: skipped
-  const int* sequences;  // (tokens,) row of the block table, or null: token i is of sequence i
-  KvCache cache;
-  Rotary rotary;  // any even n <= D
-};
-cudaError_t rope_cache(const RopeCache& p, cudaStream_t stream);
-
 // ---- sample.cu -------------------------------------------------------------------------------------------
 
 struct Sample {
@@ -135,15 +120,5 @@ struct Sample {
   bool overlap;
 };
 cudaError_t sample(const Sample& p, cudaStream_t stream);
-
-// x[i] = embedding[ids[i]]; bf16.
-struct Embed {
-  int64_t tokens;
-  int width;              // C, a multiple of 8
-  const int* ids;         // (tokens,); below 0: zeros
-  const void* embedding;  // (V, C)
-  void* x;                // (tokens, C)
-};
-cudaError_t embed(const Embed& p, cudaStream_t stream);
 
 }  // namespace tl

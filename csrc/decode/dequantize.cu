@@ -1,5 +1,4 @@
-// int8 and int4 weights back to bf16 (weights.cuh has the layouts), for products of many rows; and the gather of
-// embeddings.
+// int8 and int4 weights back to bf16 (weights.cuh has the layouts), for products of many rows.
 //
 // A thread makes 8 neighbours of a row from the 4 or 8 bytes that hold them. Bytes a weight: its code, 2 written.
 #include "weights.cuh"
@@ -34,15 +33,6 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const Dequantize p) {
   Vector<bf16>::pack(q).store(static_cast<bf16*>(p.y) + (int64_t)row * p.columns + column);
 }
 
-__global__ void __launch_bounds__(256) embed_kernel(const Embed p) {
-  const int vectors = p.width / 8;
-  const int64_t at = blockIdx.x * 256ll + threadIdx.x, token = at / vectors;
-  if (token >= p.tokens) return;
-  const int id = p.ids[token];
-  const auto* table = static_cast<const uint4*>(p.embedding);
-  static_cast<uint4*>(p.x)[at] = id < 0 ? uint4{} : table[(int64_t)id * vectors + at % vectors];
-}
-
 }  // namespace
 
 cudaError_t dequantize(const Dequantize& p, cudaStream_t stream) {
@@ -62,13 +52,6 @@ cudaError_t dequantize(const Dequantize& p, cudaStream_t stream) {
     const auto kernel = int4 ? dequantize_kernel<Format::int4> : dequantize_kernel<Format::int8>;
     kernel<<<grid, 256, 0, stream>>>(part);
   }
-  return cudaGetLastError();
-}
-
-cudaError_t embed(const Embed& p, cudaStream_t stream) {
-  if (p.width % 8) return cudaErrorInvalidValue;
-  const int64_t threads = p.tokens * (p.width / 8);
-  if (threads) embed_kernel<<<(threads + 255) / 256, 256, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

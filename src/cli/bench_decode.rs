@@ -7,7 +7,7 @@ use crate::generate::load::{self, Form};
 use crate::generate::network::Network;
 use crate::generate::sampler::SamplingParams;
 use crate::model::{GPT, ModelConfig};
-use crate::quant::{Scheme, parse_scheme};
+use crate::quant::{self, Scheme, parse_scheme};
 use crate::{device, guard};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "quantize")]
     precision: Option<InferencePrecision>,
     /// Matrices in 4 or 8 bits, on the CPU: as in `generate`
-    #[arg(long, value_name = "SCHEME", value_parser = parse_scheme, requires = "checkpoint")]
+    #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
     quantize: Option<Scheme>,
     /// Dtype of keys and values in the cache, of quantised weights
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
@@ -138,6 +138,9 @@ fn random_model(name: &str, form: Form, device: Device) -> Result<Network> {
         .ok_or_else(|| anyhow!("`{name}` is no model that is known here"))
         .usage(format!("one of {}", ModelConfig::preset_names().join(", ")))?;
     let mut model = GPT::new(&config, device);
+    if let Form::Quantised(scheme) = form {
+        return Network::quantised(quant::quantise(&model, scheme)?, device);
+    }
     model.to_kind(match form {
         Form::Dense(kind) => kind,
         _ if device.is_cuda() => Kind::BFloat16,

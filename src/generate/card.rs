@@ -10,9 +10,10 @@ use crate::ffi::{
     self, DECODER_ROWS, DecodeLayer, DecodeState, DecodeWeight, Decoder, DecoderParts, Graph,
     ReadBack, SampleState,
 };
+use crate::model::linear::Linear;
 use crate::model::paged_cache::BLOCK;
 use crate::model::{GPT, Mlp, PagedCache};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use std::collections::BTreeMap;
@@ -97,7 +98,10 @@ impl Chosen {
 /// Whether the decode kernels cover a model: a Llama without biases in bf16, with heads of 64 or 128.
 pub fn covers(model: &GPT) -> bool {
     let c = &model.config;
-    let llama = |mlp: &Mlp| matches!(mlp, Mlp::LLaMA(mlp) if mlp.is_joined());
+    let llama = |mlp: &Mlp| match mlp {
+        Mlp::LLaMA(mlp) => mlp.gate_up_packed.is_some() || mlp.is_joined(),
+        Mlp::GptNeox(_) => false,
+    };
     model.device().is_cuda()
         && cfg!(cuda_kernels)
         && model.fused
@@ -196,7 +200,7 @@ impl<'m> Card<'m> {
         let free = (0..self.used.len()).filter(|&row| !self.used[row]); // the lowest: few rows are computed
         let rows: Vec<usize> = free.take(newcomers.len()).collect();
         if rows.len() < newcomers.len() {
-            return Err(anyhow::anyhow!("no free row on the card"));
+            bail!("no free row on the card");
         }
         rows.iter().for_each(|&row| self.used[row] = true);
         let (e, device) = (newcomers.len() as i64, self.model.device());
@@ -379,29 +383,37 @@ impl<'m> Card<'m> {
 
 fn decoder(model: &GPT, cache: &PagedCache, state: &DecodeState) -> Result<Decoder> {
     let c = &model.config;
-    let joined: Vec<Tensor> = model.h.iter().filter_map(|block| block.mlp.gate_up()).collect(); // (2F, C) each
+    let joined: Vec<Option<Tensor>> = model.h.iter().map(|block| block.mlp.gate_up()).collect(); // (2F, C) each
     let mut layers = Vec::new();
     for (i, (block, gate_up)) in model.h.iter().zip(&joined).enumerate() {
         let Mlp::LLaMA(mlp) = &block.mlp else { continue };
         layers.push(DecodeLayer {
             norm_1: &block.norm_1.weight,
             norm_2: &block.norm_2.weight,
-            qkv: DecodeWeight::Plain(&block.attn.qkv.weight),
-            proj: DecodeWeight::Plain(&block.attn.proj.weight),
-            gate_up: DecodeWeight::Plain(gate_up),
-            mlp_proj: DecodeWeight::Plain(&mlp.proj.weight),
+            qkv: weight_of(&block.attn.qkv),
+            proj: weight_of(&block.attn.proj),
+            gate_up: match (&mlp.gate_up_packed, gate_up) {
+                (Some(packed), _) => DecodeWeight::Packed(packed),
+                (None, Some(joined)) => DecodeWeight::Plain(joined),
+                (None, None) => bail!("gate and up projections lie apart"),
+            },
+            mlp_proj: weight_of(&mlp.proj),
             memory: cache.memory(i),
         });
     }
-    let head = model.lm_head.as_ref().map_or(&model.wte.weight, |head| &head.weight);
+    let head = model.lm_head.as_ref().map_or(DecodeWeight::Plain(&model.wte.weight), weight_of);
     Decoder::new(&DecoderParts {
         layers: &layers,
         norm: &model.ln_f.weight,
-        head: DecodeWeight::Plain(head),
+        head,
         state,
         heads: c.n_head,
         eps: c.norm_eps,
     })
+}
+
+fn weight_of(linear: &Linear) -> DecodeWeight<'_> {
+    linear.packed.as_ref().map_or(DecodeWeight::Plain(&linear.weight), DecodeWeight::Packed)
 }
 
 /// 32-bit words with a bit for each of `ids` ids.

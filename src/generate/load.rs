@@ -26,12 +26,12 @@ pub struct Loaded {
 /// In what form weights are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Form {
-    /// On the CPU as they are stored where that is quantised; else in bf16 on a GPU, in fp32 on the CPU.
+    /// As they are stored where that is quantised; else in bf16 on a GPU, in fp32 on the CPU.
     #[default]
     Usual,
     /// All in this dtype.
     Dense(Kind),
-    /// Matrices quantised, on the CPU.
+    /// Matrices quantised.
     Quantised(Scheme),
 }
 
@@ -90,19 +90,15 @@ pub fn chat_template(
 
 fn load_network(source: &Source, device: Device, form: Form) -> Result<Network> {
     let scheme = match form {
-        Form::Quantised(_) if device.is_cuda() => {
-            return Err(anyhow!("quantised weights run on the CPU only"))
-                .usage("give `--device cpu`, or leave `--quantize` out");
-        }
         Form::Quantised(scheme) => Some(scheme),
         Form::Dense(_) => None,
         Form::Usual => {
-            let direct = !device.is_cuda() && obstacle(&source.config).is_none();
-            (direct && source.is_quantised()).then_some(Scheme::Stored)
+            let direct = source.is_quantised() && obstacle(&source.config).is_none();
+            (direct && (!device.is_cuda() || cfg!(cuda_kernels))).then_some(Scheme::Stored)
         }
     };
     if let Some(scheme) = scheme {
-        return Ok(Network::Quantised(Box::new(quant::load(source, scheme)?)));
+        return Network::quantised(quant::load(source, scheme)?, device);
     }
     let kind = match form {
         Form::Dense(kind) => kind,

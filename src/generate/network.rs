@@ -1,18 +1,19 @@
 //! The networks that can be run: one of fp32 or 16 bits, or one of quantised matrices on the CPU.
 
+use super::card::covers;
 use crate::error::WithHint;
 use crate::model::paged_cache::Batch;
 use crate::model::{GPT, ModelConfig, PagedCache};
-use crate::quant::QuantLlama;
+use crate::quant::{self, QuantLlama};
 use anyhow::{Result, anyhow};
 use tch::{Device, Kind, Tensor};
 
 /// A network with its weights.
 #[derive(Debug)]
 pub enum Network {
-    /// Weights of one float dtype.
+    /// Weights of one float dtype, or on a card some of them in 4 to 8 bits.
     Dense(Box<GPT>),
-    /// Weights of 4 to 8 bits.
+    /// Weights of 4 to 8 bits on the CPU.
     Quantised(Box<QuantLlama>),
 }
 
@@ -34,6 +35,18 @@ impl Network {
         }
     }
 
+    /// Quantised weights where they run: on the CPU as they are, on a card packed for its kernels.
+    ///
+    /// # Errors
+    /// A card, and a program without kernels.
+    pub fn quantised(llama: QuantLlama, device: Device) -> Result<Self> {
+        if !device.is_cuda() {
+            return Ok(Self::Quantised(Box::new(llama)));
+        }
+        let hint = "give `--device cpu`, or leave `--quantize` out";
+        Ok(Self::Dense(Box::new(quant::to_card(llama, device).usage(hint)?)))
+    }
+
     /// Chooses the dtype of the cache: fp32, bf16, fp16 or int8 for quantised weights, their own for others.
     ///
     /// # Errors
@@ -41,11 +54,15 @@ impl Network {
     pub fn set_cache_kind(&mut self, kind: Kind) -> Result<()> {
         match self {
             Self::Quantised(model) => model.cache_kind = kind,
-            Self::Dense(model) if model.kind() == kind => {}
+            Self::Dense(model) if model.kind() == kind => model.cache_kind = None,
+            Self::Dense(model) if kind == Kind::Int8 && covers(model) => {
+                model.cache_kind = Some(kind);
+            }
             Self::Dense(model) => {
                 let own = model.kind();
                 return Err(anyhow!(
-                    "a cache of {kind:?} needs quantised weights on the CPU: expected {own:?}, the dtype of these weights"
+                    "a cache of {kind:?} needs quantised weights on the CPU, or where it is Int8 weights of \
+                     bf16 on a GPU: expected {own:?}, the dtype of these weights"
                 ))
                 .usage("leave `--kv-cache-dtype` out, or quantise: `--quantize int8 --device cpu`");
             }
@@ -86,7 +103,7 @@ impl<'m> NetworkRef<'m> {
     /// Dtype of the cache, and of activations where weights are not quantised (those of others are fp32).
     pub fn kind(self) -> Kind {
         match self {
-            Self::Dense(model) => model.kind(),
+            Self::Dense(model) => model.cache_kind.unwrap_or(model.kind()),
             Self::Quantised(model) => model.cache_kind,
         }
     }
@@ -130,7 +147,9 @@ impl<'m> NetworkRef<'m> {
                 let read = |name: &str| tied || name != "transformer.wte.weight";
                 let bytes = |p: &Tensor| p.numel() as u64 * p.kind().elt_size_in_bytes() as u64;
                 let all = model.named_parameters();
-                all.iter().filter(|(name, _)| read(name)).map(|(_, p)| bytes(p)).sum()
+                let packed: u64 = model.packed().map(|w| w.data.numel() as u64).sum();
+                packed
+                    + all.iter().filter(|(name, _)| read(name)).map(|(_, p)| bytes(p)).sum::<u64>()
             }
         }
     }

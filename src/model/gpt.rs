@@ -13,7 +13,7 @@ use super::paged_cache::{Batch, Cache, PagedCache};
 use super::rope::Rope;
 use super::units::AtUnit;
 use crate::config::AttentionBackend;
-use crate::ffi::DecodeState;
+use crate::ffi::{DecodeState, PackedWeight};
 use crate::ops::{self, Documents, LossScalars};
 use tch::{Device, Kind, Tensor};
 
@@ -44,6 +44,8 @@ pub struct GPT {
     pub fp8: Option<Fp8>,
     /// So many of the first blocks keep only their inputs; the backward pass runs them again.
     pub recomputed_blocks: usize,
+    /// Dtype of keys and values in a paged cache: the weights' own, or int8.
+    pub cache_kind: Option<Kind>,
     /// Called when a pass enters a unit ([`GPT::units`]).
     pub at_unit: Option<AtUnit>,
     /// Angles of positions.
@@ -71,6 +73,7 @@ impl GPT {
             recompute_norms: false,
             fp8: None,
             recomputed_blocks: 0,
+            cache_kind: None,
             at_unit: None,
             rope: Rope::new(config, device),
             config: config.clone(),
@@ -185,7 +188,10 @@ impl GPT {
     /// # Shapes
     /// x (.., C) -> (.., V).
     pub fn head(&self, x: &Tensor) -> Tensor {
-        x.linear(self.head_weight(), None::<Tensor>)
+        match &self.lm_head {
+            Some(head) => x.linear(&head.dense(), None::<Tensor>),
+            None => x.linear(&self.wte.weight, None::<Tensor>),
+        }
     }
 
     /// (V, C): the head's own matrix, or the embedding where they are tied.
@@ -229,6 +235,19 @@ impl GPT {
             add("lm_head".into(), &head.weight, head.bias.as_ref());
         }
         out
+    }
+
+    /// Weights in 4 or 8 bits.
+    pub fn packed(&self) -> impl Iterator<Item = &PackedWeight> {
+        fn of_block(block: &Block) -> [Option<&PackedWeight>; 4] {
+            let (gate_up, proj) = match &block.mlp {
+                Mlp::LLaMA(mlp) => (mlp.gate_up_packed.as_ref(), mlp.proj.packed.as_ref()),
+                Mlp::GptNeox(_) => (None, None),
+            };
+            [block.attn.qkv.packed.as_ref(), block.attn.proj.packed.as_ref(), gate_up, proj]
+        }
+        let head = self.lm_head.as_ref().and_then(|head| head.packed.as_ref());
+        self.h.iter().flat_map(of_block).flatten().chain(head)
     }
 
     /// Number of parameters held; a tied head is counted once.

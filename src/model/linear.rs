@@ -2,8 +2,8 @@
 
 use super::attention::Kernels;
 use super::norm::Norm;
-use crate::ffi::Fp8Linear;
-use crate::ops;
+use crate::ffi::{Fp8Linear, PackedWeight};
+use crate::ops::{self, or_panic};
 use tch::{Device, Kind, Tensor};
 
 /// `y = x W^T + b`.
@@ -18,6 +18,8 @@ pub struct Linear {
     pub bias: Option<Tensor>,
     /// e4m3 copies of the weight and scales, in `fp8-mixed`.
     pub fp8: Option<Fp8Linear>,
+    /// The weight in 4 or 8 bits, for inference; `weight` is empty then.
+    pub packed: Option<PackedWeight>,
 }
 
 impl Linear {
@@ -28,6 +30,7 @@ impl Linear {
             weight: Tensor::empty([outputs, inputs], options),
             bias: bias.then(|| Tensor::zeros([outputs], options)),
             fp8: None,
+            packed: None,
         }
     }
 
@@ -35,13 +38,25 @@ impl Linear {
     pub fn shallow_clone(&self) -> Self {
         let bias = self.bias.as_ref().map(Tensor::shallow_clone);
         let fp8 = self.fp8.as_ref().map(Fp8Linear::shallow_clone);
-        Self { weight: self.weight.shallow_clone(), bias, fp8 }
+        let packed = self.packed.as_ref().map(PackedWeight::shallow_clone);
+        Self { weight: self.weight.shallow_clone(), bias, fp8, packed }
     }
 
     /// See [`ops::linear`].
     pub fn forward(&self, x: &Tensor, with: &Kernels) -> Tensor {
+        if self.packed.is_some() {
+            return ops::linear(x, &self.dense(), self.bias.as_ref(), None, with.fused);
+        }
         let fp8 = self.fp8.as_ref().filter(|_| with.fp8);
         ops::linear(x, &self.weight, self.bias.as_ref(), fp8, with.fused)
+    }
+
+    /// W (out, in) in full: the weight, or what the packed one stands for.
+    pub fn dense(&self) -> Tensor {
+        match &self.packed {
+            Some(packed) => or_panic(packed.dequantize()),
+            None => self.weight.shallow_clone(),
+        }
     }
 
     /// `(self(norm(sum)), sum)` with `sum = x + residual`: the layer behind a norm.

@@ -4,8 +4,8 @@ use super::attention::Kernels;
 use super::config::{MlpClass, ModelConfig};
 use super::linear::Linear;
 use super::norm::Norm;
-use crate::ffi::Fp8Linear;
-use crate::ops;
+use crate::ffi::{Fp8Linear, PackedWeight};
+use crate::ops::{self, or_panic};
 use tch::{Device, Tensor};
 
 /// `proj(silu(fc_1(x)) * fc_2(x))`.
@@ -20,6 +20,8 @@ pub struct LLaMAMLP {
     pub proj: Linear,
     /// e4m3 copies of `[fc_1; fc_2]` and their scales, in `fp8-mixed`.
     pub gate_up_fp8: Option<Fp8Linear>,
+    /// `[fc_1; fc_2]` in 4 or 8 bits, for inference; their own weights are empty then.
+    pub gate_up_packed: Option<PackedWeight>,
 }
 
 /// `proj(gelu(fc(x)))`.
@@ -50,6 +52,7 @@ impl Mlp {
                 fc_2: Linear::new(c, f, bias, device),
                 proj: Linear::new(f, c, bias, device),
                 gate_up_fp8: None,
+                gate_up_packed: None,
             }),
             MlpClass::GptNeoxMLP => Self::GptNeox(GptNeoxMLP {
                 fc: Linear::new(c, f, bias, device),
@@ -86,8 +89,11 @@ impl Mlp {
     /// `[W1; W2]` (2F, C) as one view, where they lie behind each other.
     pub fn gate_up(&self) -> Option<Tensor> {
         let Self::LLaMA(mlp) = self else { return None };
+        if !mlp.is_joined() {
+            return None;
+        }
         let (f, c) = mlp.fc_1.weight.size2().expect("a matrix is (F, C)");
-        mlp.is_joined().then(|| mlp.fc_1.weight.as_strided([2 * f, c], [c, 1], None))
+        Some(mlp.fc_1.weight.as_strided([2 * f, c], [c, 1], None))
     }
 
     /// Another handle on the same parameters.
@@ -98,6 +104,7 @@ impl Mlp {
                 fc_2: mlp.fc_2.shallow_clone(),
                 proj: mlp.proj.shallow_clone(),
                 gate_up_fp8: mlp.gate_up_fp8.as_ref().map(Fp8Linear::shallow_clone),
+                gate_up_packed: mlp.gate_up_packed.as_ref().map(PackedWeight::shallow_clone),
             }),
             Self::GptNeox(mlp) => Self::GptNeox(GptNeoxMLP {
                 fc: mlp.fc.shallow_clone(),
@@ -110,6 +117,10 @@ impl Mlp {
     /// x (B, T, C) -> (B, T, C).
     pub fn forward(&self, x: &Tensor, with: &Kernels) -> Tensor {
         match self {
+            Self::LLaMA(LLaMAMLP { gate_up_packed: Some(packed), proj, .. }) => {
+                let gate_up = x.linear(&or_panic(packed.dequantize()), None::<Tensor>); // (B, T, 2F)
+                proj.forward(&ops::swiglu(&gate_up, with.fused), with) // (B, T, C)
+            }
             Self::LLaMA(mlp) if mlp.proj.bias.is_none() => {
                 let [fc_1, fc_2, proj] = mlp.weights();
                 ops::swiglu_mlp(x, fc_1, fc_2, proj, with.fused) // (B, T, C)
@@ -152,7 +163,7 @@ impl Mlp {
 impl LLaMAMLP {
     /// Whether W2 lies behind W1 ([`Mlp::join`]).
     pub fn is_joined(&self) -> bool {
-        let (f, c) = self.fc_1.weight.size2().expect("a matrix is (F, C)");
+        let Ok((f, c)) = self.fc_1.weight.size2() else { return false };
         let bytes = (f * c) as usize * self.fc_1.weight.kind().elt_size_in_bytes();
         self.fc_1.weight.data_ptr() as usize + bytes == self.fc_2.weight.data_ptr() as usize
     }

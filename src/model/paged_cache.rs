@@ -11,7 +11,7 @@ use super::config::ModelConfig;
 use super::kv_cache::{KvCache, LayerCache};
 use crate::config::AttentionBackend;
 use crate::ffi::{self, DecodeState, KeysAndValues, LayerMemory};
-use crate::ops::{self, Mask, or_panic};
+use crate::ops::{self, Documents, Mask, or_panic};
 use tch::{Device, Kind, Tensor};
 
 /// Tokens in a block.
@@ -58,6 +58,10 @@ pub struct Batch {
     slots: Tensor,
     /// Where the tokens of each sequence lie, the new ones included.
     places: Vec<Place>,
+    /// From this sequence on all are new, and attend as documents of one packed row.
+    fresh_from: usize,
+    /// Where these lie in their row.
+    fresh: Option<Documents>,
     /// The same in plain numbers.
     pub host: Vec<HostSpan>,
 }
@@ -109,7 +113,9 @@ impl Batch {
             table: table.to_vec(),
         };
         let host = sequences.iter().map(host_span).collect();
-        Self { ids: tensor(&ids).unsqueeze(0), spans, positions, slots, places, host }
+        let (fresh_from, fresh) = fresh(&spans, device);
+        let ids = tensor(&ids).unsqueeze(0);
+        Self { ids, spans, positions, slots, places, fresh_from, fresh, host }
     }
 
     /// The longest of the sequences, in tokens.
@@ -121,6 +127,18 @@ impl Batch {
     pub fn tokens(&self) -> i64 {
         self.ids.size()[1]
     }
+}
+
+/// The sequences at the end that have no token in the cache, if there are two or more: from which one on, and where they
+/// lie in the row of their tokens. Only on a card, whose kernels skip what lies outside of a document.
+fn fresh(spans: &[Span], device: Device) -> (usize, Option<Documents>) {
+    let fresh = spans.iter().rev().take_while(|span| span.past == 0).count();
+    if fresh < 2 || !device.is_cuda() {
+        return (spans.len(), None);
+    }
+    let from = spans.len() - fresh;
+    let lengths = spans[from..].iter().map(|span| span.tokens).collect();
+    (from, Some(Documents::from_lengths(&[lengths], device)))
 }
 
 /// Where a sequence's cache keeps the token at this position.
@@ -138,19 +156,22 @@ impl Place {
         Self::At(Tensor::from_slice(&slots).to_device(device))
     }
 
-    /// The rows of x (slots, G, D) as (1, G, S, D).
-    fn rows(&self, x: &Tensor, s: i64) -> Tensor {
-        let rows = match self {
-            Self::From(first) => x.narrow(0, *first, s), // (S, G, D)
-            Self::At(slots) => x.index_select(0, slots), // (S, G, D)
+    /// The rows of x (slots, G, D) as (1, G, S, D) of this dtype; of int8 with scales (slots, G).
+    fn rows(&self, x: &Tensor, scales: Option<&Tensor>, s: i64, kind: Kind) -> Tensor {
+        let rows = |x: &Tensor| match self {
+            Self::From(first) => x.narrow(0, *first, s), // (S, ..)
+            Self::At(slots) => x.index_select(0, slots), // (S, ..)
         };
-        rows.transpose(0, 1).unsqueeze(0)
+        let own = match scales {
+            Some(scales) => (rows(x) * rows(scales).unsqueeze(-1)).to_kind(kind), // (S, G, D)
+            None => rows(x),
+        };
+        own.transpose(0, 1).unsqueeze(0)
     }
 }
 
 impl PagedCache {
-    /// Room for `blocks` blocks of keys and values of dtype `kind`: fp32, bf16, fp16, or int8 with scales, which only
-    /// [`PagedCache::memory_mut`] gives access to.
+    /// Room for `blocks` blocks of keys and values of dtype `kind`: fp32, bf16, fp16, or int8 with scales.
     pub fn new(config: &ModelConfig, blocks: usize, kind: Kind, device: Device) -> Self {
         let slots = (blocks * BLOCK) as i64;
         let (g, d) = (config.n_query_groups, config.head_size);
@@ -230,6 +251,22 @@ impl PagedLayer {
         LayerMemory { k: &self.k, v: &self.v, scales }
     }
 
+    /// Puts k, v (1, G, N, D) into these slots (N,).
+    fn keep(&mut self, k: &Tensor, v: &Tensor, slots: &Tensor) {
+        let by_token = |x: &Tensor| x.squeeze_dim(0).transpose(0, 1); // (N, G, D)
+        let (k, v) = (by_token(k), by_token(v));
+        let Some((k_scale, v_scale)) = &mut self.scales else {
+            let _ = self.k.index_copy_(0, slots, &k);
+            let _ = self.v.index_copy_(0, slots, &v);
+            return;
+        };
+        for (memory, scales, x) in [(&mut self.k, k_scale, k), (&mut self.v, v_scale, v)] {
+            let (codes, scale) = to_int8(&x); // (N, G, D), (N, G)
+            let _ = memory.index_copy_(0, slots, &codes);
+            let _ = scales.index_copy_(0, slots, &scale);
+        }
+    }
+
     /// Attention of a batch's tokens, each to those of its own sequence up to itself. Their keys and values are kept.
     ///
     /// # Shapes
@@ -242,18 +279,40 @@ impl PagedLayer {
         batch: &Batch,
         backend: AttentionBackend,
     ) -> Tensor {
-        let by_token = |x: &Tensor| x.squeeze_dim(0).transpose(0, 1); // (N, G, D)
-        let _ = self.k.index_copy_(0, &batch.slots, &by_token(k));
-        let _ = self.v.index_copy_(0, &batch.slots, &by_token(v));
+        self.keep(k, v, &batch.slots);
+        let scales = self.scales.as_ref().map_or((None, None), |(k, v)| (Some(k), Some(v)));
         let of_span = |(span, place): (&Span, &Place)| {
             let s = span.past + span.tokens;
             let q = q.narrow(2, span.start, span.tokens); // (1, H, T, D)
-            let (k, v) = (place.rows(&self.k, s), place.rows(&self.v, s)); // (1, G, S, D) x2
+            let k = place.rows(&self.k, scales.0, s, q.kind()); // (1, G, S, D)
+            let v = place.rows(&self.v, scales.1, s, q.kind()); // (1, G, S, D)
             ops::attention(&q, &k, &v, Mask::CAUSAL, backend) // (1, H, T, D)
         };
-        let parts: Vec<Tensor> = batch.spans.iter().zip(&batch.places).map(of_span).collect();
-        Tensor::cat(&parts, 2) // (1, H, N, D)
+        // Kernels that know no documents would need a matrix of (N', N').
+        let d = q.size()[3];
+        let packed = backend != AttentionBackend::Math && ops::flash_covers(q.kind(), 2, d);
+        let fresh_from = if packed { batch.fresh_from } else { batch.spans.len() };
+        let alone = batch.spans.iter().zip(&batch.places).take(fresh_from);
+        let mut parts: Vec<Tensor> = alone.map(of_span).collect();
+        if let Some(first) = batch.spans.get(fresh_from) {
+            let n = batch.tokens() - first.start;
+            let [q, k, v] = [q, k, v].map(|x| x.narrow(2, first.start, n)); // (1, H or G, N', D)
+            let mask = Mask { causal: true, documents: batch.fresh.as_ref() };
+            parts.push(ops::attention(&q, &k, &v, mask, backend)); // (1, H, N', D)
+        }
+        match parts.len() {
+            1 => parts.remove(0),
+            _ => Tensor::cat(&parts, 2), // (1, H, N, D)
+        }
     }
+}
+
+/// Codes (N, G, D) of int8 and scales (N, G) of fp32, `x = scale q`, scale = max |x| / 127 of each head.
+fn to_int8(x: &Tensor) -> (Tensor, Tensor) {
+    let x = x.to_kind(Kind::Float);
+    let scale = x.abs().amax([-1], false) / 127.0; // (N, G)
+    let codes = (x / scale.unsqueeze(-1).clamp_min(1e-30)).round().clamp(-127.0, 127.0);
+    (codes.to_kind(Kind::Int8), scale)
 }
 
 /// The cache of a pass through the model.

@@ -5,8 +5,8 @@ use super::matrix::{Format, QuantMatrix};
 use crate::checkpoint::{BlockValues, Blocks, Parameters, Source};
 use crate::error::WithHint;
 use crate::ffi;
-use crate::model::ModelConfig;
 use crate::model::rope::Rope;
+use crate::model::{GPT, ModelConfig};
 use anyhow::{Context, Result, anyhow};
 use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
@@ -73,23 +73,58 @@ pub fn load(source: &Source, scheme: Scheme) -> Result<QuantLlama> {
     let parameters = source.parameters(Some(Kind::Float))?;
     let names = parameters.entries.iter().enumerate().map(|(i, e)| (e.name.clone(), i)).collect();
     let reader = Reader { source, scheme, parameters, names };
+    build(config, &|name| reader.matrices(name), &|name| reader.vector(name))
+}
+
+/// Rounds a model's matrices; [`Scheme::Stored`] has no meaning here and rounds to 8 bits.
+///
+/// # Errors
+/// As [`load`].
+pub fn quantise(model: &GPT, scheme: Scheme) -> Result<QuantLlama> {
+    let config = &model.config;
+    if let Some(problem) = obstacle(config) {
+        return Err(anyhow!("this model cannot be quantised: {problem}"))
+            .usage("leave `--quantize` out");
+    }
+    let parameters: HashMap<String, Tensor> = model.named_parameters().into_iter().collect();
+    let tensor = |name: &str| {
+        let found = parameters.get(name).with_context(|| format!("no parameter `{name}`"))?;
+        anyhow::Ok(found.to_device(Device::Cpu).to_kind(Kind::Float))
+    };
+    let matrices =
+        |name: &str| Ok(vec![round_matrix(name, &tensor(name)?, scheme.format(name, config))?]);
+    let vector = |name: &str| Ok(Vec::try_from(&tensor(name)?)?);
+    build(config, &matrices, &vector)
+}
+
+/// A network from its matrices, in one or several parts, and its norms.
+fn build(
+    config: &ModelConfig,
+    matrices: &dyn Fn(&str) -> Result<Vec<QuantMatrix>>,
+    vector: &dyn Fn(&str) -> Result<Vec<f32>>,
+) -> Result<QuantLlama> {
+    let matrix = |name: &str| {
+        let mut parts = matrices(name)?;
+        let one = parts.pop().filter(|_| parts.is_empty());
+        one.with_context(|| format!("`{name}` is stored in parts"))
+    };
     let layer = |i: i64| {
         let name = |leaf: &str| format!("transformer.h.{i}.{leaf}.weight");
-        let (gate, up) = (reader.matrices(&name("mlp.fc_1"))?, reader.matrices(&name("mlp.fc_2"))?);
+        let (gate, up) = (matrices(&name("mlp.fc_1"))?, matrices(&name("mlp.fc_2"))?);
         Ok(QuantBlock {
-            norm_1: reader.vector(&name("norm_1"))?,
-            qkv: Stack(reader.matrices(&name("attn.qkv"))?),
-            proj: reader.matrix(&name("attn.proj"))?,
-            norm_2: reader.vector(&name("norm_2"))?,
+            norm_1: vector(&name("norm_1"))?,
+            qkv: Stack(matrices(&name("attn.qkv"))?),
+            proj: matrix(&name("attn.proj"))?,
+            norm_2: vector(&name("norm_2"))?,
             gate_up: Stack(gate.into_iter().chain(up).collect()),
-            down: reader.matrix(&name("mlp.proj"))?,
+            down: matrix(&name("mlp.proj"))?,
         })
     };
-    let head = (!config.tie_embeddings).then(|| reader.matrix("lm_head.weight")).transpose()?;
+    let head = (!config.tie_embeddings).then(|| matrix("lm_head.weight")).transpose()?;
     Ok(QuantLlama {
-        wte: reader.matrix("transformer.wte.weight")?,
+        wte: matrix("transformer.wte.weight")?,
         h: (0..config.n_layer).map(layer).collect::<Result<_>>()?,
-        ln_f: reader.vector("transformer.ln_f.weight")?,
+        ln_f: vector("transformer.ln_f.weight")?,
         lm_head: head,
         rope: Rope::new(config, Device::Cpu),
         cache_kind: Kind::Float,
@@ -112,13 +147,6 @@ impl Reader<'_> {
 
     fn vector(&self, name: &str) -> Result<Vec<f32>> {
         Ok(Vec::try_from(&self.tensor(name)?)?)
-    }
-
-    /// A matrix in one part, whatever lies where.
-    fn matrix(&self, name: &str) -> Result<QuantMatrix> {
-        let mut parts = self.matrices(name)?;
-        let one = parts.pop().filter(|_| parts.is_empty());
-        one.with_context(|| format!("`{name}` is stored in parts"))
     }
 
     fn matrices(&self, name: &str) -> Result<Vec<QuantMatrix>> {

@@ -1,9 +1,10 @@
-//! Weights of 4 to 8 bits on the CPU.
+//! Weights of 4 to 8 bits, on the CPU and on a CUDA card.
 //!
 //! Read [`llama`] (the forward pass), then [`matrix`] (how weights lie in memory and are multiplied), [`load`],
 //! [`Groups`] (rows outside of panels).
 
 mod attention;
+mod card;
 mod groups;
 pub mod llama;
 mod load;
@@ -12,9 +13,10 @@ mod memory;
 mod panel;
 mod round;
 
+pub use card::to_card;
 pub use groups::Groups;
 pub use llama::{QuantLlama, obstacle};
-pub use load::{Scheme, load, round_matrix};
+pub use load::{Scheme, load, quantise, round_matrix};
 pub use matrix::{Format, QuantMatrix};
 
 /// `stored`, `int4`, `int8`, or one of the latter with a group size, as in `int4:64`.

@@ -9,7 +9,9 @@ use tinyllama::generate::card::covers;
 use tinyllama::generate::engine::{Engine, EngineOptions, Event, Request, RequestId};
 use tinyllama::generate::request::{FinishReason, GenerateOptions, Token};
 use tinyllama::generate::sampler::{Sampler, SamplingParams};
-use tinyllama::model::{GPT, ModelConfig};
+use tinyllama::model::paged_cache::Batch;
+use tinyllama::model::{GPT, ModelConfig, PagedCache};
+use tinyllama::quant::{Scheme, quantise, to_card};
 
 /// A bf16 model on the card whose logits differ enough that rounding rarely changes their order.
 fn spread_model(config: &ModelConfig, device: Device) -> GPT {
@@ -148,6 +150,122 @@ fn samples_share_a_prompt_on_the_card_and_draw_by_their_own_seeds() {
         let before = prompt(3, 21).into_iter().collect::<std::collections::HashSet<_>>().len();
         sorted.dedup();
         assert_eq!(sorted.len(), before + ids.len(), "no token comes twice");
+    }
+}
+
+/// The largest difference from `want`, relative to its norm.
+fn relative(got: &Tensor, want: &Tensor) -> f64 {
+    let (got, want) = (got.to_kind(Kind::Double), want.to_kind(Kind::Double));
+    (got - &want).norm().double_value(&[]) / want.norm().double_value(&[])
+}
+
+#[test]
+fn packed_weights_on_the_card_are_those_of_the_cpu() {
+    let Some((device, _card)) = card("packed_weights_on_the_card_are_those_of_the_cpu") else {
+        return;
+    };
+    let _no_grad = tch::no_grad_guard();
+    tch::manual_seed(6);
+    // 704 and 576 are no multiples of 128: blocks at the edge are padded.
+    let config = ModelConfig { n_embd: 576, n_head: 9, n_query_groups: 3, ..small_llama() };
+    let model = GPT::new(&config, Device::Cpu);
+    let head = &model.lm_head.as_ref().unwrap().weight;
+    head.shallow_clone().copy_(&(head * 5.0));
+    for scheme in [
+        Scheme::Int4 { group: 32 },
+        Scheme::Int4 { group: 64 },
+        Scheme::Int8 { group: 32 },
+        Scheme::Int8 { group: 64 },
+    ] {
+        let on_card = to_card(quantise(&model, scheme).unwrap(), device).unwrap();
+        assert!(covers(&on_card));
+        let cpu = quantise(&model, scheme).unwrap();
+        let mut row = vec![0.0; 576];
+        let got = on_card.h[1].attn.proj.packed.as_ref().unwrap().dequantize().unwrap(); // (576, 576)
+        for n in [0, 7, 8, 575] {
+            cpu.h[1].proj.dequantise_row(n, &mut row);
+            let want = Tensor::from_slice(&row).to_kind(Kind::BFloat16);
+            assert_eq!(got.get(n as i64).to_device(Device::Cpu), want, "{scheme:?}, row {n}");
+        }
+        let mlp = on_card.packed().nth(2).unwrap().dequantize().unwrap(); // (1408, 576)
+        assert_eq!(mlp.size(), [1408, 576]);
+
+        // Prefill by dequantised products, decoding by the codes; both near the fp32 pass of the CPU.
+        for requests in [1, 12] {
+            let sizes = EngineOptions { blocks: 200, max_sequences: 16, ..Default::default() };
+            let mut engine = Engine::new(&on_card, sizes);
+            for i in 0..requests {
+                let options = greedy(20);
+                engine.submit(Request { prompt: prompt(i, 20 + i), samples: 1, options }).unwrap();
+            }
+            for ((id, _), (tokens, _)) in finish(&mut engine) {
+                let prompt = prompt(id as usize, 20 + id as usize);
+                check_against_dense(&on_card, &prompt, &tokens);
+            }
+        }
+    }
+}
+
+/// Of packed weights: by the plain pass over what they stand for, in bf16.
+fn check_against_dense(model: &GPT, prompt: &[u32], tokens: &[Token]) {
+    let all: Vec<i64> =
+        prompt.iter().copied().chain(tokens.iter().map(|t| t.id)).map(i64::from).collect();
+    let ids = Tensor::from_slice(&all).unsqueeze(0).to_device(model.device());
+    let logprobs = model.forward(&ids, None).log_softmax(-1, Kind::Float).squeeze_dim(0); // (T, V)
+    for (i, token) in tokens.iter().enumerate() {
+        let row = logprobs.get((prompt.len() + i) as i64 - 1); // (V,)
+        let (best, own) = (row.max().double_value(&[]), row.double_value(&[token.id as i64]));
+        assert!(best - own < 0.15, "token {i}: {own} of the chosen one, {best} of the best");
+        assert!((token.logprob - own).abs() < 0.15, "token {i}: {} told, {own}", token.logprob);
+    }
+}
+
+#[test]
+fn an_int8_cache_on_the_card_is_near_the_plain_pass() {
+    let Some((device, _card)) = card("an_int8_cache_on_the_card_is_near_the_plain_pass") else {
+        return;
+    };
+    let mut model = spread_model(&small_llama(), device);
+    model.cache_kind = Some(Kind::Int8);
+    // Two samples copy a block with its scales; 20 requests leave the matrix-vector kernels.
+    for requests in [1, 20] {
+        let sizes = EngineOptions { blocks: 500, max_sequences: 48, ..Default::default() };
+        let mut engine = Engine::new(&model, sizes);
+        for i in 0..requests {
+            let options = greedy(30);
+            engine.submit(Request { prompt: prompt(i, 20 + i), samples: 2, options }).unwrap();
+        }
+        for ((id, _), (tokens, _)) in finish(&mut engine) {
+            check_greedy(&model, &prompt(id as usize, 20 + id as usize), &tokens);
+        }
+    }
+}
+
+#[test]
+fn prompts_read_together_are_those_read_alone() {
+    let Some((device, _card)) = card("prompts_read_together_are_those_read_alone") else { return };
+    let _no_grad = tch::no_grad_guard();
+    let model = spread_model(&small_llama(), device);
+    let prompts: Vec<Vec<u32>> = (0..5).map(|i| prompt(i, 3 + 37 * i)).collect();
+    let tables: Vec<Vec<u32>> = (0..5).map(|i| (i * 12..i * 12 + 12).collect()).collect();
+    let read = |parts: &[(&[u32], usize, &[u32])], cache: &mut PagedCache| {
+        model.hidden_paged(&Batch::new(parts, device), cache) // (N, C)
+    };
+    let cache = || PagedCache::new(&model.config, 60, Kind::BFloat16, device);
+    // The first of them in two pieces: its second has tokens in the cache.
+    let mut together = cache();
+    let head: (&[u32], usize, &[u32]) = (&prompts[4][..100], 0, &tables[4]);
+    let _ = read(&[head], &mut together);
+    let mut parts: Vec<(&[u32], usize, &[u32])> = vec![(&prompts[4][100..], 100, &tables[4])];
+    parts.extend((0..4).map(|i| (&prompts[i][..], 0, &tables[i][..])));
+    let got = read(&parts, &mut together); // (N, C)
+    let mut at = 0;
+    for (i, from) in [(4, 100), (0, 0), (1, 0), (2, 0), (3, 0)] {
+        let alone = read(&[(&prompts[i], 0, &tables[i])], &mut cache()); // (T, C)
+        let n = (prompts[i].len() - from) as i64;
+        let error = relative(&got.narrow(0, at, n), &alone.narrow(0, from as i64, n));
+        assert!(error < 0.02, "prompt {i}: {error}");
+        at += n;
     }
 }
 
