@@ -154,9 +154,9 @@ fn bytes_of_a_cache_are_told() {
         sizes.blocks
     };
     model.cache_kind = Kind::Float;
-    assert_eq!(blocks(&model), 8);
+    assert_eq!(blocks(&model), 16);
     model.cache_kind = Kind::Int8;
-    assert_eq!(blocks(&model), 28);
+    assert_eq!(blocks(&model), 56);
 }
 
 #[test]
