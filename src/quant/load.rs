@@ -92,7 +92,7 @@ pub fn load(source: &Source, scheme: Scheme) -> Result<QuantLlama> {
         ln_f: reader.vector("transformer.ln_f.weight")?,
         lm_head: head,
         rope: Rope::new(config, Device::Cpu),
-        cache_kind: Kind::Float,
+        cache_kind: Kind::Half,
         config: config.clone(),
     })
 }
