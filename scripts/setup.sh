@@ -26,7 +26,7 @@ It needs Rust, Python 3.10 or later with venv and pip, a C++17 compiler, and $((
   --no-build   stop before \`cargo build\`
   --quiet      print nothing where nothing is to be done
 
-  TL_NO_CUDA=1   leave out the CUDA compiler and the GPU kernels
+  TL_NO_CUDA=1   leave out the CUDA compiler and the GPU kernels; the program loads no CUDA library
   TL_CUDA_ARCHS  architectures to compile kernels for, as 80 or 90a (default: both)
   PYTHON=...     the Python to use (default: python3)
 USAGE

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow};
 use tch::Device;
 
 /// Turns a `device` setting into a device, or says why it cannot be used. `auto` is the first GPU
-/// where one is visible, else the CPU.
+/// where one is visible, else the CPU. A program built with TL_NO_CUDA=1 sees none.
 ///
 /// # Errors
 /// No GPU is visible, the index does not exist, or the binary has no kernels for the card's compute

@@ -1,6 +1,6 @@
 """Peers of `tinyllama bench decode`, on TinyLlama-1.1B's sizes with random weights; one JSON object a line.
 
-    decode.py torch BATCH PROMPT NEW         plain PyTorch in bf16 on the GPU: static cache, torch.compile with CUDA graphs
+    decode.py torch BATCH PROMPT NEW         plain PyTorch in bf16 on the GPU: static cache, torch.compile, a CUDA graph a step
     decode.py transformers BATCH PROMPT NEW  transformers' generate in bf16 on the GPU, static cache
     decode.py llama.cpp FILE PROMPT NEW      llama-cpp-python on the CPU, two threads or THREADS
     decode.py gguf FILE                      writes such a model in Q4_0 (needs gguf and llama-cpp-python)
@@ -68,24 +68,35 @@ def plain_torch(batch, prompt, new, repeats=3):
         logits = F.rms_norm(x[:, -1], (WIDTH,), ones, 1e-5) @ head.t()
         return logits.argmax(-1)
 
-    fast = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    # One step as a CUDA graph: the ids it reads are those that it wrote before.
+    fast = torch.compile(step, fullgraph=True)
     ids = torch.randint(VOCAB, (batch, prompt), device="cuda")
+    last, position = ids[:, -1:].clone(), torch.full((1,), prompt, device="cuda")
     times = []
     with torch.no_grad():
-        for _ in range(repeats + 1):
+
+        def advance():
+            last.copy_(fast(last, position)[:, None])
+            position.add_(1)
+
+        for _ in range(3):
+            advance()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            advance()
+        for _ in range(repeats):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            following = torch.cat([step(part, places[:prompt]) for part in ids.split(64)]) if batch <= 64 else (
-                ids[:, -1].clone())  # the whole batch's scores do not fit: larger batches are timed in decoding alone
+            if batch == 1:  # the plain mask of a large batch does not fit: those are timed in decoding alone
+                last.copy_(step(ids, places[:prompt])[:, None])
             torch.cuda.synchronize()
             first = time.perf_counter()
-            position = torch.full((1,), prompt, device="cuda")
+            position.fill_(prompt)
             for _ in range(new - 1):
-                following = fast(following[:, None], position).clone()
-                position += 1
+                graph.replay()
             torch.cuda.synchronize()
             times.append((first - start, time.perf_counter() - first))
-    prefill, decode = (statistics.median(column) for column in zip(*times[1:]))
+    prefill, decode = (statistics.median(column) for column in zip(*times))
     report("PyTorch, torch.compile, CUDA graphs", batch, prompt, new, prefill, decode)
 
 

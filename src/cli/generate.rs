@@ -105,7 +105,7 @@ pub struct ModelArgs {
     /// them, which is the default for quantised files
     #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
     quantize: Option<Scheme>,
-    /// Dtype of keys and values in the cache, of quantised weights
+    /// Dtype of keys and values in the cache; other weights than quantised ones on the CPU have their own only
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     kv_cache_dtype: CacheDtype,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
@@ -116,7 +116,7 @@ pub struct ModelArgs {
 /// Dtype of the cache.
 #[derive(Clone, Copy, clap::ValueEnum)]
 pub enum CacheDtype {
-    /// float32 with quantised weights, else that of the weights
+    /// float16 with quantised weights, else that of the weights
     Auto,
     /// 4 bytes a value
     Float32,

@@ -280,6 +280,7 @@ impl<'m> Engine<'m> {
     /// Forgets all requests and all that the cache holds, without events.
     pub fn reset(&mut self) {
         self.remove(|_| true);
+        self.flights.clear();
         self.early.clear();
         self.pool = BlockPool::new(self.options.blocks, self.pool.shares());
     }

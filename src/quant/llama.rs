@@ -30,7 +30,7 @@ pub struct QuantLlama {
     pub lm_head: Option<QuantMatrix>,
     /// Angles of positions.
     pub rope: Rope,
-    /// Dtype of keys and values in the cache: fp32, bf16, fp16, or int8 with a scale a head.
+    /// Dtype of keys and values in the cache: fp32, bf16, fp16 (at first), or int8 with a scale for each head of a token.
     pub cache_kind: Kind,
 }
 

@@ -127,7 +127,7 @@ fn build(
         ln_f: vector("transformer.ln_f.weight")?,
         lm_head: head,
         rope: Rope::new(config, Device::Cpu),
-        cache_kind: Kind::Float,
+        cache_kind: Kind::Half,
         config: config.clone(),
     })
 }

@@ -53,12 +53,11 @@ fn a_smaller_cache_says_nearly_the_same() {
     }
 }
 
-/// What an engine says of each sample of each request: tokens and log-probabilities.
-fn said(
-    model: &QuantLlama,
-    sizes: EngineOptions,
-    asked: &[Request],
-) -> (Vec<(Vec<u32>, Vec<f64>)>, u64) {
+/// Tokens and log-probabilities of a sample.
+type Said = (Vec<u32>, Vec<f64>);
+
+/// What an engine says of each sample of each request, and how many tokens of prompts it found in the cache.
+fn said(model: &QuantLlama, sizes: EngineOptions, asked: &[Request]) -> (Vec<Said>, u64) {
     let mut engine = Engine::new(NetworkRef::Quantised(model), sizes);
     let mut first = Vec::new();
     let mut samples = 0;
@@ -80,7 +79,7 @@ fn said(
     (out, engine.counters().cached_prompt_tokens)
 }
 
-fn alone(model: &QuantLlama, request: &Request) -> Vec<(Vec<u32>, Vec<f64>)> {
+fn alone(model: &QuantLlama, request: &Request) -> Vec<Said> {
     let sample = |i: usize| {
         let mut options = request.options.clone();
         options.sampling.seed += i as u64;
@@ -154,9 +153,9 @@ fn bytes_of_a_cache_are_told() {
         sizes.blocks
     };
     model.cache_kind = Kind::Float;
-    assert_eq!(blocks(&model), 8);
+    assert_eq!(blocks(&model), 16);
     model.cache_kind = Kind::Int8;
-    assert_eq!(blocks(&model), 28);
+    assert_eq!(blocks(&model), 56);
 }
 
 #[test]
