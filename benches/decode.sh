@@ -28,7 +28,7 @@ case ${1:-} in
   cpu)
     file=${2:-out/bench-decode/tiny-llama-q4_0.gguf}
     mkdir -p "$(dirname "$file")"
-    [[ -f $file ]] || "$python" benches/peers/decode.py gguf "$file" || exit 1
+    [[ -f $file ]] || "$python" benches/peers/decode.py gguf "$file" > /dev/null 2>&1 || { echo "error: cannot make $file: pip install gguf llama-cpp-python" >&2; exit 1; }
     for round in 1 2; do
       peer llama.cpp "$file" 256 32
       "$tinyllama" bench decode --checkpoint "$file" --device cpu --json --prompt-tokens 256 --new-tokens 32

@@ -3,12 +3,13 @@
     python scripts/golden/generate.py HF_FOLDER [NEW_TOKENS]
 
 HF_FOLDER is a trained Llama; a second one of random weights is made beside it. Prompts of 1 to 2,000 tokens are
-continued in fp32 by transformers, and by `tinyllama generate`: the plain loop, the engine with one prompt, and the
-engine with all prompts at once. A difference is told together with the gap between the two ids' logits, since two
-programs round differently.
+continued in fp32 by transformers, and by `tinyllama generate` (TINYLLAMA names another program): the plain loop, the
+engine with one prompt, and the engine with all prompts at once. A difference is told together with the gap between the
+two ids' logits, since two programs round differently.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-PROGRAM = Path(__file__).resolve().parents[2] / "target/release/tinyllama"
+PROGRAM = os.environ.get("TINYLLAMA", Path(__file__).resolve().parents[2] / "target/release/tinyllama")
 LENGTHS = [1, 2, 3, 15, 16, 17, 64, 333, 1000, 2000]
 logging.set_verbosity_error()
 logging.disable_progress_bar()

@@ -25,7 +25,7 @@ pub struct Args {
     /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
     #[arg(long, conflicts_with = "quantize")]
     precision: Option<InferencePrecision>,
-    /// Matrices in 4 or 8 bits, on the CPU: as in `generate`
+    /// Matrices in 4 or 8 bits: as in `generate`
     #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
     quantize: Option<Scheme>,
     /// Dtype of keys and values in the cache, of quantised weights

@@ -101,11 +101,12 @@ pub struct ModelArgs {
     /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
     #[arg(long, conflicts_with = "quantize")]
     precision: Option<InferencePrecision>,
-    /// Matrices in 4 or 8 bits, on the CPU: int4 or int8, with a group size as in int4:64, or `stored` as the file has
-    /// them, which is the default for quantised files
+    /// Matrices in 4 or 8 bits: int4 or int8, with a group size as in int4:64, or `stored` as the file has them, which is
+    /// the default for quantised files
     #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
     quantize: Option<Scheme>,
-    /// Dtype of keys and values in the cache; other weights than quantised ones on the CPU have their own only
+    /// Dtype of keys and values in the cache. Quantised weights on the CPU can have any, bf16 or quantised ones on a GPU
+    /// bfloat16 or int8, others only their own
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     kv_cache_dtype: CacheDtype,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
