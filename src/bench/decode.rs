@@ -161,7 +161,8 @@ fn once(model: NetworkRef, case: Case, sampling: &SamplingParams) -> Result<Run>
     Ok(Run { prefill: prefill.unwrap_or(all), all, steps })
 }
 
-fn percentile(sorted: &[Duration], percent: usize) -> f64 {
+/// Milliseconds that so many of 100 take at most; 0 where there are none.
+pub(super) fn percentile(sorted: &[Duration], percent: usize) -> f64 {
     let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
     sorted.get(at).map_or(0.0, |step| step.as_secs_f64() * 1e3)
 }

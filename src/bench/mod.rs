@@ -6,5 +6,7 @@ pub mod decode;
 pub mod kernels;
 pub mod load;
 pub mod profile;
+pub mod serve;
+pub mod serve_client;
 pub mod tokenizer;
 pub mod train;

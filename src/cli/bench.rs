@@ -31,6 +31,8 @@ enum Kind {
     Data(super::bench_data::Args),
     /// Tokens a second of the engine: reading prompts, making tokens, beside what memory bandwidth allows
     Decode(super::bench_decode::Args),
+    /// A server under load: requests and tokens a second, time to the first token and between tokens, as clients see them
+    Serve(Box<super::bench_serve::Args>),
     /// Bytes a second of loading a checkpoint into host memory, beside reading its files
     Load(LoadArgs),
     /// Bandwidth of all-gather and reduce-scatter between ranks, as nccl-tests define it: threads of
@@ -166,7 +168,7 @@ struct KernelArgs {
     device: String,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(super) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("expected at least 1; leave it out for the default".into()),
         Ok(n) => Ok(n),
@@ -180,6 +182,7 @@ pub fn run(args: Args) -> Result<u8> {
         Kind::Kernels(args) => run_kernels(args)?,
         Kind::Data(args) => super::bench_data::run(args)?,
         Kind::Train(args) => return run_train(args),
+        Kind::Serve(args) => super::bench_serve::run(&args)?,
         Kind::Decode(args) => super::bench_decode::run(&args)?,
         Kind::Load(args) => run_load(&args)?,
         Kind::Comm(args) => run_comm(args)?,

@@ -63,7 +63,7 @@ pub struct Args {
 /// Runs `chat`.
 pub fn run(args: Args) -> Result<u8> {
     args.sampling(0).validate()?;
-    let device = device::resolve(&args.model.device)?;
+    let device = device::resolve(&args.model.load.device)?;
     let lower = "lower `--cache-gib`, or use `--quantize int4` or `--precision bf16-true`";
     guard::catch("the chat", device, lower, || start(&args, device))
 }

@@ -92,12 +92,19 @@ pub struct Args {
     draft_tokens: u64,
 }
 
-/// Which model, where, in which number format; shared by `generate` and `score`.
+/// Which model, where, in which number format; shared by `generate`, `score`, `chat` and `serve`.
 #[derive(clap::Args)]
 pub struct ModelArgs {
     /// Checkpoint folder, or a run's `out_dir` for its newest checkpoint
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
+    #[command(flatten)]
+    pub load: LoadArgs,
+}
+
+/// Where a checkpoint goes and in which number format.
+#[derive(clap::Args)]
+pub struct LoadArgs {
     /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
     #[arg(long, conflicts_with = "quantize")]
     precision: Option<InferencePrecision>,
@@ -166,13 +173,20 @@ impl InferencePrecision {
     }
 }
 
-impl ModelArgs {
-    /// Loads the checkpoint onto what [`ModelArgs::device`] names.
-    pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
+impl LoadArgs {
+    /// Loads a checkpoint onto what [`LoadArgs::device`] names.
+    pub fn load(&self, path: &Path, device: Device, with_tokenizer: bool) -> Result<Loaded> {
         let form = form(self.precision, self.quantize);
-        let mut loaded = load::load(&self.checkpoint, device, form, with_tokenizer)?;
+        let mut loaded = load::load(path, device, form, with_tokenizer)?;
         self.kv_cache_dtype.set(&mut loaded.network)?;
         Ok(loaded)
+    }
+}
+
+impl ModelArgs {
+    /// Loads the checkpoint onto what [`LoadArgs::device`] names.
+    pub fn load(&self, device: Device, with_tokenizer: bool) -> Result<Loaded> {
+        self.load.load(&self.checkpoint, device, with_tokenizer)
     }
 
     /// The checkpoint.
@@ -182,9 +196,14 @@ impl ModelArgs {
 
     /// Name of the checkpoint's folder or file.
     pub fn name(&self) -> String {
-        let path = self.checkpoint.canonicalize().unwrap_or_else(|_| self.checkpoint.clone());
-        path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+        name_of(&self.checkpoint)
     }
+}
+
+/// Name of a checkpoint's folder or file.
+pub fn name_of(checkpoint: &Path) -> String {
+    let path = checkpoint.canonicalize().unwrap_or_else(|_| checkpoint.to_owned());
+    path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
 }
 
 /// What --precision and --quantize ask for.
@@ -216,7 +235,7 @@ pub fn run(args: Args) -> Result<u8> {
     StopMatcher::new(&args.stop)?;
     let lower = "lower `--max-new-tokens`, shorten the prompt, use `--precision bf16-true` or \
                  `--device cpu`";
-    let device = device::resolve(&args.model.device)?;
+    let device = device::resolve(&args.model.load.device)?;
     guard::catch("generation", device, lower, || generate_all(&args, device))
 }
 

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_data;
 mod bench_decode;
+mod bench_serve;
 mod chat;
 mod config;
 mod convert;

@@ -44,7 +44,7 @@ pub struct Args {
 /// Runs `score`.
 pub fn run(args: Args) -> Result<u8> {
     let lower = "use `--window` with a smaller N, `--precision bf16-true` or `--device cpu`";
-    let device = device::resolve(&args.model.device)?;
+    let device = device::resolve(&args.model.load.device)?;
     guard::catch("scoring", device, lower, || score(&args, device))
 }
 

@@ -13,6 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tch::Device;
 
+/// Answers that wait for a place unless told otherwise.
+pub const MAX_QUEUE: usize = 256;
+
 /// Arguments of `serve`.
 #[derive(clap::Args)]
 #[command(after_help = "Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /health, \
@@ -38,7 +41,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     chat_template: Option<String>,
     /// Largest request, KiB
-    #[arg(long, value_name = "KIB", default_value_t = 1024)]
+    #[arg(long, value_name = "KIB", default_value_t = Limits::BODY_KIB)]
     max_body: usize,
     /// Longest prompt, tokens [default: the model's context]
     #[arg(long, value_name = "N")]
@@ -47,13 +50,13 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
     /// Most answers of a request: `n` times its prompts
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = Limits::CHOICES)]
     max_choices: usize,
     /// Answers that may wait for a place; more are refused with 429
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUE)]
     max_queue: usize,
     /// Longest time of a request, seconds
-    #[arg(long, value_name = "S", default_value_t = 600)]
+    #[arg(long, value_name = "S", default_value_t = Limits::SECONDS)]
     request_timeout: u64,
     /// After SIGINT or SIGTERM, running requests have so many seconds
     #[arg(long, value_name = "S", default_value_t = 60)]
@@ -97,7 +100,7 @@ impl EngineArgs {
 
 /// Runs `serve`.
 pub fn run(args: Args) -> Result<u8> {
-    let device = device::resolve(&args.model.device)?;
+    let device = device::resolve(&args.model.load.device)?;
     let lower = "lower `--cache-gib`, or use `--quantize int4` or `--precision bf16-true`";
     guard::catch("serving", device, lower, || start(&args, device))
 }

@@ -27,6 +27,26 @@ pub struct Limits {
     pub time: Duration,
 }
 
+impl Limits {
+    /// Defaults of `serve`.
+    pub const BODY_KIB: usize = 1024;
+    /// Answers of a request.
+    pub const CHOICES: usize = 16;
+    /// Time of a request.
+    pub const SECONDS: u64 = 600;
+
+    /// The defaults, with a model of this context.
+    pub fn within(context: usize) -> Self {
+        Self {
+            body: Self::BODY_KIB << 10,
+            prompt_tokens: context,
+            new_tokens: context,
+            choices: Self::CHOICES,
+            time: Duration::from_secs(Self::SECONDS),
+        }
+    }
+}
+
 /// What both kinds of completions read.
 #[derive(Clone, Debug)]
 pub struct Common {

@@ -45,6 +45,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
@@ -195,6 +196,7 @@ fn described(app: &App) -> Value {
         "created": app.created,
         "owned_by": "tinyllama",
         "max_model_len": app.service.context(),
+        "vocab_size": app.service.tokenizer().vocab_size(),
         "chat": app.template.is_some(),
         "max_new_tokens": app.limits.new_tokens,
     })
@@ -217,12 +219,7 @@ async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Re
 /// # Errors
 /// An address that cannot be bound; a runtime or a signal handler that the system refuses.
 pub fn run(service: Arc<Service>, template: Option<ChatTemplate>, options: &Options) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2) // waits for clients, mostly; the engine has the cores
-        .thread_name("serve")
-        .enable_all()
-        .build()
-        .context("cannot start the server's threads")?;
+    let runtime = threads()?;
     let app = Arc::new(App::new(service.clone(), template, options));
     let done = runtime.block_on(async {
         let listener = bind(&options.host, options.port).await?;
@@ -244,6 +241,43 @@ pub fn run(service: Arc<Service>, template: Option<ChatTemplate>, options: &Opti
     }
     runtime.shutdown_background();
     Ok(())
+}
+
+fn threads() -> Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2) // waits for clients, mostly; the engine has the cores
+        .thread_name("serve")
+        .enable_all()
+        .build()
+        .context("cannot start the server's threads")
+}
+
+/// A server beside whatever else this process does. Dropped, it ends at once; signals are not its business.
+pub struct Background {
+    address: SocketAddr,
+    _stop: watch::Sender<bool>,
+    _runtime: Runtime,
+}
+
+impl Background {
+    /// Serves from now on.
+    ///
+    /// # Errors
+    /// An address that cannot be bound; a runtime that the system refuses.
+    pub fn start(service: Arc<Service>, options: &Options) -> Result<Self> {
+        let (runtime, app) = (threads()?, Arc::new(App::new(service, None, options)));
+        let listener = runtime.block_on(bind(&options.host, options.port))?;
+        let address = listener.local_addr()?;
+        let (stop, stopped) = watch::channel(false);
+        let router = router(&app);
+        runtime.spawn(connections::serve(app, router, listener, stopped, options.drain));
+        Ok(Self { address, _stop: stop, _runtime: runtime })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
 }
 
 async fn watch_signal(
