@@ -5,6 +5,7 @@ use crate::small_models::{
     write_tokenizer,
 };
 use std::collections::HashMap;
+use tch::Device;
 use tinyllama::generate::request::{FinishReason, GenerateOptions};
 use tinyllama::generate::speculative::{Acceptance, Draft, check_tokenizers, generate_speculative};
 use tinyllama::model::GPT;
@@ -71,33 +72,40 @@ fn each_way_to_stop_gives_its_reason_and_nothing_behind_it() {
     assert!(tokens.is_empty());
 }
 
-/// Chi-square of the third token behind a fixed prompt, over pairs that the model would say alone as well.
-fn chi_square(model: &GPT, draft: Draft, runs: usize) -> (f64, f64) {
+/// How often each pair of fourth and fifth token came in these runs.
+fn count(
+    model: &GPT,
+    draft: Option<Draft>,
+    runs: impl Iterator<Item = usize>,
+) -> HashMap<Vec<u32>, f64> {
     let _no_grad = tch::no_grad_guard();
-    let options = |seed: usize| {
-        let mut options = with_seed(seed as u64);
+    let prompt = ids_of("ab");
+    let mut counts = HashMap::new();
+    for run in runs {
+        let mut options = with_seed(run as u64);
         (options.max_new_tokens, options.sampling.top_k) = (5, Some(3));
-        options
-    };
-    // The fifth token is judged together with the fourth; both depend on all before them.
-    let count = |speculative: bool| {
-        let mut counts: HashMap<Vec<u32>, f64> = HashMap::new();
-        for run in 0..runs {
-            let prompt = ids_of("ab");
-            let tokens = match speculative {
-                true => speculate(model, draft, 4, &prompt, &options(run)).0,
-                false => tokens_of(model, &prompt, &options(run + runs)),
-            };
-            *counts.entry(tokens[3..].to_vec()).or_default() += 1.0;
-        }
-        counts
-    };
-    let (ours, theirs) = (count(true), count(false));
+        let tokens = match draft {
+            Some(draft) => speculate(model, draft, 4, &prompt, &options).0,
+            None => tokens_of(model, &prompt, &options),
+        };
+        *counts.entry(tokens[3..].to_vec()).or_default() += 1.0;
+    }
+    counts
+}
+
+/// Chi-square of the fourth and fifth token behind a fixed prompt, over pairs that the model would say alone as well;
+/// both depend on all before them.
+fn chi_square(model: &GPT, draft: Draft, runs: usize) -> (f64, f64) {
+    chi_square_of(&count(model, Some(draft), 0..runs), &count(model, None, runs..2 * runs))
+}
+
+/// Of two counts of equally many draws, with the degrees of freedom.
+fn chi_square_of(ours: &HashMap<Vec<u32>, f64>, theirs: &HashMap<Vec<u32>, f64>) -> (f64, f64) {
     let mut keys: Vec<&Vec<u32>> = ours.keys().chain(theirs.keys()).collect();
     keys.sort();
     keys.dedup();
     let of = |counts: &HashMap<Vec<u32>, f64>, key| counts.get(key).copied().unwrap_or(0.0);
-    let pairs = keys.into_iter().map(|key| (of(&ours, key), of(&theirs, key)));
+    let pairs = keys.into_iter().map(|key| (of(ours, key), of(theirs, key)));
     // Rare pairs together, so that the statistic is close to its distribution.
     let (mut rare, mut sum, mut freedom) = ((0.0, 0.0), 0.0, -1.0);
     let mut add = |(a, b): (f64, f64)| {
@@ -134,15 +142,47 @@ fn draws_have_the_models_distribution() {
 
 /// By hand: `cargo test --release --test suite speculative::two_hundred -- --ignored --nocapture`.
 #[test]
-#[ignore = "minutes"]
+#[ignore = "40 minutes of one core"]
 fn two_hundred_thousand_draws_have_the_models_distribution() {
+    const RUNS: usize = 200_000;
     let (model, other) = (tiny("tiny-llama-1.1b", 2), tiny("tiny-llama-1.1b", 1));
-    let (chi_square, freedom) = chi_square(&model, Draft::Model(&other), 200_000);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    // A model belongs to one thread: each has copies.
+    let copies: Vec<(GPT, GPT)> =
+        (0..threads).map(|_| (copy_of(&model), copy_of(&other))).collect();
+    let (mut ours, mut theirs) = (HashMap::new(), HashMap::new());
+    std::thread::scope(|scope| {
+        let part = |(at, (model, other)): (usize, (GPT, GPT))| {
+            scope.spawn(move || {
+                let draft = Some(Draft::Model(&other));
+                let runs = |from: usize| (from + at..from + RUNS).step_by(threads);
+                (count(&model, draft, runs(0)), count(&model, None, runs(RUNS)))
+            })
+        };
+        let parts: Vec<_> = copies.into_iter().enumerate().map(part).collect();
+        for part in parts {
+            let (a, b) = part.join().unwrap();
+            a.into_iter().for_each(|(pair, n)| *ours.entry(pair).or_default() += n);
+            b.into_iter().for_each(|(pair, n)| *theirs.entry(pair).or_default() += n);
+        }
+    });
+    assert_eq!((ours.values().sum(), theirs.values().sum()), (RUNS as f64, RUNS as f64));
+    let (chi_square, freedom) = chi_square_of(&ours, &theirs);
     println!(
         "chi-square {chi_square:.1} at {freedom} degrees; 1 % of fair samples exceed {:.1}",
         one_percent(freedom)
     );
     assert!(chi_square < one_percent(freedom));
+}
+
+fn copy_of(model: &GPT) -> GPT {
+    let copy = GPT::empty(&model.config, Device::Cpu);
+    for ((_, mut to), (_, from)) in
+        copy.named_parameters().into_iter().zip(model.named_parameters())
+    {
+        to.copy_(&from);
+    }
+    copy
 }
 
 #[test]
