@@ -260,7 +260,7 @@ fn generate_all(args: &Args, device: Device) -> Result<u8> {
     let mut samples = Samples::new(args, &loaded, &prompts)?;
     let drafter = args.draft.as_ref().map(|dir| load_draft(dir, &loaded)).transpose()?;
     let draft = match (&drafter, args.draft_lookup) {
-        (Some(drafter), _) => Some(Draft::Model(drafter.dense("a draft")?)),
+        (Some(drafter), _) => Some(Draft::Model(drafter.network.borrow())),
         (None, Some(longest)) => Some(Draft::Lookup(longest as usize)),
         (None, None) => None,
     };
@@ -331,9 +331,8 @@ fn encode_prompt(tokenizer: &Tokenizer, prompt: &str, no_bos: bool) -> Result<Ve
 
 /// The second model, on the first one's device.
 fn load_draft(dir: &Path, loaded: &Loaded) -> Result<Loaded> {
-    let model = loaded.dense("speculative decoding")?;
-    let draft =
-        load::load(dir, model.device(), Form::Dense(model.kind()), loaded.tokenizer.is_some())?;
+    let device = loaded.network.borrow().device();
+    let draft = load::load(dir, device, Form::Usual, loaded.tokenizer.is_some())?;
     // Without a tokenizer, whoever gives ids answers for their meaning.
     if let (Some(ours), Some(theirs)) = (&loaded.tokenizer, &draft.tokenizer) {
         check_tokenizers(ours, theirs)?;
@@ -460,7 +459,7 @@ impl<'a> Samples<'a> {
     /// By speculative decoding, one sample after the other.
     fn run_speculative(&mut self, draft: Draft) -> Result<()> {
         for index in 0..self.samples.len() {
-            let (start, model) = (Instant::now(), self.loaded.dense("speculative decoding")?);
+            let (start, model) = (Instant::now(), self.loaded.network.borrow());
             let (prompt, seed) = (self.samples[index].prompt, self.samples[index].seed);
             let (most, options) = (self.args.draft_tokens as usize, self.options(seed));
             let on_token = &mut |token| self.token(index, token, start.elapsed());

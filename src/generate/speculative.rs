@@ -10,10 +10,12 @@
 //! # Source
 //! Speculative sampling (arXiv 2211.17192, 2302.01318); prompt lookup decoding (A. Saxena, 2023).
 
-use super::request::{GenerateOptions, Generation, Token, check_prompt, ids_tensor};
+use super::network::NetworkRef;
+use super::request::{GenerateOptions, Generation, Token, check_prompt};
 use super::sampler::{Distribution, Sampler, SamplingParams};
 use crate::error::WithHint;
-use crate::model::{GPT, KvCache};
+use crate::model::PagedCache;
+use crate::model::paged_cache::{BLOCK, Batch};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Result, anyhow};
 use std::time::{Duration, Instant};
@@ -23,7 +25,7 @@ use tch::{Kind, Tensor};
 #[derive(Clone, Copy, Debug)]
 pub enum Draft<'m> {
     /// A smaller model with the same tokenizer.
-    Model(&'m GPT),
+    Model(NetworkRef<'m>),
     /// What followed the last n tokens where they stood before, n as long as possible, at most this.
     Lookup(usize),
 }
@@ -90,8 +92,8 @@ pub fn check_tokenizers(target: &Tokenizer, draft: &Tokenizer) -> Result<()> {
 ///
 /// # Errors
 /// As [`super::generate_plain`].
-pub fn generate_speculative(
-    model: &GPT,
+pub fn generate_speculative<'m>(
+    model: impl Into<NetworkRef<'m>>,
     draft: Draft,
     draft_tokens: usize,
     prompt: &[u32],
@@ -99,18 +101,17 @@ pub fn generate_speculative(
     on_token: &mut dyn FnMut(Token) -> Result<bool>,
 ) -> Result<(Generation, Acceptance)> {
     let _no_grad = tch::no_grad_guard();
+    let model = model.into();
     check_prompt(model, prompt)?;
-    let room = model.config.max_length() as usize - prompt.len();
+    let room = model.config().max_length() as usize - prompt.len();
     let new = options.max_new_tokens.min(room);
     let mut drafter = Drafter::new(model, draft, draft_tokens, prompt.len() + new, options)?;
-    let vocab_size = [Some(model.config.padded_vocab_size), options.vocab_size.map(|v| v as i64)];
+    let vocab_size = [Some(model.config().padded_vocab_size), options.vocab_size.map(|v| v as i64)];
     let vocab_size = vocab_size.into_iter().flatten().chain(drafter.rows()).min().unwrap_or(0);
     let mut sampler = Sampler::new(&options.sampling, prompt, vocab_size, model.device())?;
-    let cache_tokens = (prompt.len() + new) as i64;
-    let mut cache = KvCache::new(&model.config, 1, cache_tokens, model.kind(), model.device());
-    let cache_bytes = KvCache::bytes(&model.config, cache_tokens as usize, model.kind());
+    let mut reader = Reader::new(model, prompt.len() + new);
     let (mut out, mut acceptance) =
-        (Generation::new(prompt.len(), cache_bytes), Acceptance::default());
+        (Generation::new(prompt.len(), reader.cache_bytes()), Acceptance::default());
     let mut tokens = prompt.to_vec();
     let start = Instant::now();
     while out.tokens.len() < new {
@@ -121,11 +122,11 @@ pub fn generate_speculative(
             _ => drafter.propose(&tokens, left - 1, vocab_size)?,
         };
         let pass = Instant::now();
-        let unread = &tokens[cache.len() as usize..];
+        let unread = &tokens[reader.len..];
         let read: Vec<u32> = unread.iter().copied().chain(proposals.iter().map(|p| p.id)).collect();
-        let x = model.hidden(&ids_tensor(&read, model.device()), None, Some(&mut cache)); // (1, T, C)
+        let x = reader.read(&read); // (T, C)
         let judged = proposals.len() as i64 + 1; // rows that say what comes next
-        let x = x.narrow(1, x.size()[1] - judged, judged).squeeze_dim(0); // (K+1, C)
+        let x = x.narrow(0, x.size()[0] - judged, judged); // (K+1, C)
         let logits = model.head(&x); // (K+1, V)
         let chosen = judge(&logits.narrow(1, 0, vocab_size), &proposals, &mut sampler)?;
         let logprobs = logprobs_of(&logits, &chosen); // one a chosen token
@@ -134,7 +135,7 @@ pub fn generate_speculative(
             drafter.learn(proposals.len(), chosen.len() - 1);
         }
 
-        cache.truncate((tokens.len() + chosen.len() - 1) as i64);
+        reader.truncate(tokens.len() + chosen.len() - 1);
         for (id, logprob) in chosen.into_iter().zip(logprobs) {
             tokens.push(id);
             out.push(id, logprob, start.elapsed());
@@ -147,6 +148,40 @@ pub fn generate_speculative(
         }
     }
     Ok((out, acceptance))
+}
+
+/// One sequence that is read on, and back where proposals were not kept.
+struct Reader<'m> {
+    model: NetworkRef<'m>,
+    cache: PagedCache,
+    table: Vec<u32>,
+    /// Tokens whose keys and values the cache has.
+    len: usize,
+}
+
+impl<'m> Reader<'m> {
+    fn new(model: NetworkRef<'m>, tokens: usize) -> Self {
+        let blocks = tokens.div_ceil(BLOCK);
+        let cache = PagedCache::new(model.config(), blocks, model.kind(), model.device());
+        Self { model, cache, table: (0..blocks as u32).collect(), len: 0 }
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        let block = PagedCache::block_bytes(self.model.config(), self.model.kind());
+        self.table.len() as u64 * block
+    }
+
+    /// # Shapes
+    /// T tokens -> (T, C).
+    fn read(&mut self, tokens: &[u32]) -> Tensor {
+        let batch = Batch::new(&[(tokens, self.len, &self.table[..])], self.model.device());
+        self.len += tokens.len();
+        self.model.hidden(&batch, &mut self.cache)
+    }
+
+    fn truncate(&mut self, tokens: usize) {
+        self.len = self.len.min(tokens);
+    }
 }
 
 /// A proposed token and the distribution that it was drawn from.
@@ -220,10 +255,9 @@ struct Drafter<'m> {
 }
 
 enum DraftKind<'m> {
-    /// The cache holds a beginning of the sequence; the sampler draws, and never penalises.
+    /// The reader has a beginning of the sequence; the sampler draws, and never penalises.
     Model {
-        model: &'m GPT,
-        cache: KvCache,
+        reader: Box<Reader<'m>>,
         sampler: Box<Sampler>,
     },
     Lookup {
@@ -233,7 +267,7 @@ enum DraftKind<'m> {
 
 impl<'m> Drafter<'m> {
     fn new(
-        model: &GPT,
+        model: NetworkRef,
         draft: Draft<'m>,
         most: usize,
         tokens: usize,
@@ -241,21 +275,21 @@ impl<'m> Drafter<'m> {
     ) -> Result<Self> {
         let cost = match draft {
             Draft::Lookup(_) => 0.0,
-            Draft::Model(small) => small.n_params() as f64 / model.n_params() as f64,
+            Draft::Model(small) => small.step_bytes() as f64 / model.step_bytes() as f64,
         };
         let kind = match draft {
             Draft::Lookup(longest) => DraftKind::Lookup { longest },
             Draft::Model(model) => {
-                let room = tokens.min(model.config.max_length() as usize) as i64;
-                let cache = KvCache::new(&model.config, 1, room, model.kind(), model.device());
+                let room = tokens.min(model.config().max_length() as usize);
+                let reader = Box::new(Reader::new(model, room));
                 let params = SamplingParams {
                     repetition_penalty: 1.0,
                     seed: options.sampling.seed ^ 0x6472_6166_7400, // draws of its own
                     ..options.sampling.clone()
                 };
-                let rows = model.config.padded_vocab_size;
+                let rows = model.config().padded_vocab_size;
                 let sampler = Box::new(Sampler::new(&params, &[], rows, model.device())?);
-                DraftKind::Model { model, cache, sampler }
+                DraftKind::Model { reader, sampler }
             }
         };
         Ok(Self { kind, most, cost, expected: EXPECTED })
@@ -264,7 +298,7 @@ impl<'m> Drafter<'m> {
     /// Ids that it can propose; `None`: all.
     fn rows(&self) -> Option<i64> {
         match &self.kind {
-            DraftKind::Model { model, .. } => Some(model.config.padded_vocab_size),
+            DraftKind::Model { reader, .. } => Some(reader.model.config().padded_vocab_size),
             DraftKind::Lookup { .. } => None,
         }
     }
@@ -314,20 +348,22 @@ impl<'m> Drafter<'m> {
         vocab_size: i64,
     ) -> Result<Vec<Proposal>> {
         let count = self.count().min(most);
-        let DraftKind::Model { model, cache, sampler } = &mut self.kind else {
+        let DraftKind::Model { reader, sampler } = &mut self.kind else {
             return Ok(Vec::new());
         };
         // Beyond the draft's own context it has nothing to say.
-        let count = count.min((model.config.max_length() as usize).saturating_sub(tokens.len()));
+        let context = reader.model.config().max_length() as usize;
+        let count = count.min(context.saturating_sub(tokens.len()));
         let mut proposals: Vec<Proposal> = Vec::new();
-        cache.truncate(tokens.len() as i64 - 1);
+        reader.truncate(tokens.len() - 1);
         while proposals.len() < count {
             let unread: Vec<u32> = match proposals.last() {
                 Some(last) => vec![last.id],
-                None => tokens[cache.len() as usize..].to_vec(),
+                None => tokens[reader.len..].to_vec(),
             };
-            let x = model.hidden(&ids_tensor(&unread, model.device()), None, Some(cache)); // (1, T, C)
-            let logits = model.head(&x.select(1, -1)).squeeze_dim(0).narrow(0, 0, vocab_size); // (V,)
+            let x = reader.read(&unread); // (T, C)
+            let last = x.narrow(0, x.size()[0] - 1, 1); // (1, C)
+            let logits = reader.model.head(&last).squeeze_dim(0).narrow(0, 0, vocab_size); // (V,)
             let from = sampler.distribution(&logits)?;
             let id = from.draw(sampler.uniform())?;
             proposals.push(Proposal { id, from });

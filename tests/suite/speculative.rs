@@ -6,6 +6,7 @@ use crate::small_models::{
 };
 use std::collections::HashMap;
 use tch::Device;
+use tinyllama::generate::network::NetworkRef;
 use tinyllama::generate::request::{FinishReason, GenerateOptions};
 use tinyllama::generate::speculative::{Acceptance, Draft, check_tokenizers, generate_speculative};
 use tinyllama::model::GPT;
@@ -32,11 +33,14 @@ fn greedy_output_is_the_models_own() {
         let prompt = &random_ids(200)[i..i + 1 + i % 30];
         let options = greedy(12);
         let expected = tokens_of(&model, prompt, &options);
-        for draft in [Draft::Model(&other), Draft::Model(&model), Draft::Lookup(3)] {
+        for draft in
+            [Draft::Model((&other).into()), Draft::Model((&model).into()), Draft::Lookup(3)]
+        {
             let most = 1 + i % 7;
             let (tokens, _, acceptance) = speculate(&model, draft, most, prompt, &options);
             assert_eq!(tokens, expected, "prompt {i}, {most} proposals of {draft:?}");
-            if matches!(draft, Draft::Model(draft) if std::ptr::eq(draft, &model)) {
+            if matches!(draft, Draft::Model(NetworkRef::Dense(draft)) if std::ptr::eq(draft, &model))
+            {
                 assert_eq!(
                     acceptance.accepted, acceptance.proposed,
                     "its own proposals are all kept"
@@ -53,22 +57,32 @@ fn each_way_to_stop_gives_its_reason_and_nothing_behind_it() {
     let eos = GenerateOptions { eos: vec![EOS], ..greedy(40) };
     let mut expected = ids_of("efghijklm");
     expected.push(EOS);
-    let (tokens, reason, _) = speculate(&model, Draft::Model(&model), 8, &ids_of("d"), &eos);
+    let (tokens, reason, _) =
+        speculate(&model, Draft::Model((&model).into()), 8, &ids_of("d"), &eos);
     assert_eq!((tokens, reason), (expected, FinishReason::Eos));
-    let (tokens, reason, _) = speculate(&model, Draft::Model(&model), 8, &ids_of("a"), &greedy(6));
+    let (tokens, reason, _) =
+        speculate(&model, Draft::Model((&model).into()), 8, &ids_of("a"), &greedy(6));
     assert_eq!((tokens, reason), (ids_of("bcdefg"), FinishReason::Length));
     let prompt = ids_of("n").repeat(58);
-    let (tokens, reason, _) = speculate(&model, Draft::Model(&model), 8, &prompt, &greedy(30));
+    let (tokens, reason, _) =
+        speculate(&model, Draft::Model((&model).into()), 8, &prompt, &greedy(30));
     assert_eq!((tokens, reason), (ids_of("opqrst"), FinishReason::Context));
     let mut left = 5;
-    let (out, _) =
-        generate_speculative(&model, Draft::Model(&model), 8, &ids_of("a"), &eos, &mut |_| {
+    let (out, _) = generate_speculative(
+        &model,
+        Draft::Model((&model).into()),
+        8,
+        &ids_of("a"),
+        &eos,
+        &mut |_| {
             left -= 1;
             Ok(left > 0)
-        })
-        .unwrap();
+        },
+    )
+    .unwrap();
     assert_eq!((out.tokens, out.finish_reason), (ids_of("bcdef"), FinishReason::Stop));
-    let (tokens, ..) = speculate(&model, Draft::Model(&model), 8, &ids_of("a"), &greedy(0));
+    let (tokens, ..) =
+        speculate(&model, Draft::Model((&model).into()), 8, &ids_of("a"), &greedy(0));
     assert!(tokens.is_empty());
 }
 
@@ -133,7 +147,7 @@ fn one_percent(freedom: f64) -> f64 {
 #[test]
 fn draws_have_the_models_distribution() {
     let (model, other) = (tiny("tiny-llama-1.1b", 2), tiny("tiny-llama-1.1b", 1));
-    for draft in [Draft::Model(&other), Draft::Lookup(2)] {
+    for draft in [Draft::Model((&other).into()), Draft::Lookup(2)] {
         let (chi_square, freedom) = chi_square(&model, draft, 700);
         // A twentieth beyond what 1 % of fair samples exceed: weights and so draws differ from run to run.
         assert!(chi_square < 1.2 * one_percent(freedom), "{chi_square} of {freedom}, {draft:?}");
@@ -154,7 +168,7 @@ fn two_hundred_thousand_draws_have_the_models_distribution() {
     std::thread::scope(|scope| {
         let part = |(at, (model, other)): (usize, (GPT, GPT))| {
             scope.spawn(move || {
-                let draft = Some(Draft::Model(&other));
+                let draft = Some(Draft::Model((&other).into()));
                 let runs = |from: usize| (from + at..from + RUNS).step_by(threads);
                 (count(&model, draft, runs(0)), count(&model, None, runs(RUNS)))
             })
