@@ -180,7 +180,7 @@ struct Job {
 impl Job {
     fn new(source: &Path, mut command: Command) -> Self {
         let name = source.to_string_lossy().replace(['/', '\\'], "_");
-        let object = out_dir().join(name + ".o");
+        let object = objects_dir().join(name + ".o");
         command.arg("-c").arg(source).arg("-o").arg(&object);
         command.arg("-MF").arg(object.with_extension("d"));
         Self { source: source.to_owned(), object, command }
@@ -309,8 +309,19 @@ fn rustc_version() -> String {
     text.trim().trim_start_matches("rustc ").to_owned()
 }
 
-fn out_dir() -> PathBuf {
-    PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default())
+/// `target/PROFILE/csrc`. Cargo gives `check` and `clippy` build folders of their own, and minutes of C++ are not to be
+/// compiled for each of them.
+fn objects_dir() -> PathBuf {
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()); // target/PROFILE/build/NAME/out
+    let profile = out.ancestors().nth(3).unwrap_or(&out);
+    let folder = profile.join("csrc");
+    if let Err(e) = fs::create_dir_all(&folder) {
+        stop(
+            &format!("cannot make the folder {}: {e}", folder.display()),
+            "make `target/` writable",
+        );
+    }
+    folder
 }
 
 fn stop(problem: &str, hint: &str) -> ! {
