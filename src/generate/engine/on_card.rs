@@ -51,7 +51,7 @@ impl Engine<'_> {
     }
 
     fn launch(&mut self, events: &mut Vec<Event>) -> bool {
-        self.seat_no_more_than_wanted();
+        self.pause_done();
         while !self.grow_seats() {
             self.make_room(events);
         }
@@ -74,7 +74,7 @@ impl Engine<'_> {
     }
 
     /// Pauses rows whose last token is on its way.
-    fn seat_no_more_than_wanted(&mut self) {
+    fn pause_done(&mut self) {
         let Some(card) = &mut self.card else { return };
         let context = self.model.config().max_length() as usize;
         let mut rows = Vec::new();
@@ -169,7 +169,7 @@ impl Engine<'_> {
         self.flights.push_back(Flight { chosen, riders });
     }
 
-    /// Frees the rows of sequences that leave; with none left, what is on its way concerns nobody.
+    /// Frees the rows of sequences that leave; their tokens on the way are dropped when they land.
     pub(super) fn leave_card(&mut self, gone: &mut [Sequence]) {
         let Some(card) = &mut self.card else { return };
         let rows: Vec<usize> = gone.iter_mut().filter_map(Sequence::stand_up).collect();
