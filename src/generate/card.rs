@@ -39,6 +39,8 @@ pub struct Card<'m> {
     /// By number of rows.
     graphs: BTreeMap<usize, Graph>,
     used: Vec<bool>,
+    /// Rows were given up without telling the card.
+    forgotten: bool,
 }
 
 /// A sequence whose prompt has been read.
@@ -164,6 +166,7 @@ impl<'m> Card<'m> {
             results,
             graphs: BTreeMap::new(),
             used: vec![false; rows],
+            forgotten: false,
         })
     }
 
@@ -190,6 +193,9 @@ impl<'m> Card<'m> {
 
     /// Takes sequences in, and chooses the next token of each from its logits (E, V). Returns their rows, and the tokens.
     ///
+    /// # Sync
+    /// Waits for all work so far, since their state is copied to the card.
+    ///
     /// # Errors
     /// More sequences than free rows; CUDA's own.
     pub fn begin(
@@ -201,6 +207,9 @@ impl<'m> Card<'m> {
         let rows: Vec<usize> = free.take(newcomers.len()).collect();
         if rows.len() < newcomers.len() {
             bail!("no free row on the card");
+        }
+        if std::mem::take(&mut self.forgotten) {
+            let _ = self.sample.positions.fill_(-1);
         }
         rows.iter().for_each(|&row| self.used[row] = true);
         let (e, device) = (newcomers.len() as i64, self.model.device());
@@ -297,6 +306,9 @@ impl<'m> Card<'m> {
     }
 
     /// Rows have more blocks.
+    ///
+    /// # Sync
+    /// Waits for all work so far, where there are any.
     pub fn extend(&mut self, extensions: &[Extension]) {
         if extensions.is_empty() {
             return;
@@ -311,6 +323,9 @@ impl<'m> Card<'m> {
     }
 
     /// Rows make no more tokens; what is on its way still comes.
+    ///
+    /// # Sync
+    /// Waits for all work so far, where there are any.
     pub fn pause(&mut self, rows: &[usize]) {
         if rows.is_empty() {
             return;
@@ -320,7 +335,16 @@ impl<'m> Card<'m> {
         let _ = self.sample.positions.index_fill_(0, &at, -1);
     }
 
+    /// All rows are free. Nothing is asked of the card, which may have failed.
+    pub fn forget(&mut self) {
+        self.used.fill(false);
+        self.forgotten = true;
+    }
+
     /// Rows are free for other sequences.
+    ///
+    /// # Sync
+    /// As [`Card::pause`].
     pub fn release(&mut self, rows: &[usize]) {
         self.pause(rows);
         rows.iter().for_each(|&row| self.used[row] = false);

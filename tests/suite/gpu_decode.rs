@@ -29,19 +29,23 @@ fn spread_model(config: &ModelConfig, device: Device) -> GPT {
 /// Tokens and end of each sample.
 type Outputs = BTreeMap<(RequestId, usize), (Vec<Token>, Option<FinishReason>)>;
 
+fn note(out: &mut Outputs, event: Event) {
+    match event {
+        Event::Token { request, index, token } => {
+            out.entry((request, index)).or_default().0.push(token);
+        }
+        Event::Finished { request, index, reason } => {
+            out.entry((request, index)).or_default().1 = Some(reason);
+        }
+        Event::Failed { error, .. } => panic!("{error:#}"),
+    }
+}
+
 fn finish(engine: &mut Engine) -> Outputs {
     let mut out = Outputs::new();
     while !engine.is_idle() {
         for event in engine.step() {
-            match event {
-                Event::Token { request, index, token } => {
-                    out.entry((request, index)).or_default().0.push(token);
-                }
-                Event::Finished { request, index, reason } => {
-                    out.entry((request, index)).or_default().1 = Some(reason);
-                }
-                Event::Failed { error, .. } => panic!("{error:#}"),
-            }
+            note(&mut out, event);
         }
     }
     assert_eq!(engine.blocks().0, engine.blocks().1, "every block came back");
@@ -289,15 +293,7 @@ fn requests_end_stop_and_come_while_others_run_on_the_card() {
             later = Some(engine.submit(request(7, greedy(25))).unwrap());
         }
         for event in engine.step() {
-            match event {
-                Event::Token { request, index, token } => {
-                    out.entry((request, index)).or_default().0.push(token);
-                }
-                Event::Finished { request, index, reason } => {
-                    out.entry((request, index)).or_default().1 = Some(reason);
-                }
-                Event::Failed { error, .. } => panic!("{error:#}"),
-            }
+            note(&mut out, event);
         }
         if engine.is_idle() {
             break;
