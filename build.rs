@@ -1,8 +1,10 @@
 //! Builds `csrc/` and links it with libtorch.
 //!
-//! Host C++ (`csrc/torch/*.cpp`) is always compiled. CUDA (`csrc/**/*.cu`) is compiled when pip's
-//! nvcc lies beside libtorch (`<site-packages>/nvidia/cu13/bin/nvcc`); it needs no GPU and no system
-//! CUDA. What was built is baked in as `TL_CUDA_ARCHS`, which `tinyllama doctor` prints.
+//! C++ for the CPU (`csrc/torch`, `csrc/cpu`) is always compiled, and linked into the program. CUDA code (`csrc/**/*.cu`
+//! and its wrappers, `csrc/torch_cuda`) is compiled when pip's nvcc lies beside libtorch
+//! (`<site-packages>/nvidia/cu13/bin/nvcc`); it needs no GPU and no system CUDA. It becomes
+//! `target/PROFILE/libtinyllama_cuda.so`, which the program loads where there is a card (`src/ffi/cuda.rs`). What was
+//! built is baked in as `TL_CUDA_ARCHS`, which `tinyllama doctor` prints.
 //!
 //! A new file is found by itself. Only files whose sources, headers or options changed are compiled
 //! again. Kernel files include no torch header: one `torch/torch.h` costs nvcc over a minute.
@@ -12,7 +14,9 @@ use std::ffi::OsString;
 use std::fs;
 use std::iter;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, exit};
+use std::process::{Command, exit};
+use std::sync::Mutex;
+use std::thread;
 
 /// Compute capabilities compiled in: A100, RTX 30 and RTX 40 series; H100 and H200.
 ///
@@ -35,35 +39,49 @@ fn main() {
     let layout = find_libtorch();
     let with_cuda = with_cuda(&layout);
 
-    let compiler = cc::Build::new().cpp(true).warnings(false).get_compiler();
-    let mut jobs = vec![];
-    for source in sources("csrc", "cpp").into_iter().filter(|s| with_cuda || !needs_cuda(s)) {
-        let mut command = host_command(&compiler, &layout, with_cuda);
+    let compiler = cc::Build::new().cpp(true).pic(true).warnings(false).get_compiler();
+    let toolchain = [layout.torch.join("version.py"), layout.nvcc.clone()];
+    let mut host = vec![];
+    for source in sources("csrc/cpu", "cpp").into_iter().chain(sources("csrc/torch", "cpp")) {
+        let mut command = host_command(&compiler, &layout);
         if source.starts_with("csrc/cpu") {
             // A product and a sum that are two steps stay two: the same bits on every processor.
             command.arg("-ffp-contract=off");
         }
-        jobs.push(Job::new(&source, command));
+        host.push(Job::new(&source, command));
     }
-    let mut archs = String::new();
+    let mut cuda = vec![];
+    let mut archs = vec![];
     if with_cuda {
-        let wanted = wanted_archs();
+        archs = wanted_archs();
         for source in sources("csrc", "cu") {
-            let archs = archs_of(&source, &wanted);
-            jobs.push(Job::new(&source, nvcc_command(&layout, compiler.path(), &archs)));
+            let command = nvcc_command(&layout, compiler.path(), &archs_of(&source, &archs));
+            cuda.push(Job::new(&source, command));
+        }
+        for source in sources("csrc/torch_cuda", "cpp") {
+            let mut command = host_command(&compiler, &layout);
+            for folder in ["cu13/include", "nccl/include", "cudnn/include"] {
+                command.arg("-isystem").arg(layout.nvidia.join(folder));
+            }
+            cuda.push(Job::new(&source, command));
         }
         println!("cargo:rustc-cfg=cuda_kernels");
-        archs = wanted.join(",");
     }
-    println!("cargo:rustc-env=TL_CUDA_ARCHS={archs}");
+    println!("cargo:rustc-env=TL_CUDA_ARCHS={}", archs.join(","));
+    println!("cargo:rustc-env=TL_CUDA_WANTED={}", u8::from(cuda_wanted(&layout)));
     println!("cargo:rustc-env=TL_TORCH_CUDA={}", u8::from(layout.torch_cuda));
     println!("cargo:rustc-env=TL_RUSTC={}", rustc_version());
     println!("cargo:rustc-env=TL_SOURCES={}", hash_of_sources());
 
-    let toolchain = [layout.torch.join("version.py"), layout.nvcc.clone()];
-    let objects = compile(jobs, &toolchain);
-    cc::Build::new().cpp(true).objects(objects).compile("tinyllama_csrc");
-    link(&layout, with_cuda);
+    compile(host.iter_mut().chain(&mut cuda).collect(), &toolchain);
+    cc::Build::new()
+        .cpp(true)
+        .objects(host.iter().map(|job| &job.object))
+        .compile("tinyllama_csrc");
+    if with_cuda {
+        link_cuda_library(&compiler, &layout, &cuda);
+    }
+    link(&layout);
 }
 
 fn find_libtorch() -> Layout {
@@ -87,7 +105,7 @@ fn with_cuda(layout: &Layout) -> bool {
     if Path::new(".venv/.setup-done").exists() {
         println!("cargo:rerun-if-changed=.venv/.setup-done");
     }
-    if env::var_os("TL_NO_CUDA").is_some() || !layout.torch_cuda {
+    if !cuda_wanted(layout) {
         return false;
     }
     if !layout.nvcc.exists() {
@@ -100,18 +118,16 @@ fn with_cuda(layout: &Layout) -> bool {
     layout.nvcc.exists()
 }
 
-/// The compiler of the wrappers over libtorch, for cargo's target, with `CXX` and `CXXFLAGS`.
-fn host_command(compiler: &cc::Tool, layout: &Layout, with_cuda: bool) -> Command {
+fn cuda_wanted(layout: &Layout) -> bool {
+    env::var_os("TL_NO_CUDA").is_none() && layout.torch_cuda
+}
+
+/// The compiler of C++ over libtorch, for cargo's target, with `CXX` and `CXXFLAGS`.
+fn host_command(compiler: &cc::Tool, layout: &Layout) -> Command {
     let mut command = compiler.to_command();
     command.args(["-std=c++17", "-MMD", "-Icsrc"]);
     for folder in ["include", "include/torch/csrc/api/include"] {
         command.arg("-isystem").arg(layout.torch.join(folder));
-    }
-    if with_cuda {
-        command.arg("-DTL_WITH_CUDA=");
-        for folder in ["cu13/include", "nccl/include", "cudnn/include"] {
-            command.arg("-isystem").arg(layout.nvidia.join(folder));
-        }
     }
     command
 }
@@ -120,7 +136,7 @@ fn host_command(compiler: &cc::Tool, layout: &Layout, with_cuda: bool) -> Comman
 fn nvcc_command(layout: &Layout, host_compiler: &Path, archs: &[&str]) -> Command {
     println!("cargo:rerun-if-env-changed=NVCC_CCBIN");
     let mut command = Command::new(&layout.nvcc);
-    command.args(["-std=c++17", "-O3", "-lineinfo", "-MMD", "-Icsrc", "-DTL_WITH_CUDA="]);
+    command.args(["-std=c++17", "-O3", "-lineinfo", "-MMD", "-Icsrc"]);
     command.args(["-Xcompiler", "-fPIC"]);
     if env::var_os("NVCC_CCBIN").is_none() {
         command.arg("-ccbin").arg(host_compiler);
@@ -147,11 +163,6 @@ fn wanted_archs() -> Vec<&'static str> {
 fn archs_of(source: &Path, wanted: &[&'static str]) -> Vec<&'static str> {
     let hopper_only = source.to_string_lossy().ends_with("_sm90.cu");
     if hopper_only { vec!["90a"] } else { wanted.to_vec() }
-}
-
-/// A wrapper over kernels; `no_cuda.cpp` stands in for it.
-fn needs_cuda(source: &Path) -> bool {
-    fs::read_to_string(source).is_ok_and(|text| text.contains("#include \"tensors.h\""))
 }
 
 /// All files below `folder` with this extension, in order of name.
@@ -207,16 +218,13 @@ impl Job {
             && toolchain.iter().all(|file| modified(file).is_none_or(|time| time < made))
     }
 
-    fn start(&mut self) -> Child {
+    fn run(&mut self) {
         let _ = fs::remove_file(self.object.with_extension("cmd"));
-        self.command.spawn().unwrap_or_else(|e| {
+        let status = self.command.status().unwrap_or_else(|e| {
             let program = self.command.get_program().to_string_lossy();
             stop(&format!("cannot start `{program}`: {e}"), "run `./scripts/setup.sh`")
-        })
-    }
-
-    fn finish(&self, mut child: Child) {
-        if !child.wait().is_ok_and(|status| status.success()) {
+        });
+        if !status.success() {
             let hint = if self.source.extension().is_some_and(|e| e == "cu") {
                 "see nvcc's messages above. Where it refuses the C++ compiler, set NVCC_CCBIN to an \
                  older one (GCC 15 and Clang 20 are the newest it takes); TL_NO_CUDA=1 builds \
@@ -230,55 +238,69 @@ impl Job {
         let _ = fs::write(self.object.with_extension("cmd"), self.command_line());
     }
 
-    /// The program and its arguments, one a line. Not the environment, which differs with every
-    /// shell and changes nothing.
     fn command_line(&self) -> String {
-        let words = iter::once(self.command.get_program()).chain(self.command.get_args());
-        words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\n")
+        command_line(&self.command)
     }
 }
 
-/// Compiles what is not fresh, as many files at a time as cargo allows, and returns all objects.
-fn compile(mut jobs: Vec<Job>, toolchain: &[PathBuf]) -> Vec<PathBuf> {
+/// The program and its arguments, one a line. Not the environment, which differs with every
+/// shell and changes nothing.
+fn command_line(command: &Command) -> String {
+    let words = iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\n")
+}
+
+/// Compiles what is not fresh, as many files at a time as cargo allows.
+fn compile(jobs: Vec<&mut Job>, toolchain: &[PathBuf]) {
     let at_once: usize = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    let mut stale: Vec<&mut Job> = jobs.iter_mut().filter(|job| !job.is_fresh(toolchain)).collect();
-    for batch in stale.chunks_mut(at_once.max(1)) {
-        let children: Vec<Child> = batch.iter_mut().map(|job| job.start()).collect();
-        batch.iter().zip(children).for_each(|(job, child)| job.finish(child));
-    }
-    jobs.into_iter().map(|job| job.object).collect()
+    let stale = Mutex::new(jobs.into_iter().filter(|job| !job.is_fresh(toolchain)));
+    let next = || stale.lock().ok().and_then(|mut jobs| jobs.next());
+    thread::scope(|scope| {
+        for _ in 0..at_once.max(1) {
+            scope.spawn(|| iter::from_fn(next).for_each(Job::run));
+        }
+    });
 }
 
-fn link(layout: &Layout, with_cuda: bool) {
+/// `target/PROFILE/libtinyllama_cuda.so`, beside the program. Made anew where an object is newer.
+fn link_cuda_library(compiler: &cc::Tool, layout: &Layout, jobs: &[Job]) {
+    let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+    let library = profile_dir().join("libtinyllama_cuda.so");
+    let made = modified(&library);
+    let mut command = compiler.to_command();
+    // Nothing is left for another library to define, and all of it is looked up when the library is loaded.
+    command.args(["-shared", "-Wl,--no-undefined", "-Wl,-z,now", "-s", "-o"]).arg(&library);
+    command.args(jobs.iter().map(|job| &job.object));
+    for folder in [layout.torch.join("lib"), layout.nvidia.join("cu13/lib")] {
+        command.arg("-L").arg(&folder).arg(format!("-Wl,-rpath,{}", folder.display()));
+    }
+    command.args(["-ltorch_cuda", "-lc10_cuda", "-ltorch_cpu", "-lc10"]);
+    // pip's wheel has no `libcudart.so` without a version.
+    command.args(["-l:libcudart.so.13", "-l:libcublasLt.so.13", "-ldl"]);
+    // The command is kept with those of the objects: a file more or less, or another folder, links anew as well.
+    let (kept, line) = (objects_dir().join("library.cmd"), command_line(&command));
+    let same = fs::read_to_string(&kept).is_ok_and(|text| text == line);
+    if same && made.is_some() && jobs.iter().all(|job| modified(&job.object) <= made) {
+        return;
+    }
+    if !command.status().is_ok_and(|status| status.success()) {
+        stop("cannot link libtinyllama_cuda.so", "see the linker's messages above");
+    }
+    let _ = fs::write(kept, line);
+}
+
+/// The program with libtorch's CPU half. `-ltorch` would load libtorch_cuda: 240 MB for one that may need none of it.
+fn link(layout: &Layout) {
     let target = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
-    let mut folders = vec![layout.torch.join("lib")];
-    let mut libraries = vec!["-ltorch_cpu", "-lc10"];
-    // It loads libtorch_cuda too: a second and 240 MB of memory for a program without kernels.
-    if env::var_os("TL_NO_CUDA").is_none() {
-        libraries.push("-ltorch");
-    }
-    if with_cuda {
-        folders.push(layout.nvidia.join("cu13/lib"));
-        // pip's wheel has no `libcudart.so` without a version.
-        libraries.extend([
-            "-ltorch_cuda",
-            "-lc10_cuda",
-            "-l:libcudart.so.13",
-            "-l:libcublasLt.so.13",
-        ]);
-    }
-    for folder in folders {
-        println!("cargo:rustc-link-search=native={}", folder.display());
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
-    }
-    // The linker would drop libtorch_cuda, which nothing names directly: it registers itself when
-    // loaded. macOS's linker drops nothing and does not know the option.
+    let folder = layout.torch.join("lib");
+    println!("cargo:rustc-link-search=native={}", folder.display());
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
     if target == "linux" {
-        println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
+        // The CUDA library lies beside the program; test programs are in a folder below.
+        println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN:$ORIGIN/..");
     }
-    for library in libraries {
-        println!("cargo:rustc-link-arg={library}");
-    }
+    println!("cargo:rustc-link-arg=-ltorch_cpu");
+    println!("cargo:rustc-link-arg=-lc10");
 }
 
 /// A hash of what the program is made from, by which the ranks of a run know that they run the same one. Not of the
@@ -309,12 +331,15 @@ fn rustc_version() -> String {
     text.trim().trim_start_matches("rustc ").to_owned()
 }
 
+fn profile_dir() -> PathBuf {
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()); // target/PROFILE/build/NAME/out
+    out.ancestors().nth(3).unwrap_or(&out).to_owned()
+}
+
 /// `target/PROFILE/csrc`. Cargo gives `check` and `clippy` build folders of their own, and minutes of C++ are not to be
 /// compiled for each of them.
 fn objects_dir() -> PathBuf {
-    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()); // target/PROFILE/build/NAME/out
-    let profile = out.ancestors().nth(3).unwrap_or(&out);
-    let folder = profile.join("csrc");
+    let folder = profile_dir().join("csrc");
     if let Err(e) = fs::create_dir_all(&folder) {
         stop(
             &format!("cannot make the folder {}: {e}", folder.display()),

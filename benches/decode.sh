@@ -21,9 +21,9 @@ case ${1:-} in
     ours --prompt-tokens 900 --new-tokens 100
     ours --prompt-tokens 16 --new-tokens 256 --quantize int8:128
     ours --prompt-tokens 16 --new-tokens 256 --quantize int4:128
-    peer torch 1000 128 256
     ours --prompts 100 --samples 10 --prompt-tokens 128 --new-tokens 256
     ours --prompts 100 --samples 10 --prompt-tokens 128 --new-tokens 256 --temperature 0.8
+    peer torch 1000 128 256 # minutes: last
     ;;
   cpu)
     file=${2:-out/bench-decode/tiny-llama-q4_0.gguf}

@@ -1,5 +1,8 @@
 // The whole C ABI between Rust (src/ffi) and C++/CUDA (csrc).
 //
+// Two parts. What only libtorch's CPU half needs (csrc/torch, csrc/cpu) is linked into the program. CUDA code (the
+// kernels and csrc/torch_cuda) is the library libtinyllama_cuda.so, which src/ffi/cuda.rs loads where there is a card.
+//
 // Rules. Every function returns 0 on success and 1 on failure; on failure tl_last_error() holds the full
 // exception text of this thread. No exception crosses the border. A `TlTensor` is an `at::Tensor*`, the
 // same pointer that tch and torch-sys carry; the callee never frees it.
@@ -20,17 +23,7 @@ void tl_set_last_error(const char* text, size_t length);
 
 // ---- runtime (csrc/torch/runtime.cpp) ----------------------------------------------------------------
 
-// Versions as text, joined by '\n': libtorch, CUDA runtime, cuDNN, NCCL ("-" where absent).
-int tl_versions(char* buffer, size_t capacity);
-// out[0..4] = allocated, peak allocated, reserved, peak reserved bytes of the caching allocator.
-int tl_cuda_memory(int device, int64_t out[4]);
-int tl_cuda_reset_peak_memory(int device);
-// What `cuda` without a number means on this thread: its streams and allocations.
-int tl_cuda_set_device(int device);
-// The caching allocator takes at most so many bytes of the card.
-int tl_cuda_memory_limit(int device, int64_t bytes);
-// Device name, compute capability, total memory in bytes.
-int tl_cuda_device(int device, char* name, size_t capacity, int* major, int* minor, int64_t* total);
+const char* tl_libtorch_version(void);
 // State of the default generator of the CPU (device = -1) or of a CUDA device, as a new byte tensor in
 // *out, which the caller owns.
 int tl_rng_state(int device, TlTensor* out);
@@ -44,7 +37,21 @@ int tl_configure_allocator(void);
 // 3 cuDNN.
 int tl_set_sdp_backends(int mask);
 
-// ---- timing (csrc/torch/runtime.cpp) -------------------------------------------------------------------
+// ---- the CUDA library (csrc/torch_cuda/library.cpp, device.cpp) ---------------------------------------------
+
+// Before all else: where its functions leave the text of a failure, which is tl_set_last_error.
+void tl_cuda_library_open(void (*set_last_error)(const char* text, size_t length));
+// Versions as text, joined by '\n': CUDA runtime, cuDNN, NCCL.
+int tl_cuda_versions(char* buffer, size_t capacity);
+// out[0..4] = allocated, peak allocated, reserved, peak reserved bytes of the caching allocator.
+int tl_cuda_memory(int device, int64_t out[4]);
+int tl_cuda_reset_peak_memory(int device);
+// What `cuda` without a number means on this thread: its streams and allocations.
+int tl_cuda_set_device(int device);
+// The caching allocator takes at most so many bytes of the card.
+int tl_cuda_memory_limit(int device, int64_t bytes);
+// Device name, compute capability, total memory in bytes.
+int tl_cuda_device(int device, char* name, size_t capacity, int* major, int* minor, int64_t* total);
 
 // A CUDA event; record it on the current stream; milliseconds between two (waits for the second).
 int tl_event_new(void** event);
@@ -52,7 +59,7 @@ void tl_event_free(void* event);
 int tl_event_record(void* event);
 int tl_event_elapsed_ms(void* from, void* to, float* ms);
 
-// ---- profiler (csrc/torch/profile.cpp) ---------------------------------------------------------------------
+// ---- profiler (csrc/torch_cuda/profile.cpp) ---------------------------------------------------------------------
 
 // What a recorded activity is; `lane` is the CUDA stream, of a wait the CPU thread.
 enum { TL_KERNEL = 0, TL_MEMCPY = 1, TL_MEMSET = 2, TL_WAIT = 3 };
@@ -81,7 +88,7 @@ int tl_gradients(int n_out, TlTensor* out, TlTensor* grad, int n, TlTensor* inpu
 // it returns: without the autograd engine, whose cost would hide that of a short kernel.
 int tl_node_backward(TlTensor out, int n, TlTensor* gradients);
 
-// ---- CUDA graphs and copies beside the work (csrc/torch/graph.cpp) ---------------------------------------
+// ---- CUDA graphs and copies beside the work (csrc/torch_cuda/graph.cpp) ---------------------------------------
 
 // Starts to capture what this thread and its backward passes launch, on a stream of its own; waits for the card first.
 // `other`, null or a graph that never runs at the same time: its memory is used again. tl_graph_free also ends a capture
@@ -100,7 +107,7 @@ int tl_read_back(TlTensor numbers, TlTensor* host, void* event);
 // Makes the CPU wait for the event.
 int tl_event_wait(void* event);
 
-// ---- optimizer state on the host (csrc/torch/offload.cpp) ------------------------------------------------
+// ---- optimizer state on the host (csrc/torch_cuda/offload.cpp) ------------------------------------------------
 
 // `bytes` of page-locked memory as a CPU tensor (bytes,) uint8, freed with its last view. Not zeroed.
 int tl_page_locked(int64_t bytes, int device, TlTensor* out);
@@ -138,9 +145,14 @@ int tl_store_check(void* store, int n, const char* const* keys, int* present);
 int tl_store_compare_set(void* store, const char* key, const uint8_t* expected, size_t expected_size,
                          const uint8_t* desired, size_t desired_size, const uint8_t** data, size_t* size);
 
-// Joins a group of `size` ranks, all of which must call this, for tensors on the CUDA device (-1: the CPU): by NCCL, or
-// by Gloo at `address` (null: that of the machine's host name). No other group over the store may have the prefix.
-int tl_group_new(void* store, const char* prefix, int nccl, int rank, int size, int device, const char* address,
+// ProcessGroupNCCL on a card, connected to all `size` ranks, as a c10d::Backend* that the caller owns. `store` is a
+// c10::intrusive_ptr<c10d::Store>*.
+int tl_make_nccl(const void* store, int rank, int size, int device, int64_t timeout_ms, void** backend);
+typedef int (*TlMakeNccl)(const void* store, int rank, int size, int device, int64_t timeout_ms, void** backend);
+// Joins a group of `size` ranks, all of which must call this, for tensors on the CUDA device (-1: the CPU): by NCCL,
+// where tl_make_nccl is given, else by Gloo at `address` (null: that of the machine's host name). No other group over
+// the store may have the prefix.
+int tl_group_new(void* store, const char* prefix, TlMakeNccl nccl, int rank, int size, int device, const char* address,
                  int64_t timeout_ms, void** group);
 // Before the end, a group is finished: NCCL waits for its operations and for the other ranks. Else it is aborted.
 int tl_group_finish(void* group);
@@ -183,7 +195,7 @@ typedef int (*TlCall)(void* context);
 // The callee owns the context from the call on, also where it fails, and frees it by drop.
 int tl_on_gradient(TlTensor t, TlCall call, void* context, void (*drop)(void*));
 
-// ---- attention (csrc/torch/attention.cpp -> csrc/flash_attention) ----------------------------------------
+// ---- attention (csrc/torch_cuda/attention.cpp -> csrc/flash_attention) ----------------------------------------
 
 // softmax(scale q k^T + mask) v, differentiable. q (B, H, T, D), k and v (B, G, S, D): bf16 or fp16 on one CUDA
 // device, D 64 or 128, H a multiple of G, last dimension contiguous, other strides multiples of 8 elements.
@@ -199,13 +211,13 @@ int tl_flash_attention_qkv(TlTensor qkv, int64_t heads, int64_t groups, TlTensor
                            TlTensor doc_start, TlTensor doc_end, double scale, int causal, int deterministic, int arch,
                            TlTensor* out);
 
-// ---- matrix products (csrc/torch/matmul.cpp, linear.cpp) ----------------------------------------------------
+// ---- matrix products (csrc/torch_cuda/matmul.cpp, linear.cpp) ----------------------------------------------------
 
 // How products of 16-bit matrices in the ops below are computed: 0 by libtorch, 1 by cuBLASLt with its first choice,
 // 2 by cuBLASLt with the fastest of its candidates, found at first use and kept in `file` (null: only in the process).
 int tl_set_matmul(int mode, const char* file);
 // x (.., C), weight (O, C) -> (.., O), differentiable, without bias. Here and in the ops below, where weight.grad is fp32
-// and the weight is not, its gradient is added there. fp8: null, or the layer's four tensors (csrc/torch/fp8.h): e4m3
+// and the weight is not, its gradient is added there. fp8: null, or the layer's four tensors (csrc/torch_cuda/fp8.h): e4m3
 // weight (O, C), the same transposed (C, O), scales (2, 8) and weight scale (8,) fp32.
 int tl_linear(TlTensor x, TlTensor weight, TlTensor* fp8, TlTensor* out);
 // linear(rms_norm(x + residual)); *sum = x + residual, where there is a residual. The norm is computed again backward.
@@ -244,7 +256,7 @@ int tl_cross_entropy(TlTensor logits, TlTensor target, double scale, double labe
 int tl_head_loss(TlTensor x, TlTensor weight, TlTensor target, int64_t chunks, double scale, double label_smoothing,
                  double z_loss, TlTensor* loss);
 
-// ---- decoding (csrc/torch/decode.cpp -> csrc/decode) ---------------------------------------------------------
+// ---- decoding (csrc/torch_cuda/decode.cpp -> csrc/decode) ---------------------------------------------------------
 // One new token for each of B sequences, in bf16. Tensors lie on one CUDA device; nothing waits, so that a graph can hold
 // it all.
 
@@ -307,7 +319,7 @@ typedef struct {
 } TlSample;
 int tl_sample(const TlSample* sample);
 
-// ---- optimizer (csrc/torch/optim.cpp -> csrc/adamw.cu) -----------------------------------------------------
+// ---- optimizer (csrc/torch_cuda/optim.cpp -> csrc/adamw.cu) -----------------------------------------------------
 
 // One parameter of an AdamW step: contiguous tensors of n elements on one CUDA device. The dtypes say how master and
 // moments are kept, the same for all parameters of a call.

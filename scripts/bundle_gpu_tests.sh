@@ -19,6 +19,7 @@ suite=$(cargo test --release --locked --test suite --no-run --message-format jso
 mkdir -p "$folder"
 cp "$suite" "$folder/suite"
 cp target/release/tinyllama "$folder/tinyllama"
+cp target/release/libtinyllama_cuda.so "$folder/"
 cat > "$folder/run.sh" <<'RUN'
 #!/usr/bin/env bash
 # Runs the GPU tests, or those whose names contain one of the arguments; TORCH names torch's folder where

@@ -13,7 +13,7 @@ use tch::Device;
 /// No GPU is visible, the index does not exist, or the binary has no kernels for the card's compute
 /// capability. The last is an error for `auto` too: a GPU is never left idle silently.
 pub fn resolve(choice: &str) -> Result<Device> {
-    let count = tch::Cuda::device_count().max(0) as usize;
+    let count = ffi::cuda::device_count()?;
     let index = match parse(choice)? {
         Choice::Cpu => return Ok(Device::Cpu),
         Choice::Auto if count == 0 => return Ok(Device::Cpu),

@@ -3,8 +3,7 @@
 //! It is run where something is broken: a fact that cannot be read is `None`, and only what is
 //! certainly wrong becomes a problem. A machine without a GPU is fine.
 
-use crate::{device, ffi};
-use anyhow::Result;
+use crate::{device, error, ffi};
 use serde::Serialize;
 use std::fs;
 use std::path::Path;
@@ -115,11 +114,9 @@ pub struct Problem {
 }
 
 /// Finds out everything. Takes under a second, plus some tenths of a second a card.
-///
-/// # Errors
-/// Only where libtorch itself fails.
-pub fn examine() -> Result<Report> {
-    let versions = ffi::versions()?;
+pub fn examine() -> Report {
+    let loaded = ffi::cuda::load(); // also without a card, for the versions
+    let versions = ffi::versions();
     let known = |version: String| (version != "-").then_some(version);
     let (driver, cards) = driver();
     let mut report = Report {
@@ -140,7 +137,11 @@ pub fn examine() -> Result<Report> {
         problems: Vec::new(),
     };
     report.problems = problems(&report, ffi::libtorch_has_cuda());
-    Ok(report)
+    if let (false, Err(e)) = (report.compiled_archs.is_empty(), loaded) {
+        let fix = error::hint(&e).unwrap_or_default().to_owned();
+        report.problems.push(Problem { what: e.to_string(), fix });
+    }
+    report
 }
 
 // ---- facts --------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ struct Part : torch::CustomClassHolder {
     std::vector<TlTensor> in, out(n_out, nullptr);
     for (at::Tensor& t : inputs) in.push_back(&t);
     const int failed = run_(context_, static_cast<int>(in.size()), in.data(), static_cast<int>(n_out), out.data());
-    TORCH_CHECK(failed == 0, tl_error_text());
+    TORCH_CHECK(failed == 0, tl_last_error());
     variable_list results;
     for (TlTensor t : out) results.push_back(*std::unique_ptr<at::Tensor>(static_cast<at::Tensor*>(t)));
     return results;

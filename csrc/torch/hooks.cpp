@@ -15,6 +15,6 @@ extern "C" int tl_on_gradient(TlTensor t, TlCall call, void* context, void (*dro
   TL_GUARD({
     auto& tensor = *static_cast<at::Tensor*>(t);
     TORCH_CHECK(tensor.requires_grad(), "on_gradient: the tensor requires no gradient");
-    tensor.register_hook([call, owned](const at::Tensor&) { TORCH_CHECK(call(owned.get()) == 0, tl_error_text()); });
+    tensor.register_hook([call, owned](const at::Tensor&) { TORCH_CHECK(call(owned.get()) == 0, tl_last_error()); });
   });
 }

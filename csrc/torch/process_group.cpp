@@ -19,7 +19,6 @@
 
 #include "api.h"
 #include "guard.h"
-#include "nccl_group.h"
 #include "store.h"
 
 namespace tl {
@@ -302,7 +301,7 @@ void give_work(void** work, Make make) {
 }  // namespace
 }  // namespace tl
 
-extern "C" int tl_group_new(void* store, const char* prefix, int nccl, int rank, int size, int device,
+extern "C" int tl_group_new(void* store, const char* prefix, TlMakeNccl nccl, int rank, int size, int device,
                             const char* address, int64_t timeout_ms, void** group) {
   TL_GUARD({
     const auto& shared_store = *static_cast<std::shared_ptr<tl::TcpStore>*>(store);
@@ -311,16 +310,14 @@ extern "C" int tl_group_new(void* store, const char* prefix, int nccl, int rank,
     tl::StorePtr client = c10::make_intrusive<c10d::PrefixStore>(prefix, shared_store->connect());
     tl::BackendPtr backend;
     if (nccl) {
-#ifdef TL_WITH_NCCL
-      backend = tl::make_nccl(client, rank, size, device, timeout);
-#else
-      TORCH_CHECK(false, TL_NO_NCCL);
-#endif
+      void* made = nullptr;
+      if (nccl(&client, rank, size, device, timeout_ms, &made) != 0) return 1;
+      backend = tl::BackendPtr::reclaim(static_cast<c10d::Backend*>(made));
     } else {
       backend = tl::make_gloo(client, rank, size, address, timeout);
     }
     const at::Device where = device >= 0 ? at::Device(at::kCUDA, device) : at::Device(at::kCPU);
-    auto made = std::make_shared<tl::Group>(shared_store, std::move(backend), nccl != 0, where, timeout);
+    auto made = std::make_shared<tl::Group>(shared_store, std::move(backend), nccl != nullptr, where, timeout);
     *group = new std::shared_ptr<tl::Group>(std::move(made));
   });
 }

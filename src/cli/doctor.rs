@@ -1,7 +1,7 @@
 //! `tinyllama doctor`: versions, cards, machine, and what is wrong with this installation.
 
 use crate::doctor::{self, Card, Driver, Problem, Report, Space};
-use crate::error::{WithHint, exit};
+use crate::error::exit;
 use anyhow::Result;
 
 /// Arguments of `doctor`.
@@ -14,7 +14,7 @@ pub struct Args {
 
 /// Runs `doctor`: 0 where all is well, with a GPU or without, and 1 where something is wrong.
 pub fn run(args: Args) -> Result<u8> {
-    let report = doctor::examine().hint("run `./scripts/setup.sh`: it installs and builds anew")?;
+    let report = doctor::examine();
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

@@ -12,6 +12,7 @@ use super::world::{Address, LAUNCHER, host_name};
 use crate::config::{CommBackend, DistributedConfig, RunConfig};
 use crate::device;
 use crate::error::{Told, WithHint, exit};
+use crate::ffi;
 use crate::train::signals::{self, StopSignal};
 use anyhow::{Context, Result, anyhow};
 use rustix::process::{Pid, Signal, kill_process};
@@ -68,7 +69,7 @@ pub fn launch(config: &RunConfig) -> Result<u8> {
 /// Refuses more workers than cards, before any is started.
 fn check_cards(config: &RunConfig) -> Result<()> {
     let (choice, devices) = (&config.device.0, config.devices as usize);
-    let count = tch::Cuda::device_count().max(0) as usize;
+    let count = ffi::cuda::device_count()?;
     match choice.as_str() {
         "cpu" => Ok(()),
         "auto" if count == 0 => Ok(()),

@@ -12,7 +12,7 @@ use super::{address, logs};
 use crate::config::{self, CommBackend, RunConfig};
 use crate::device;
 use crate::error::{self, Told, WithHint, exit};
-use crate::ffi::driver;
+use crate::ffi::{self, driver};
 use anyhow::{Result, anyhow};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -185,7 +185,7 @@ fn hello(world: &World, config: &RunConfig, device: &Result<Device>) -> Hello {
 
 /// The card of a rank: that of its number on the node. `shares`: where there are fewer, ranks share them in turn.
 fn device_of(world: &World, choice: &str, shares: bool) -> Result<Device> {
-    let count = tch::Cuda::device_count().max(0) as usize;
+    let count = ffi::cuda::device_count()?;
     let index = if shares { world.local_rank % count.max(1) } else { world.local_rank };
     match choice {
         "cpu" => Ok(Device::Cpu),

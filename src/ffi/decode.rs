@@ -1,12 +1,12 @@
 //! The decode kernels: one new token for each of several sequences, without a CPU wait.
 
-use super::{Handle, check, handle};
+use super::{Handle, check, cuda_functions, handle};
 use anyhow::Result;
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 use tch::Tensor;
 
-unsafe extern "C" {
+cuda_functions! {
     fn tl_dequantize(weight: *const RawWeight, out: *mut Handle) -> c_int;
     fn tl_decode_attention(
         state: *const RawState,

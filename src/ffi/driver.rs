@@ -25,11 +25,25 @@ pub struct Card {
     pub free_memory: Option<u64>,
 }
 
+/// Whether the driver's library is there.
+pub fn is_present() -> bool {
+    // SAFETY: only looks for the shared library; cudarc's calls would panic without it.
+    unsafe { sys::is_culib_present() }
+}
+
+/// The cards that the driver shows to this process.
+pub fn card_count() -> usize {
+    let count = || -> Result<i32, DriverError> {
+        result::init()?;
+        device::get_count()
+    };
+    if is_present() { count().map_or(0, |n| n.max(0) as usize) } else { 0 }
+}
+
 /// Asks the driver; `None` where there is no driver library. Makes and drops a context on each card,
 /// which takes some tenths of a second.
 pub fn query() -> Option<Driver> {
-    // SAFETY: only looks for the shared library; cudarc's calls would panic without it.
-    if !unsafe { sys::is_culib_present() } {
+    if !is_present() {
         return None;
     }
     let mut cuda = 0;
@@ -45,8 +59,7 @@ pub fn query() -> Option<Driver> {
 
 /// What tells a card from all others, on any node; `None` where there is no driver or no such card.
 pub fn card_id(index: usize) -> Option<String> {
-    // SAFETY: only looks for the shared library.
-    if !unsafe { sys::is_culib_present() } {
+    if !is_present() {
         return None;
     }
     result::init().ok()?;

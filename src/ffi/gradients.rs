@@ -1,12 +1,15 @@
-//! Weights' persistent gradients, which matrix products write (`csrc/torch/gradients.h`).
+//! Weights' persistent gradients, which matrix products write (`csrc/torch_cuda/gradients.h`).
 
-use super::{Handle, check, handle};
+use super::{Handle, check, cuda_functions, handle};
 use anyhow::{Result, ensure};
 use std::ffi::c_int;
 use tch::Tensor;
 
 unsafe extern "C" {
     fn tl_set_grad(weight: Handle, grad: Handle) -> c_int;
+}
+
+cuda_functions! {
     fn tl_gradients_record(on: c_int) -> c_int;
     fn tl_gradients_written(grad: Handle, written: *mut c_int) -> c_int;
     fn tl_gradients_overwrite(n: c_int, grad: *mut Handle, left: *mut c_int) -> c_int;
@@ -18,7 +21,7 @@ pub fn set_grad(weight: &Tensor, grad: &Tensor) -> Result<()> {
     check(unsafe { tl_set_grad(handle(weight), handle(grad)) })
 }
 
-/// Runs `work` and says of each gradient whether a matrix product wrote it (`csrc/torch/gradients.h`).
+/// Runs `work` and says of each gradient whether a matrix product wrote it (`csrc/torch_cuda/gradients.h`).
 pub fn written_by_products<T>(
     grads: &[&Tensor],
     work: impl FnOnce() -> Result<T>,

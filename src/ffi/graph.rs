@@ -1,12 +1,12 @@
 //! CUDA graphs, and copies between CPU and card that neither waits for.
 
-use super::{Event, Handle, check, handle};
+use super::{Event, Handle, check, cuda_functions, handle};
 use anyhow::{Context, Result};
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 use tch::{Device, Tensor};
 
-unsafe extern "C" {
+cuda_functions! {
     fn tl_graph_begin(other: *mut c_void, graph: *mut *mut c_void) -> c_int;
     fn tl_graph_end(graph: *mut c_void) -> c_int;
     fn tl_graph_replay(graph: *mut c_void) -> c_int;

@@ -3,18 +3,13 @@
 //! Each checks its arguments in C++; an error names the op, the argument, expected and got. [`crate::ops`]
 //! chooses between these and their references.
 
-use super::{Handle, check, handle};
+use super::{Handle, check, cuda_functions, handle};
 use anyhow::Result;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr::{null, null_mut};
 use tch::Tensor;
 
 unsafe extern "C" {
-    fn tl_event_new(event: *mut *mut c_void) -> c_int;
-    fn tl_event_free(event: *mut c_void);
-    fn tl_event_record(event: *mut c_void) -> c_int;
-    fn tl_event_wait(event: *mut c_void) -> c_int;
-    fn tl_event_elapsed_ms(from: *mut c_void, to: *mut c_void, ms: *mut f32) -> c_int;
     fn tl_backward(out: Handle, grad: Handle) -> c_int;
     fn tl_gradients(
         n_out: c_int,
@@ -25,6 +20,14 @@ unsafe extern "C" {
         gradients: *mut Handle,
     ) -> c_int;
     fn tl_node_backward(out: Handle, n: c_int, gradients: *mut Handle) -> c_int;
+}
+
+cuda_functions! {
+    fn tl_event_new(event: *mut *mut c_void) -> c_int;
+    fn tl_event_free(event: *mut c_void);
+    fn tl_event_record(event: *mut c_void) -> c_int;
+    fn tl_event_wait(event: *mut c_void) -> c_int;
+    fn tl_event_elapsed_ms(from: *mut c_void, to: *mut c_void, ms: *mut f32) -> c_int;
     fn tl_flash_attention(
         q: Handle,
         k: Handle,

@@ -4,6 +4,7 @@
 
 mod cpu;
 mod cpu_decode;
+pub mod cuda;
 mod decode;
 pub mod driver;
 mod gradients;
@@ -33,6 +34,7 @@ pub use recompute::{Part, recompute};
 pub use store::TcpStore;
 
 use anyhow::{Result, bail};
+use cuda::cuda_functions;
 use std::ffi::{CStr, c_char, c_int};
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -43,7 +45,16 @@ type Handle = *mut C_tensor;
 
 unsafe extern "C" {
     fn tl_last_error() -> *const c_char;
-    fn tl_versions(buffer: *mut c_char, capacity: usize) -> c_int;
+    fn tl_libtorch_version() -> *const c_char;
+    fn tl_rng_state(device: c_int, out: *mut Handle) -> c_int;
+    fn tl_set_rng_state(device: c_int, state: Handle) -> c_int;
+    fn tl_set_math_mode(allow_tf32: c_int, deterministic: c_int) -> c_int;
+    fn tl_configure_allocator() -> c_int;
+    fn tl_set_sdp_backends(mask: c_int) -> c_int;
+}
+
+cuda_functions! {
+    fn tl_cuda_versions(buffer: *mut c_char, capacity: usize) -> c_int;
     fn tl_cuda_memory(device: c_int, out: *mut i64) -> c_int;
     fn tl_cuda_reset_peak_memory(device: c_int) -> c_int;
     fn tl_cuda_set_device(device: c_int) -> c_int;
@@ -56,11 +67,6 @@ unsafe extern "C" {
         minor: *mut c_int,
         total: *mut i64,
     ) -> c_int;
-    fn tl_rng_state(device: c_int, out: *mut Handle) -> c_int;
-    fn tl_set_rng_state(device: c_int, state: Handle) -> c_int;
-    fn tl_set_math_mode(allow_tf32: c_int, deterministic: c_int) -> c_int;
-    fn tl_configure_allocator() -> c_int;
-    fn tl_set_sdp_backends(mask: c_int) -> c_int;
 }
 
 /// Return code of the C side -> `Result` with its message.
@@ -93,7 +99,7 @@ pub fn libtorch_has_cuda() -> bool {
     env!("TL_TORCH_CUDA") == "1"
 }
 
-/// Versions of the libraries this binary runs with; `-` where a library is absent.
+/// Versions of the libraries this binary runs with; `-` where a library is absent, or not loaded ([`cuda`]).
 pub struct Versions {
     pub libtorch: String,
     pub cuda: String,
@@ -102,14 +108,16 @@ pub struct Versions {
 }
 
 /// Versions of libtorch, the CUDA runtime, cuDNN and NCCL.
-pub fn versions() -> Result<Versions> {
+pub fn versions() -> Versions {
+    // SAFETY: a NUL-terminated constant.
+    let libtorch = unsafe { CStr::from_ptr(tl_libtorch_version()) }.to_string_lossy().into_owned();
     let mut buffer = [0u8; 256];
-    // SAFETY: the buffer outlives the call and its length is passed.
-    check(unsafe { tl_versions(buffer.as_mut_ptr().cast(), buffer.len()) })?;
+    // SAFETY: the buffer outlives the call and its length is passed. On failure it stays empty.
+    unsafe { tl_cuda_versions(buffer.as_mut_ptr().cast(), buffer.len()) };
     let joined = text(&buffer);
     let mut parts = joined.lines().map(str::to_owned);
     let mut next = || parts.next().unwrap_or_else(|| "-".into());
-    Ok(Versions { libtorch: next(), cuda: next(), cudnn: next(), nccl: next() })
+    Versions { libtorch, cuda: next(), cudnn: next(), nccl: next() }
 }
 
 /// Bytes held by libtorch's caching allocator on one CUDA device.

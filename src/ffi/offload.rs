@@ -1,12 +1,12 @@
 //! Page-locked memory, and copies between it and a card beside the card's work.
 
-use super::{Handle, check, device_index, handle};
+use super::{Handle, check, cuda_functions, device_index, handle};
 use anyhow::Result;
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 use tch::{Device, Tensor};
 
-unsafe extern "C" {
+cuda_functions! {
     fn tl_page_locked(bytes: i64, device: c_int, out: *mut Handle) -> c_int;
     fn tl_link_new(
         device: c_int,
@@ -35,7 +35,7 @@ pub fn page_locked(bytes: i64, device: Device) -> Result<Tensor> {
 }
 
 /// Two streams, one a direction, between page-locked tensors and slots of staging memory on a card
-/// (`csrc/torch/offload.cpp`). It keeps the tensors until its copies are done.
+/// (`csrc/torch_cuda/offload.cpp`). It keeps the tensors until its copies are done.
 #[derive(Debug)]
 pub struct HostLink(*mut c_void);
 

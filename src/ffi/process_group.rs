@@ -1,7 +1,7 @@
 //! Collective operations between ranks over NCCL (cards) or Gloo (CPUs), libtorch's own.
 
 use super::store::{TcpStore, c_text, milliseconds};
-use super::{Handle, device_index, handle};
+use super::{Handle, cuda, cuda_functions, device_index, handle};
 use anyhow::{Context, Result, bail, ensure};
 use std::ffi::{c_char, c_int, c_void};
 use std::fmt;
@@ -13,7 +13,7 @@ unsafe extern "C" {
     fn tl_group_new(
         store: *mut c_void,
         prefix: *const c_char,
-        nccl: c_int,
+        nccl: *const c_void,
         rank: c_int,
         size: c_int,
         device: c_int,
@@ -53,6 +53,9 @@ unsafe extern "C" {
     ) -> c_int;
     fn tl_work_wait(work: *mut c_void) -> c_int;
     fn tl_work_free(work: *mut c_void);
+}
+
+cuda_functions! {
     fn tl_nccl_versions(built: *mut c_int, running: *mut c_int) -> c_int;
 }
 
@@ -173,13 +176,17 @@ impl ProcessGroup {
         join(store, prefix, rank, size, timeout)?;
         let c_prefix = c_text(prefix)?;
         let c_address = address.map(c_text).transpose()?;
+        let nccl = match backend {
+            Backend::Nccl => cuda::address("tl_make_nccl"),
+            Backend::Gloo => Some(std::ptr::null()),
+        };
         let mut group = null_mut();
         // SAFETY: store and texts outlive the call (C++ keeps what it needs); on success `group` is ours.
-        check(unsafe {
+        let connect = |nccl| unsafe {
             tl_group_new(
                 store.as_ptr(),
                 c_prefix.as_ptr(),
-                (backend == Backend::Nccl).into(),
+                nccl,
                 rank as c_int,
                 size as c_int,
                 device_index(device),
@@ -187,13 +194,14 @@ impl ProcessGroup {
                 milliseconds(timeout),
                 &mut group,
             )
-        })
-        .with_context(|| match address {
-            Some(address) if backend == Backend::Gloo => {
-                format!("rank {rank} cannot connect group `{prefix}` over Gloo at `{address}`")
-            }
-            _ => format!("rank {rank} cannot connect group `{prefix}` over {backend}"),
-        })?;
+        };
+        check(nccl.map_or(1, connect)) // 1: the last error says why there is no NCCL
+            .with_context(|| match address {
+                Some(address) if backend == Backend::Gloo => {
+                    format!("rank {rank} cannot connect group `{prefix}` over Gloo at `{address}`")
+                }
+                _ => format!("rank {rank} cannot connect group `{prefix}` over {backend}"),
+            })?;
         Ok(Self { group, backend, rank, size, device })
     }
 

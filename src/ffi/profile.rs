@@ -1,6 +1,6 @@
-//! What the GPU does and where the CPU waits for it, recorded by CUPTI (`csrc/torch/profile.cpp`).
+//! What the GPU does and where the CPU waits for it, recorded by CUPTI (`csrc/torch_cuda/profile.cpp`).
 
-use super::check;
+use super::{check, cuda_functions};
 use anyhow::Result;
 use std::ffi::{CStr, c_char, c_int};
 
@@ -14,7 +14,7 @@ struct RawActivity {
     kind: i32,
 }
 
-unsafe extern "C" {
+cuda_functions! {
     fn tl_profile_start() -> c_int;
     fn tl_profile_now(ns: *mut i64) -> c_int;
     fn tl_profile_stop(activities: *mut *const RawActivity, n: *mut usize) -> c_int;
@@ -124,14 +124,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_a_gpu_a_recording_finds_libcupti_and_says_that_there_is_no_card() {
+    fn without_a_gpu_a_recording_says_that_there_is_no_card() {
         if tch::Cuda::is_available() {
             return; // tests/suite/gpu.rs records there
         }
         let error = Recording::start().unwrap_err().to_string();
         let expected = match crate::ffi::compiled_archs().is_empty() {
             true => "built without CUDA kernels",
-            false => "CUDA error", // of the first call to the driver, after libcupti and its functions were found
+            false => "no GPU is visible",
         };
         assert!(error.contains(expected), "{error}");
     }

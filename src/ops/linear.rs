@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 /// `y = x W^T`, or `x W^T + b`.
 ///
-/// `fused`, without a bias and on a GPU, is `csrc/torch/linear.cpp`: libtorch's or cuBLASLt's product, as
+/// `fused`, without a bias and on a GPU, is `csrc/torch_cuda/linear.cpp`: libtorch's or cuBLASLt's product, as
 /// [`ffi::set_matmul`] says, whose backward pass adds the weight's gradient to a persistent fp32 `.grad`
 /// (see [`crate::train::optimizer`]) by the product itself. Otherwise `torch.nn.functional.linear`. With `fp8` the
 /// products, forward and backward, are of e4m3 casts of x, W and the gradient ([`fp8_reference`]).

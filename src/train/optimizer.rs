@@ -9,8 +9,8 @@
 //!
 //! The gradient sums lie in one buffer. Each parameter's part of it is that weight's `.grad` for the whole run, in
 //! the mixed precisions an fp32 `.grad` of a bf16 weight: autograd adds to it in place, and on a GPU the matrix products of
-//! the backward pass do so themselves (`csrc/torch/matmul.h`), with no bf16 gradient in between. The first product of a
-//! step overwrites, so that the update need not leave zeros (`csrc/torch/gradients.h`).
+//! the backward pass do so themselves (`csrc/torch_cuda/matmul.h`), with no bf16 gradient in between. The first product of a
+//! step overwrites, so that the update need not leave zeros (`csrc/torch_cuda/gradients.h`).
 //!
 //! The mixed precisions can keep master and moments in fewer bytes: `optimizer.master`, `optimizer.state`. Every step
 //! widens them to fp32, updates, and narrows the result; the formats are in [`low_memory`]. `optimizer.cpu_offload` keeps

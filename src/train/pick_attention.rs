@@ -135,7 +135,7 @@ fn tell(times: Times) -> String {
 /// What the times depend on.
 fn key(shape: Shape, card: usize) -> Result<String> {
     let Shape { b, t, h, g, d } = shape;
-    let (card, versions) = (ffi::cuda_device(card)?.name, ffi::versions()?);
+    let (card, versions) = (ffi::cuda_device(card)?.name, ffi::versions());
     Ok(format!(
         "{card}, libtorch {}, cuDNN {}, tinyllama {}, bf16 causal B {b} T {t} H {h} G {g} D {d}",
         versions.libtorch,

@@ -312,6 +312,44 @@ fn requests_end_stop_and_come_while_others_run_on_the_card() {
 }
 
 #[test]
+fn an_engine_that_was_reset_while_it_ran_on_the_card_answers_as_a_new_one() {
+    let Some((device, _card)) =
+        card("an_engine_that_was_reset_while_it_ran_on_the_card_answers_as_a_new_one")
+    else {
+        return;
+    };
+    let model = spread_model(&small_llama(), device);
+    // Blocks for one round: those that the forgotten rows wrote are written by the rows that come.
+    let sizes = EngineOptions { blocks: 40, max_sequences: 16, ..Default::default() };
+    let mut engine = Engine::new(&model, sizes);
+    let ask = |engine: &mut Engine, rows: usize| -> BTreeMap<RequestId, Vec<u32>> {
+        let ask = |i| {
+            let prompt = prompt(10 * rows + i, 5 + i);
+            let request = Request { prompt: prompt.clone(), samples: 1, options: greedy(50) };
+            (engine.submit(request).unwrap(), prompt)
+        };
+        (0..rows).map(ask).collect()
+    };
+    for rows in [8, 1, 6] {
+        ask(&mut engine, rows);
+        for _ in 0..20 {
+            engine.step();
+        }
+        assert!(!engine.is_idle()); // a step is under way on the card
+        engine.reset();
+        assert!(engine.is_idle() && engine.step().is_empty());
+        assert_eq!(engine.blocks(), (40, 40));
+    }
+    let asked = ask(&mut engine, 3);
+    let out = finish(&mut engine);
+    assert_eq!(out.len(), 3);
+    for ((id, _), (tokens, reason)) in out {
+        assert_eq!((tokens.len(), reason), (50, Some(FinishReason::Length)));
+        check_greedy(&model, &asked[&id], &tokens);
+    }
+}
+
+#[test]
 fn logits_that_are_not_finite_fail_their_request_on_the_card_alone() {
     let Some((device, _card)) =
         card("logits_that_are_not_finite_fail_their_request_on_the_card_alone")

@@ -10,7 +10,7 @@
 //! to the host                         store 0   store 1 ..
 //! ```
 //!
-//! Both directions of PCIe are busy at once. Streams and events: `csrc/torch/offload.cpp`. The first three groups of a
+//! Both directions of PCIe are busy at once. Streams and events: `csrc/torch_cuda/offload.cpp`. The first three groups of a
 //! step are loaded beside its micro-batches, the last three of the step before are stored beside them.
 //!
 //! # Cost

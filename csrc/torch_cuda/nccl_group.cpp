@@ -1,18 +1,16 @@
 // How ranks on cards are connected, and what libtorch does when one of them fails.
-#include "nccl_group.h"
-
 #include "api.h"
 #include "guard.h"
 
-#ifdef TL_WITH_NCCL
+#if __has_include(<nccl.h>)
 #define USE_C10D_NCCL
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/env.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 
+#include <chrono>
 #include <mutex>
 
-namespace tl {
 namespace {
 
 // How libtorch's watchdog behaves when an operation fails or takes too long. As it comes, it waits a minute and ends
@@ -34,19 +32,19 @@ void configure_watchdog() {
 
 }  // namespace
 
-c10::intrusive_ptr<c10d::Backend> make_nccl(const StorePtr& store, int rank, int size, int device,
-                                            Milliseconds timeout) {
-  configure_watchdog();
-  const at::Device card(at::kCUDA, static_cast<c10::DeviceIndex>(device));
-  c10::cuda::CUDAGuard guard(card);
-  auto options = c10d::ProcessGroupNCCL::Options::create();
-  options->timeout = timeout;
-  auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, size, options);
-  group->eagerConnectSingleDevice(card);  // now rather than in the first step
-  return group;
+extern "C" int tl_make_nccl(const void* store, int rank, int size, int device, int64_t timeout_ms, void** backend) {
+  TL_GUARD({
+    configure_watchdog();
+    const at::Device card(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+    c10::cuda::CUDAGuard guard(card);
+    auto options = c10d::ProcessGroupNCCL::Options::create();
+    options->timeout = std::chrono::milliseconds(timeout_ms);
+    const auto& shared_store = *static_cast<const c10::intrusive_ptr<c10d::Store>*>(store);
+    auto group = c10::make_intrusive<c10d::ProcessGroupNCCL>(shared_store, rank, size, options);
+    group->eagerConnectSingleDevice(card);  // now rather than in the first step
+    *backend = static_cast<c10d::Backend*>(group.release());
+  });
 }
-
-}  // namespace tl
 
 extern "C" int tl_nccl_versions(int* built, int* running) {
   TL_GUARD({
@@ -56,5 +54,7 @@ extern "C" int tl_nccl_versions(int* built, int* running) {
 }
 #else
 #include <stdexcept>
-extern "C" int tl_nccl_versions(int*, int*) { TL_GUARD(throw std::runtime_error(TL_NO_NCCL)); }
+static const char* kAbsent = "this program was built without NCCL; run ./scripts/setup.sh and build again";
+extern "C" int tl_make_nccl(const void*, int, int, int, int64_t, void**) { TL_GUARD(throw std::runtime_error(kAbsent)); }
+extern "C" int tl_nccl_versions(int*, int*) { TL_GUARD(throw std::runtime_error(kAbsent)); }
 #endif
