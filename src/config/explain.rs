@@ -25,7 +25,8 @@ pub struct Key {
 /// Every key, tables first, in the order of the structs.
 pub fn keys() -> Vec<Key> {
     let schema = Schema::of::<RunConfig>();
-    let defaults = serde_json::to_value(RunConfig::default()).unwrap_or(Value::Null);
+    let all = RunConfig { finetune: Some(Default::default()), ..RunConfig::default() };
+    let defaults = serde_json::to_value(all).unwrap_or(Value::Null);
     let mut out = Vec::new();
     collect("", schema.root(), &defaults, &schema, &mut out);
     let model = Schema::of::<ModelConfig>();

@@ -3,7 +3,9 @@
 //! `serde_yaml` is archived; `serde-saphyr` is the living successor and prints a code frame.
 
 use super::check::{self, Schema};
+use super::finetune::{self, Method};
 use super::{ConfigError, RunConfig, validate};
+use crate::checkpoint;
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
@@ -23,6 +25,79 @@ pub fn load(path: &Path, sets: &[String]) -> Result<RunConfig> {
 
 /// [`load`] on a text.
 pub fn parse(text: &str, sets: &[String]) -> Result<RunConfig> {
+    let (mut tree, schema, mut problems) = tree(text, sets)?;
+    check::check(&mut tree, &schema, &mut problems);
+    if !tree["finetune"].is_null() {
+        problems.push("`finetune`: this is for `tinyllama finetune`; leave it out to pretrain".into());
+    }
+    finish(tree, problems)
+}
+
+/// [`load`] of a finetuning run: the model is that of `initial_checkpoint_dir`, as is the tokenizer unless
+/// `tokenizer_dir` names another, and learning rate, batch and schedule have defaults of their own.
+///
+/// # Errors
+/// As [`load`]; no checkpoint there; a model in the YAML that is another one.
+pub fn load_finetune(path: &Path, sets: &[String]) -> Result<RunConfig> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the configuration `{}`", path.display()))
+        .usage("the repository's runs lie in `configs/finetune/`")?;
+    parse_finetune(&text, sets).with_context(|| format!("in `{}`", path.display()))
+}
+
+/// [`load_finetune`] on a text.
+pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
+    let (mut tree, schema, mut problems) = tree(text, sets)?;
+    check::check(&mut tree, &schema, &mut problems);
+    if tree["finetune"].is_null() {
+        problems.push("`finetune`: needs at least `{data: {train: FILE}}`".into());
+    }
+    let method = tree["finetune"].get("method").cloned().unwrap_or_default();
+    let method: Method = serde_json::from_value(method).unwrap_or_default();
+    fill(&mut tree, finetune::defaults(method));
+    let Some(dir) = tree["initial_checkpoint_dir"].as_str().map(str::to_owned) else {
+        problems.push("`initial_checkpoint_dir`: needs the checkpoint that is to be finetuned".into());
+        return Err(ConfigError { problems }.into());
+    };
+    let mut model = checkpoint::load_config(&checkpoint::resolve(dir.as_ref())?)?;
+    if let Some(tie) = tree["train"]["tie_embeddings"].as_bool().filter(|tie| *tie != model.tie_embeddings) {
+        problems.push(format!(
+            "`train.tie_embeddings`: the checkpoint's are {}; leave it out", if tie { "apart" } else { "one matrix" }
+        ));
+        model.tie_embeddings = tie;
+    }
+    let given = ["model_name", "model_config"].iter().any(|key| tree.get(key).is_some());
+    if given && problems.is_empty() {
+        let config: RunConfig = serde_json::from_value(tree.clone()).context("configuration")?;
+        if config.model().ok().as_ref() != Some(&model) {
+            problems.push(format!(
+                "`model_name`, `model_config`: the model is that of `{dir}`, another one than they name; leave them out"
+            ));
+        }
+    }
+    tree["model_name"] = RunConfig::default().model_name.into();
+    tree["model_config"] = serde_json::to_value(&model).context("the checkpoint's configuration")?;
+    if tree["tokenizer_dir"].is_null() {
+        tree["tokenizer_dir"] = dir.into();
+    }
+    finish(tree, problems)
+}
+
+/// Sets the keys of `defaults` that `tree` does not have.
+fn fill(tree: &mut Value, defaults: Value) {
+    let (Some(tree), Value::Object(defaults)) = (tree.as_object_mut(), defaults) else { return };
+    for (key, default) in defaults {
+        match tree.get_mut(&key) {
+            None => {
+                tree.insert(key, default);
+            }
+            Some(value) => fill(value, default),
+        }
+    }
+}
+
+/// A YAML text with overrides.
+fn tree(text: &str, sets: &[String]) -> Result<(Value, Schema, Vec<String>)> {
     let mut tree = yaml(text)?;
     if tree.is_null() {
         tree = Value::Object(Default::default());
@@ -32,7 +107,11 @@ pub fn parse(text: &str, sets: &[String]) -> Result<RunConfig> {
     for set in sets {
         apply(&mut tree, set, &schema, &mut problems);
     }
-    check::check(&mut tree, &schema, &mut problems);
+    Ok((tree, schema, problems))
+}
+
+/// The configuration of a tree whose keys and types were checked.
+fn finish(tree: Value, mut problems: Vec<String>) -> Result<RunConfig> {
     if problems.is_empty() {
         let config: RunConfig = serde_json::from_value(tree).context("configuration")?;
         problems = validate::problems(&config);

@@ -4,6 +4,7 @@
 
 pub mod check;
 mod explain;
+mod finetune;
 mod load;
 mod prepare;
 mod run;
@@ -11,7 +12,8 @@ mod validate;
 mod weight;
 
 pub use explain::{Key, explain, keys};
-pub use load::{diff, load, parse, save_resolved, to_yaml};
+pub use finetune::{ChatDataConfig, ChatFormat, FinetuneConfig, LoraConfig, LossOn, Method};
+pub use load::{diff, load, load_finetune, parse, parse_finetune, save_resolved, to_yaml};
 pub use prepare::{OnError, PrepareConfig, TokenDtype, chunk_tokens};
 pub use run::*;
 pub use validate::{BatchPlan, with_commas};

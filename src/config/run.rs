@@ -1,6 +1,6 @@
 //! The structs of a run's YAML. Keys are litgpt's where litgpt has them.
 
-use super::{PrepareConfig, weight::Weight};
+use super::{FinetuneConfig, PrepareConfig, weight::Weight};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -62,6 +62,8 @@ pub struct RunConfig {
     pub optimizer: OptimizerConfig,
     /// Runs of more than one process.
     pub distributed: DistributedConfig,
+    /// What `tinyllama finetune` does; `null` in a pretraining run.
+    pub finetune: Option<FinetuneConfig>,
 }
 
 /// `bf16-mixed` (fp32 master weights and state, bf16 compute), `fp8-mixed` (the same with the blocks' matrix products
@@ -484,6 +486,7 @@ impl Default for RunConfig {
             eval: EvalConfig::default(),
             optimizer: OptimizerConfig::default(),
             distributed: DistributedConfig::default(),
+            finetune: None,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Training batches: a weighted mixture of packed sets, in the order that `data.order` says ([`order`]), read ahead.
 
-use super::order::{End, Order, Walk};
+use super::chat::ChatSet;
+use super::order::{End, Global, Order, Walk};
 use super::packed::{self, Access, PackedSet};
 use super::{Batch, Borders};
 use crate::config::{DataOrder, DataSource, with_commas};
@@ -64,9 +65,17 @@ pub struct DataState {
 }
 
 struct Shared {
-    sets: Vec<PackedSet>,
+    sets: Sets,
     order: Order,
     options: LoaderOptions,
+}
+
+/// What the samples are of.
+enum Sets {
+    /// Blocks of T+1 tokens.
+    Packed(Vec<PackedSet>),
+    /// Units of conversations: the only source.
+    Chat(ChatSet),
 }
 
 /// An endless reader of training batches.
@@ -88,9 +97,23 @@ impl DataLoader {
         let open = |s: &DataSource| packed::explain(PackedSet::open_by(&s.path, o.access));
         let sets = o.sources.iter().map(open).collect::<Result<Vec<_>>>()?;
         let order = Order::new(o, &sets)?;
+        Ok(Self::start(Sets::Packed(sets), order, options))
+    }
+
+    /// A reader of conversations, with the one source that names them. A sample is a unit of the set.
+    ///
+    /// # Errors
+    /// A weight that is no share.
+    pub fn chat(options: LoaderOptions, set: ChatSet) -> Result<Self> {
+        let order = Order::Global(Global::of_blocks(&options, vec![set.len()])?);
+        Ok(Self::start(Sets::Chat(set), order, options))
+    }
+
+    fn start(sets: Sets, order: Order, options: LoaderOptions) -> Self {
+        let o = &options;
         let state = DataState {
             sample: 0,
-            drawn: vec![0; sets.len()],
+            drawn: vec![0; o.sources.len()],
             blocks: order.blocks(),
             block_size: o.block_size,
             seed: o.seed,
@@ -99,7 +122,7 @@ impl DataLoader {
         };
         let shared = Arc::new(Shared { sets, order, options });
         let ahead = ReadAhead::start(shared.clone(), state.clone());
-        Ok(Self { shared, state, ahead })
+        Self { shared, state, ahead }
     }
 
     /// The next micro-batch of this rank. Never ends: epoch follows epoch, each in an order of its own.
@@ -126,9 +149,14 @@ impl DataLoader {
         drawn_and_blocks.map(|(drawn, blocks)| drawn.div_ceil(*blocks)).collect()
     }
 
-    /// Where some source would begin epoch `epochs + 1`; `None`: not within `at_most` global samples.
+    /// Where some source would begin epoch `epochs + 1`, in rows; `None`: not within `at_most` rows over all ranks.
     pub fn end(&self, epochs: u64, at_most: u64) -> Option<End> {
-        self.shared.order.end(epochs, at_most)
+        let rows = match &self.shared.sets {
+            Sets::Packed(_) => 1,
+            Sets::Chat(set) => set.rows() as u64,
+        };
+        let end = self.shared.order.end(epochs, at_most.div_ceil(rows))?;
+        Some(End { samples: end.samples * rows, ..end })
     }
 
     /// A source by name: the last part of its path.
@@ -140,9 +168,8 @@ impl DataLoader {
     /// A line for each source, and one for what its order leaves out.
     pub fn describe(&self) -> Vec<String> {
         let mut lines = Vec::new();
-        for (i, (set, source)) in
-            self.shared.sets.iter().zip(&self.shared.options.sources).enumerate()
-        {
+        let Sets::Packed(sets) = &self.shared.sets else { return lines };
+        for (i, (set, source)) in sets.iter().zip(&self.shared.options.sources).enumerate() {
             let name = self.name(i);
             lines.push(format!(
                 "{name}: {} file(s), {} tokens, {} blocks of {}, weight {}{}",
@@ -260,17 +287,24 @@ impl Shared {
     fn read_batch(&self, walk: &mut Walk, state: &mut DataState, rows: &mut Rows) -> Result<Batch> {
         let o = &self.options;
         let (b, t) = (o.micro_batch_size, o.block_size);
+        let sets = match &self.sets {
+            Sets::Packed(sets) => sets,
+            Sets::Chat(set) => {
+                let unit = |_| walk.next(state).1 / (t as u64 + 1);
+                return Ok(set.batch(&(0..set.units_of(b)).map(unit).collect::<Vec<_>>()));
+            }
+        };
         rows.input.clear();
         rows.target.clear();
         rows.places.clear();
         rows.places.extend((0..b).map(|_| walk.next(state)));
         // The disk gets all of a batch's blocks at once.
         for &(source, from) in &rows.places {
-            self.sets[source].prefetch(from, t as u64 + 1);
+            sets[source].prefetch(from, t as u64 + 1);
         }
         for &(source, from) in &rows.places {
             rows.block.clear();
-            let set = &self.sets[source];
+            let set = &sets[source];
             packed::explain(set.read_into(from, t as u64 + 1, o.vocab_size, &mut rows.block))?;
             rows.input.extend_from_slice(&rows.block[..t]);
             rows.target.extend_from_slice(&rows.block[1..]);

@@ -9,6 +9,7 @@
 //! and at most T tokens at the end of the stream stay out. The original's order can be had too ([`order`]).
 
 pub mod borders;
+pub mod chat;
 pub mod documents;
 pub mod hub;
 pub mod inspect;

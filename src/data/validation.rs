@@ -1,5 +1,6 @@
 //! Validation batches: the whole set in order, the same every time.
 
+use super::chat::ChatSet;
 use super::packed::{self, PackedSet};
 use super::{Batch, Borders};
 use crate::bail_hint;
@@ -7,14 +8,19 @@ use anyhow::Result;
 use std::path::Path;
 use tch::Tensor;
 
-/// A packed set cut into rows of T inputs; each token but the first is a target exactly once.
+/// A packed set cut into rows of T inputs, each token but the first a target exactly once; or conversations.
 pub struct ValidationSet {
-    set: PackedSet,
+    set: Set,
     block_size: u64,
     micro_batch_size: u64,
     vocab_size: usize,
     /// What batches tell the borders of documents by; `None`: they do not.
     pub borders: Option<Borders>,
+}
+
+enum Set {
+    Packed(PackedSet),
+    Chat(ChatSet),
 }
 
 impl ValidationSet {
@@ -33,12 +39,14 @@ impl ValidationSet {
             );
         }
         let (block_size, micro_batch_size) = (block_size as u64, micro_batch_size as u64);
+        let set = Set::Packed(set);
         Ok(Self { set, block_size, micro_batch_size, vocab_size, borders: None })
     }
 
-    /// Targets in the set.
-    pub fn n_targets(&self) -> u64 {
-        self.set.len() - 1
+    /// Conversations, each once.
+    pub fn chat(set: ChatSet, micro_batch_size: usize) -> Self {
+        let micro_batch_size = micro_batch_size as u64;
+        Self { set: Set::Chat(set), block_size: 0, micro_batch_size, vocab_size: 0, borders: None }
     }
 
     /// All batches in order. The last may have fewer rows; its last row is padded with targets of -100.
@@ -46,30 +54,54 @@ impl ValidationSet {
         (0..self.n_batches()).map(|i| self.batch(i))
     }
 
+    /// Targets in the set.
+    pub fn n_targets(&self) -> u64 {
+        match &self.set {
+            Set::Packed(set) => set.len() - 1,
+            Set::Chat(set) => set.n_targets(),
+        }
+    }
+
     /// How many those are.
     pub fn n_batches(&self) -> u64 {
-        self.rows().div_ceil(self.micro_batch_size)
+        match &self.set {
+            Set::Packed(set) => self.rows(set).div_ceil(self.micro_batch_size),
+            Set::Chat(set) => set.len().div_ceil(self.units(set)),
+        }
     }
 
     /// The i-th of [`ValidationSet::batches`].
     pub fn batch(&self, i: u64) -> Result<Batch> {
-        let first = i * self.micro_batch_size;
-        self.read(first, self.rows().min(first + self.micro_batch_size))
+        match &self.set {
+            Set::Packed(set) => {
+                let first = i * self.micro_batch_size;
+                self.read(set, first, self.rows(set).min(first + self.micro_batch_size))
+            }
+            Set::Chat(set) => {
+                let first = i * self.units(set);
+                let units: Vec<u64> = (first..set.len().min(first + self.units(set))).collect();
+                Ok(set.batch(&units))
+            }
+        }
     }
 
-    fn rows(&self) -> u64 {
-        self.n_targets().div_ceil(self.block_size)
+    fn units(&self, set: &ChatSet) -> u64 {
+        set.units_of(self.micro_batch_size as usize) as u64
     }
 
-    fn read(&self, first: u64, end: u64) -> Result<Batch> {
+    fn rows(&self, set: &PackedSet) -> u64 {
+        (set.len() - 1).div_ceil(self.block_size)
+    }
+
+    fn read(&self, set: &PackedSet, first: u64, end: u64) -> Result<Batch> {
         let (b, t) = ((end - first) as i64, self.block_size as i64);
         let (mut input, mut target, mut n_targets) = (Vec::new(), Vec::new(), 0);
         let mut tokens = Vec::new();
         for row in first..end {
             let from = row * self.block_size;
-            let n = (self.n_targets() - from).min(self.block_size);
+            let n = (set.len() - 1 - from).min(self.block_size);
             tokens.clear();
-            packed::explain(self.set.read_into(from, n + 1, self.vocab_size, &mut tokens))?;
+            packed::explain(set.read_into(from, n + 1, self.vocab_size, &mut tokens))?;
             let padding = (self.block_size - n) as usize;
             input.extend(&tokens[..n as usize]);
             input.extend(std::iter::repeat_n(0, padding));

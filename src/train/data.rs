@@ -1,13 +1,23 @@
 //! The data of a run: opened, told of, and where they end.
 
-use crate::config::{BatchPlan, DataConfig, RunConfig};
+use crate::config::{BatchPlan, DataConfig, DataSource, RunConfig, Weight};
 use crate::data::packed::Access;
-use crate::data::{Borders, DataLoader, LoaderOptions, ValidationSet};
+use crate::data::{Borders, DataLoader, chat, LoaderOptions, ValidationSet};
 use crate::error::WithHint;
 use crate::model::ModelConfig;
 use crate::tokenizer::Tokenizer;
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
+
+/// The data of a rank.
+pub struct Opened {
+    /// Training batches.
+    pub loader: DataLoader,
+    /// The validation set, if any.
+    pub val: Option<ValidationSet>,
+    /// What they are, a line each.
+    pub told: Vec<String>,
+}
 
 /// Training batches of one rank, and the validation set. `packed` is the run's `data` with packed files alone
 /// ([`crate::data::prepare::with_raw_prepared`]).
@@ -18,13 +28,11 @@ pub fn open(
     tokenizer: Option<&Tokenizer>,
     sequence: i64,
     (rank, world): (usize, usize),
-) -> Result<(DataLoader, Option<ValidationSet>)> {
+) -> Result<Opened> {
     let micro_batch_size = config.train.micro_batch_size as usize;
     let vocab_size = model.padded_vocab_size as usize;
-    let tokenizer = tokenizer.filter(|_| config.data.document_mask);
-    let borders = tokenizer.map(Borders::of).transpose()?;
-    let loader = DataLoader::train(LoaderOptions {
-        sources: packed.train.clone(),
+    let options = |sources: Vec<DataSource>, borders| LoaderOptions {
+        sources,
         order: config.data.order,
         micro_batch_size,
         block_size: sequence as usize,
@@ -35,14 +43,28 @@ pub fn open(
         prefetch: config.data.prefetch,
         access: Access::Mapped,
         borders,
-    })?;
+    };
+    if let Some(finetune) = &config.finetune {
+        let tokenizer = tokenizer.context("finetuning needs `tokenizer_dir`")?;
+        let template = chat::template(config, &finetune.data, tokenizer)?;
+        let sizes = (sequence as usize, micro_batch_size);
+        let sets = chat::open(&finetune.data, &template, tokenizer, sizes, config.seed)?;
+        let source = DataSource { path: finetune.data.train.clone(), weight: Weight::default() };
+        let loader = DataLoader::chat(options(vec![source], None), sets.train)?;
+        let val = sets.val.map(|set| ValidationSet::chat(set, micro_batch_size));
+        return Ok(Opened { loader, val, told: sets.told });
+    }
+    let tokenizer = tokenizer.filter(|_| config.data.document_mask);
+    let borders = tokenizer.map(Borders::of).transpose()?;
+    let loader = DataLoader::train(options(packed.train.clone(), borders))?;
     let open = |path: &PathBuf| -> Result<ValidationSet> {
         let t = sequence as usize;
         let mut set = ValidationSet::open(path, t, micro_batch_size, vocab_size)?;
         set.borders = borders;
         Ok(set)
     };
-    Ok((loader, packed.val.as_ref().map(open).transpose()?))
+    let (val, told) = (packed.val.as_ref().map(open).transpose()?, loader.describe());
+    Ok(Opened { loader, val, told })
 }
 
 /// Ends the run at the last whole step before a source would begin epoch `data.epochs` + 1, and says why; `None` where

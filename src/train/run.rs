@@ -118,6 +118,8 @@ pub struct Run<'j> {
     pub micro: MicroStep,
     /// Newest checkpoint written or read.
     pub last_checkpoint: Option<PathBuf>,
+    /// What the data are.
+    data_told: Vec<String>,
     /// Why the data end the run, where they do.
     ends_with: Option<String>,
     /// Of each source, by its last sample.
@@ -179,7 +181,7 @@ impl<'j> Run<'j> {
         }
         let packed = prepare_raw()?;
         let place = job.map_or((0, 1), |job| (job.rank(), job.size()));
-        let (mut loader, val) = {
+        let data::Opened { mut loader, val, told } = {
             let tokenizer = tokenizer.as_ref();
             data::open(config, &packed, &model_config, tokenizer, sequence, place)?
         };
@@ -272,6 +274,7 @@ impl<'j> Run<'j> {
             saver,
             progress,
             micro,
+            data_told: told,
             ends_with,
             flops,
             attention_told: attention.told,
@@ -307,7 +310,7 @@ impl<'j> Run<'j> {
         if self.config.data.document_mask {
             eprintln!("documents   attention stays within each (`data.document_mask`)");
         }
-        for line in self.loader.describe() {
+        for line in &self.data_told {
             eprintln!("data        {line}");
         }
         match (self.plan.total_steps, &self.ends_with) {

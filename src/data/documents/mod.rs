@@ -6,10 +6,12 @@
 
 mod chat;
 mod json;
+mod objects;
 mod parquet;
 mod source;
 mod text;
 
+pub use objects::{Object, objects};
 pub use source::{Source, SourceSum};
 
 use crate::error::WithHint;

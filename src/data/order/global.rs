@@ -41,6 +41,11 @@ impl Global {
             }
             blocks.push(n);
         }
+        Self::of_blocks(o, blocks)
+    }
+
+    /// The order of sources that have these many blocks.
+    pub fn of_blocks(o: &LoaderOptions, blocks: Vec<u64>) -> Result<Self> {
         Ok(Self {
             mixture: Mixture::new(&o.sources)?,
             blocks,

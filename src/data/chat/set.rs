@@ -1,0 +1,251 @@
+//! Finetuning data: conversations as rows of tokens, in memory.
+
+use super::layout::{self, Row};
+use super::{Conversation, Encoded, encode, read};
+use crate::config::{ChatDataConfig, LossOn, with_commas};
+use crate::data::Batch;
+use crate::data::permutation::Permutation;
+use crate::error::WithHint;
+use crate::ops::Documents;
+use crate::tokenizer::{ChatTemplate, Tokenizer};
+use anyhow::{Context, Result, anyhow};
+use rayon::prelude::*;
+use std::path::Path;
+use tch::{Device, Tensor};
+
+/// Training and validation conversations.
+pub struct ChatSets {
+    /// To learn from.
+    pub train: ChatSet,
+    /// To validate on.
+    pub val: Option<ChatSet>,
+    /// What was found and left out, a line each.
+    pub told: Vec<String>,
+}
+
+/// Conversations in rows.
+#[derive(Debug)]
+pub struct ChatSet {
+    conversations: Vec<Encoded>,
+    /// Units of shuffling: packed, the conversations of a row; else those of a micro-batch, a row each.
+    units: Vec<Row>,
+    /// T
+    block_size: usize,
+    /// Rows of a unit: 1 where conversations are packed.
+    rows: usize,
+}
+
+/// Reads and encodes what `data` names. `t`: tokens of a row; `micro`: rows of a micro-batch.
+///
+/// # Errors
+/// As [`read`] and [`encode`]; nothing that could be learned.
+pub fn open(
+    data: &ChatDataConfig,
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+    (t, micro): (usize, usize),
+    seed: u64,
+) -> Result<ChatSets> {
+    let mut told = Vec::new();
+    let mut found = |path: &Path| -> Result<Vec<Conversation>> {
+        let found = read(path, data.format)?;
+        let n = with_commas(found.conversations.len() as u64);
+        told.push(format!("`{}`: {n} conversations", path.display()));
+        if found.skipped > 0 {
+            told.push(format!(
+                "left out {} row(s) that hold none: {}",
+                with_commas(found.skipped),
+                found.examples.join("; ")
+            ));
+        }
+        Ok(found.conversations)
+    };
+    let mut train = found(&data.train)?;
+    let val = match &data.val {
+        Some(path) => found(path)?,
+        None => split(&mut train, data.val_fraction, seed),
+    };
+    let mut set = |conversations: &[Conversation], what: &str| -> Result<ChatSet> {
+        let (conversations, cut) =
+            encode_all(conversations, template, tokenizer, data.loss_on, t)
+                .with_context(|| format!("{what} conversations with the template {}", template.origin()))?;
+        if let Some(line) = cut.told(t) {
+            told.push(line);
+        }
+        if conversations.is_empty() {
+            return Err(anyhow!("{what}: no conversation has a target within {t} tokens")).usage(
+                "raise `train.max_seq_length`, or set `finetune.data.loss_on: all`",
+            );
+        }
+        Ok(ChatSet::new(conversations, data.packing, t, micro))
+    };
+    let train = set(&train, "training")?;
+    let val = match val.is_empty() {
+        true => None,
+        false => Some(set(&val, "validation")?),
+    };
+    told.push(train.describe());
+    Ok(ChatSets { train, val, told })
+}
+
+/// Takes a part of the conversations out, by the seed.
+fn split(train: &mut Vec<Conversation>, fraction: f64, seed: u64) -> Vec<Conversation> {
+    let n = train.len();
+    let take = ((n as f64 * fraction).round() as usize).min(n.saturating_sub(1));
+    let order = Permutation::new(n as u64, seed);
+    let mut chosen = vec![false; n];
+    (0..take).for_each(|i| chosen[order.at(i as u64) as usize] = true);
+    let (val, rest): (Vec<_>, Vec<_>) =
+        std::mem::take(train).into_iter().zip(chosen).partition(|(_, chosen)| *chosen);
+    *train = rest.into_iter().map(|(conversation, _)| conversation).collect();
+    val.into_iter().map(|(conversation, _)| conversation).collect()
+}
+
+/// What the length of a row cost.
+#[derive(Default)]
+struct Cut {
+    conversations: u64,
+    tokens: u64,
+    dropped: u64,
+}
+
+impl Cut {
+    fn told(&self, t: usize) -> Option<String> {
+        let Self { conversations, tokens, dropped } = self;
+        if conversations + dropped == 0 {
+            return None;
+        }
+        Some(format!(
+            "{} conversation(s) were cut at `train.max_seq_length` = {t}, by {} tokens; {} without a target were left out",
+            with_commas(*conversations),
+            with_commas(*tokens),
+            with_commas(*dropped)
+        ))
+    }
+}
+
+fn encode_all(
+    conversations: &[Conversation],
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+    loss_on: LossOn,
+    t: usize,
+) -> Result<(Vec<Encoded>, Cut)> {
+    let all: Vec<Encoded> = conversations
+        .par_iter()
+        .map(|conversation| encode(conversation, template, tokenizer, loss_on))
+        .collect::<Result<_>>()?;
+    let mut cut = Cut::default();
+    let mut kept = Vec::new();
+    for mut encoded in all {
+        if encoded.ids.len() > t {
+            cut.conversations += 1;
+            cut.tokens += (encoded.ids.len() - t) as u64;
+            encoded.ids.truncate(t);
+            encoded.trained.truncate(t);
+        }
+        // The first token has none before it to be predicted from.
+        if encoded.trained.iter().skip(1).any(|trained| *trained) {
+            kept.push(encoded);
+        } else {
+            cut.dropped += 1;
+        }
+    }
+    Ok((kept, cut))
+}
+
+impl ChatSet {
+    /// Lays conversations of at most `t` tokens out; `micro`: rows of a micro-batch.
+    pub fn new(conversations: Vec<Encoded>, packing: bool, t: usize, micro: usize) -> Self {
+        let (units, rows) = match packing {
+            true => (layout::pack(&conversations, t), 1),
+            false => (layout::group(&conversations, micro), micro),
+        };
+        Self { conversations, units, block_size: t, rows }
+    }
+
+    /// Units that are shuffled: rows, or where each row holds one conversation, micro-batches.
+    pub fn len(&self) -> u64 {
+        self.units.len() as u64
+    }
+
+    /// Whether there is nothing in it; [`open`] makes no such set.
+    pub fn is_empty(&self) -> bool {
+        self.units.is_empty()
+    }
+
+    /// Tokens that are to be predicted.
+    pub fn n_targets(&self) -> u64 {
+        let targets = |c: &Encoded| c.trained.iter().skip(1).filter(|trained| **trained).count() as u64;
+        self.conversations.iter().map(targets).sum()
+    }
+
+    /// Rows of a unit.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Units that make a micro-batch of `micro` rows.
+    pub fn units_of(&self, micro: usize) -> usize {
+        (micro / self.rows).max(1)
+    }
+
+    fn describe(&self) -> String {
+        let tokens: usize = self.conversations.iter().map(|c| c.ids.len()).sum();
+        let rows = self.units.len() * self.rows;
+        let share = 100.0 * tokens as f64 / (rows * self.block_size) as f64;
+        let rows = match self.rows {
+            1 => format!("{} rows of {}, {share:.0} % full", with_commas(rows as u64), self.block_size),
+            n => format!("micro-batches of {n} of like length"),
+        };
+        format!(
+            "{} tokens to learn from, {} of them targets, in {rows}",
+            with_commas(tokens as u64),
+            with_commas(self.n_targets())
+        )
+    }
+
+    /// Some units as one batch. Tokens behind a row's last conversation are 0, targets of none.
+    ///
+    /// # Shapes
+    /// Packed: (n, T), with documents; else (n x rows, longest), right-padded.
+    pub fn batch(&self, units: &[u64]) -> Batch {
+        let units = units.iter().map(|&unit| &self.units[unit as usize]);
+        let rows: Vec<&[usize]> = match self.rows {
+            1 => units.map(Vec::as_slice).collect(),
+            _ => units.flat_map(|unit| unit.chunks(1)).collect(),
+        };
+        let length = |row: &&[usize]| row.iter().map(|&i| self.conversations[i].ids.len()).sum();
+        let longest: usize = rows.iter().map(length).max().unwrap_or(0);
+        // Kernels want multiples of 8.
+        let t = if self.rows == 1 { self.block_size } else { longest.next_multiple_of(8) };
+        let (mut input, mut target) = (vec![0_i64; rows.len() * t], vec![-100_i64; rows.len() * t]);
+        let mut lengths = Vec::new();
+        let mut n_targets = 0;
+        for (r, row) in rows.iter().enumerate() {
+            let (mut at, mut of_row) = (r * t, Vec::new());
+            for &i in *row {
+                let Encoded { ids, trained } = &self.conversations[i];
+                for (k, &id) in ids.iter().enumerate() {
+                    input[at + k] = id.into();
+                    if k > 0 && trained[k] {
+                        target[at + k - 1] = id.into();
+                        n_targets += 1;
+                    }
+                }
+                at += ids.len();
+                of_row.push(ids.len() as i64);
+            }
+            let left = ((r + 1) * t - at) as i64;
+            of_row.extend((left > 0).then_some(left));
+            lengths.push(of_row);
+        }
+        let shape = [rows.len() as i64, t as i64];
+        Batch {
+            documents: (self.rows == 1).then(|| Documents::from_lengths(&lengths, Device::Cpu)),
+            input: Tensor::from_slice(&input).view(shape), // (B, T)
+            target: Tensor::from_slice(&target).view(shape), // (B, T)
+            n_targets,
+        }
+    }
+}
