@@ -7,6 +7,7 @@
 //! out_dir/.old-NAME/            moved aside while a folder of the same name takes its place
 //! ```
 
+use super::adapter;
 use super::disk::explain_full_disk;
 use super::formats::{is_checkpoint_file, is_checkpoint_folder};
 use super::hf::weights_files;
@@ -187,7 +188,7 @@ pub fn list(out_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 
 /// Whether a folder has a configuration and all its weights files.
 fn is_complete(dir: &Path) -> bool {
-    dir.join("config.json").is_file() && weights_files(dir, false).is_ok()
+    adapter::is_one(dir) || dir.join("config.json").is_file() && weights_files(dir, false).is_ok()
 }
 
 /// The checkpoint of the highest step, counted as an integer.

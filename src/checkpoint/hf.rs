@@ -286,3 +286,9 @@ pub fn write_json(path: &Path, value: &Value) -> Result<()> {
     let text = serde_json::to_string_pretty(value)? + "\n";
     std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
 }
+
+/// Writes `chat_template.jinja`, which `chat`, `serve` and transformers use.
+pub fn save_chat_template(dir: &Path, text: &str) -> Result<()> {
+    let path = dir.join("chat_template.jinja");
+    std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))
+}

@@ -3,6 +3,7 @@
 //! Read first: [`names`] (the table), then `hf.rs` (weights), `train_state.rs`, `folder.rs` (how a
 //! folder appears whole or not at all).
 
+pub mod adapter;
 mod convert;
 pub(crate) mod disk;
 mod folder;
@@ -29,7 +30,8 @@ pub use folder::{
     temporary_folder,
 };
 pub use hf::{
-    MAX_SHARD_BYTES, save, save_model, save_parameters, save_quantised, save_weights, write_json,
+    MAX_SHARD_BYTES, save, save_chat_template, save_model, save_parameters, save_quantised,
+    save_weights, write_json,
 };
 pub use inspect::{Change, CheckpointReport, Statistics, TensorReport, inspect};
 pub use moments::Moments;

@@ -1,5 +1,6 @@
 //! Reading checkpoints: an opened one gives its architecture and each parameter, one at a time.
 
+use super::adapter::{self, Adapter};
 use super::formats::{self, Training};
 use super::gguf::Type;
 use super::names::{self, Layout, Naming, Part, presets_that_fit};
@@ -10,6 +11,7 @@ use crate::bail_hint;
 use crate::ffi;
 use crate::model::{GPT, ModelConfig, RopeScaling, RopeType};
 use crate::quant::Groups;
+use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -67,6 +69,7 @@ pub struct Source {
     weights: Weights,
     tokenizer: Vec<(&'static str, Vec<u8>)>,
     pub(super) training: Option<Training>,
+    adapter: Option<Adapter>,
 }
 
 impl Source {
@@ -75,10 +78,24 @@ impl Source {
     /// # Errors
     /// No format that is known; no configuration, or one of another architecture; a damaged file; a missing shard.
     pub fn open(path: &Path) -> Result<Self> {
-        let opened = formats::open(path)?;
-        let formats::Opened { format, config, naming, weights, tokenizer, training } = opened;
-        let path = path.to_owned();
-        Ok(Self { path, config, format, naming, weights, tokenizer, training })
+        let adapter = match adapter::is_one(path) && !path.join("config.json").is_file() {
+            true => Some(Adapter::open(path)?),
+            false => None,
+        };
+        let base = adapter.as_ref().map_or(path, |adapter| adapter.base.as_path());
+        let opened = formats::open(base)?;
+        let formats::Opened { format, config, naming, weights, mut tokenizer, training } = opened;
+        if let Some(adapter) = &adapter {
+            adapter.check(&config)?;
+        }
+        // Adapters without a tokenizer are used with their base's.
+        let own = adapter.is_none() || !Tokenizer::files(path).is_empty();
+        let path = if own { path } else { base }.to_owned();
+        if adapter.is_some() && own {
+            tokenizer.clear();
+        }
+        let training = training.filter(|_| adapter.is_none());
+        Ok(Self { path, config, format, naming, weights, tokenizer, training, adapter })
     }
 
     /// Name of the format, for people.
@@ -167,6 +184,9 @@ impl Source {
     /// # Errors
     /// A name that is no parameter's, a damaged file.
     pub fn blocks(&self, name: &str) -> Result<Option<Vec<Blocks>>> {
+        if self.adapter.as_ref().is_some_and(|adapter| adapter.changes(name, &self.config)) {
+            return Ok(None);
+        }
         let plan = self.plan();
         let found = plan.iter().find(|(planned, ..)| planned == name);
         let (_, shape, parts) = found.with_context(|| format!("no parameter `{name}`"))?;
@@ -195,7 +215,7 @@ impl Source {
 
     /// Whether any matrix is stored in blocks of quantised values.
     pub fn is_quantised(&self) -> bool {
-        self.weights.names().any(|name| self.weights.is_quantised(name))
+        self.adapter.is_none() && self.weights.names().any(|name| self.weights.is_quantised(name))
     }
 
     /// Whether the tensors are those of the architecture, before any is read.
@@ -258,6 +278,9 @@ impl Source {
             assert_eq!(*name, planned, "outline and model differ");
             ffi::want_huge_pages(ours);
             fill(ours, &self.weights, &parts, &self.config)?;
+            if let Some(adapter) = &self.adapter {
+                adapter.add_to(name, ours, &self.config)?;
+            }
         }
         Ok(())
     }
@@ -276,9 +299,13 @@ impl Source {
         }
         let all = entries.clone();
         let get = move |i: usize| {
-            let Entry { kind, shape, .. } = &all[i];
+            let Entry { name, kind, shape } = &all[i];
             let ours = Tensor::empty(shape, (*kind, Device::Cpu));
-            fill(&ours, &self.weights, &places[i], &self.config).map(|()| ours)
+            fill(&ours, &self.weights, &places[i], &self.config)?;
+            if let Some(adapter) = &self.adapter {
+                tch::no_grad(|| adapter.add_to(name, &ours, &self.config))?;
+            }
+            Ok(ours)
         };
         Ok(Parameters { entries, get: Box::new(get) })
     }

@@ -8,6 +8,7 @@ mod chat;
 mod config;
 mod convert;
 mod doctor;
+mod finetune;
 mod generate;
 mod inspect;
 mod inspect_checkpoint;
@@ -17,6 +18,7 @@ mod score;
 mod serve;
 mod tokenizer;
 
+use crate::config as run_config;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -34,6 +36,8 @@ pub struct Cli {
 pub enum Verb {
     /// Train a model from scratch, from a checkpoint's weights, or resume a run
     Pretrain(pretrain::Args),
+    /// Train a checkpoint on conversations: all weights, or adapters
+    Finetune(finetune::Args),
     /// Tokenize a corpus into packed files that training reads
     Prepare(prepare::Args),
     /// Say what a packed dataset or a checkpoint holds, show samples, verify every byte
@@ -61,7 +65,8 @@ pub enum Verb {
 /// Runs one command line; the returned code is the process's exit code (see [`crate::error::exit`]).
 pub fn run(cli: Cli) -> Result<u8> {
     match cli.verb {
-        Verb::Pretrain(args) => pretrain::run(args),
+        Verb::Pretrain(args) => pretrain::run(args, run_config::load),
+        Verb::Finetune(args) => finetune::run(args),
         Verb::Prepare(args) => prepare::run(args),
         Verb::Inspect(args) => inspect::run(args),
         Verb::Convert(args) => convert::run(args),

@@ -1,6 +1,6 @@
-//! `tinyllama pretrain CONFIG`.
+//! `tinyllama pretrain CONFIG` and `tinyllama finetune CONFIG`.
 
-use crate::config::{self, BatchPlan, RunConfig};
+use crate::config::{BatchPlan, RunConfig};
 use crate::device;
 use crate::distributed::{self, World, rendezvous};
 use crate::error::exit;
@@ -8,13 +8,13 @@ use crate::ffi;
 use crate::train;
 use crate::train::memory::{self, MemoryPlan, Share};
 use anyhow::Result;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tch::Device;
 
-/// Arguments of `pretrain`.
+/// Arguments of `pretrain` and `finetune`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The run's YAML, e.g. configs/quickstart.yaml
+    /// The run's YAML, e.g. configs/quickstart.yaml or configs/finetune/quickstart.yaml
     config: PathBuf,
     /// Worker processes on this node, one a card; on the CPU as many as asked (the key `devices`)
     #[arg(long, value_name = "N")]
@@ -30,10 +30,13 @@ pub struct Args {
     dry_run: bool,
 }
 
-/// Runs `pretrain`: alone, as one of many workers, or as the launcher of them.
-pub fn run(args: Args) -> Result<u8> {
+/// Reads a run's YAML and overrides.
+pub(super) type Load = fn(&Path, &[String]) -> Result<RunConfig>;
+
+/// Runs a verb, whose configuration `load` reads: alone, as one of many workers, or as the launcher of them.
+pub fn run(args: Args, load_config: Load) -> Result<u8> {
     let world = if args.dry_run { None } else { World::from_env()? };
-    let config = match (load(&args), &world) {
+    let config = match (args.load(load_config), &world) {
         (Err(error), Some(world)) => return Err(rendezvous::refuse(world, error)),
         (config, _) => config?,
     };
@@ -47,18 +50,21 @@ pub fn run(args: Args) -> Result<u8> {
     }
 }
 
-fn load(args: &Args) -> Result<RunConfig> {
-    let mut sets = args.sets.clone();
-    if let Some(devices) = args.devices {
-        sets.push(format!("devices={devices}"));
+impl Args {
+    /// The configuration with the overrides.
+    pub(super) fn load(&self, load_config: Load) -> Result<RunConfig> {
+        let mut sets = self.sets.clone();
+        if let Some(devices) = self.devices {
+            sets.push(format!("devices={devices}"));
+        }
+        match self.resume.as_deref() {
+            None => {}
+            Some("false") => sets.push("resume=false".into()),
+            // Quoted as JSON, which is YAML: a path may look like a number.
+            Some(text) => sets.push(format!("resume={}", serde_json::to_string(text)?)),
+        }
+        load_config(&self.config, &sets)
     }
-    match args.resume.as_deref() {
-        None => {}
-        Some("false") => sets.push("resume=false".into()),
-        // Quoted as JSON, which is YAML: a path may look like a number.
-        Some(text) => sets.push(format!("resume={}", serde_json::to_string(text)?)),
-    }
-    config::load(&args.config, &sets)
 }
 
 /// One rank of many.

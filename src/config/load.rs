@@ -28,7 +28,8 @@ pub fn parse(text: &str, sets: &[String]) -> Result<RunConfig> {
     let (mut tree, schema, mut problems) = tree(text, sets)?;
     check::check(&mut tree, &schema, &mut problems);
     if !tree["finetune"].is_null() {
-        problems.push("`finetune`: this is for `tinyllama finetune`; leave it out to pretrain".into());
+        problems
+            .push("`finetune`: this is for `tinyllama finetune`; leave it out to pretrain".into());
     }
     finish(tree, problems)
 }
@@ -56,13 +57,17 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
     let method: Method = serde_json::from_value(method).unwrap_or_default();
     fill(&mut tree, finetune::defaults(method));
     let Some(dir) = tree["initial_checkpoint_dir"].as_str().map(str::to_owned) else {
-        problems.push("`initial_checkpoint_dir`: needs the checkpoint that is to be finetuned".into());
+        problems
+            .push("`initial_checkpoint_dir`: needs the checkpoint that is to be finetuned".into());
         return Err(ConfigError { problems }.into());
     };
     let mut model = checkpoint::load_config(&checkpoint::resolve(dir.as_ref())?)?;
-    if let Some(tie) = tree["train"]["tie_embeddings"].as_bool().filter(|tie| *tie != model.tie_embeddings) {
+    if let Some(tie) =
+        tree["train"]["tie_embeddings"].as_bool().filter(|tie| *tie != model.tie_embeddings)
+    {
         problems.push(format!(
-            "`train.tie_embeddings`: the checkpoint's are {}; leave it out", if tie { "apart" } else { "one matrix" }
+            "`train.tie_embeddings`: the checkpoint's are {}; leave it out",
+            if tie { "apart" } else { "one matrix" }
         ));
         model.tie_embeddings = tie;
     }
@@ -76,7 +81,8 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
         }
     }
     tree["model_name"] = RunConfig::default().model_name.into();
-    tree["model_config"] = serde_json::to_value(&model).context("the checkpoint's configuration")?;
+    tree["model_config"] =
+        serde_json::to_value(&model).context("the checkpoint's configuration")?;
     if tree["tokenizer_dir"].is_null() {
         tree["tokenizer_dir"] = dir.into();
     }

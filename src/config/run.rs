@@ -1,6 +1,6 @@
 //! The structs of a run's YAML. Keys are litgpt's where litgpt has them.
 
-use super::{FinetuneConfig, PrepareConfig, weight::Weight};
+use super::{FinetuneConfig, LoraConfig, Method, PrepareConfig, weight::Weight};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -408,6 +408,11 @@ impl RunConfig {
     /// `memory_limit` in bytes.
     pub fn memory_limit_bytes(&self) -> Option<u64> {
         self.memory_limit.map(|gib| (gib * (1u64 << 30) as f64) as u64)
+    }
+
+    /// The adapters that are trained, where the weights are not.
+    pub fn lora(&self) -> Option<&LoraConfig> {
+        self.finetune.as_ref().filter(|f| f.method == Method::Lora).map(|f| &f.lora)
     }
 
     /// Workers on all nodes that the configuration asks for. The actual number is the run's

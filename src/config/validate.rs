@@ -1,6 +1,7 @@
 //! What is wrong with a well-typed configuration, and the arithmetic that follows from a right one.
 
 mod data;
+mod finetune;
 
 use super::check::{self, Schema};
 use super::{
@@ -125,7 +126,11 @@ fn merge(preset: ModelConfig, overrides: &Value, tie: Option<bool>) -> Result<Mo
 /// Everything that cannot work, with key paths; empty where all is well.
 pub fn problems(config: &RunConfig) -> Vec<String> {
     let mut problems = Vec::new();
-    match model_config(&config.model_name, &config.model_config, config.train.tie_embeddings) {
+    let model = model_config(&config.model_name, &config.model_config, config.train.tie_embeddings);
+    if let Some(of_run) = &config.finetune {
+        finetune::check(config, of_run, model.as_ref().ok(), &mut problems);
+    }
+    match model {
         Ok(model) => {
             check_sequence(config, &model, &mut problems);
             check_recomputation(config, &model, &mut problems);

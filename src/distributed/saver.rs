@@ -36,6 +36,8 @@ pub struct Snapshot {
     pub tokenizer: Option<Arc<Tokenizer>>,
     /// Copied into the folder.
     pub files: Vec<PathBuf>,
+    /// Jinja of a finetuning run.
+    pub template: Option<String>,
     /// How the units are cut.
     pub layouts: Vec<Layout>,
     /// Dtype of the exact weights.
@@ -218,6 +220,9 @@ fn write_part(s: &Snapshot, group: &ProcessGroup, dir: &Path) -> Result<()> {
 fn write_model(s: &Snapshot, dir: &Path, weights: &Named) -> Result<()> {
     checkpoint::save_model(dir, &s.model, weights, s.tokenizer.as_deref())?;
     checkpoint::copy_files(&s.files, dir)?;
+    if let Some(template) = &s.template {
+        checkpoint::save_chat_template(dir, template)?;
+    }
     checkpoint::save_counters(dir, &s.state, &s.generators)
 }
 

@@ -30,6 +30,8 @@ pub struct Kernels {
     pub recompute_norms: bool,
     /// Matrix products of the blocks in e4m3, where the layers have e4m3 weights.
     pub fp8: bool,
+    /// Adapters drop out.
+    pub train: bool,
 }
 
 impl Kernels {

@@ -15,6 +15,7 @@ use super::units::AtUnit;
 use crate::config::AttentionBackend;
 use crate::ffi::{DecodeState, PackedWeight};
 use crate::ops::{self, Documents, LossScalars};
+use std::cell::Cell;
 use tch::{Device, Kind, Tensor};
 
 /// A decoder-only transformer of the Llama or the GPT-NeoX family.
@@ -46,6 +47,8 @@ pub struct GPT {
     pub recomputed_blocks: usize,
     /// Dtype of keys and values in a paged cache: the weights' own, or int8.
     pub cache_kind: Option<Kind>,
+    /// Adapters drop out: off while a model that is being trained is validated or asked.
+    pub training: Cell<bool>,
     /// Called when a pass enters a unit ([`GPT::units`]).
     pub at_unit: Option<AtUnit>,
     /// Angles of positions.
@@ -74,6 +77,7 @@ impl GPT {
             fp8: None,
             recomputed_blocks: 0,
             cache_kind: None,
+            training: Cell::new(true),
             at_unit: None,
             rope: Rope::new(config, device),
             config: config.clone(),
@@ -140,9 +144,14 @@ impl GPT {
             fused: self.fused,
             recompute_norms: self.recompute_norms && cache.is_none(),
             fp8: self.fp8.is_some() && cache.is_none(),
+            train: self.training.get() && cache.is_none(),
         };
         self.enter(0);
         let mut x = self.wte.forward(idx); // (B, T, C)
+        if self.recomputed_blocks > 0 && !x.requires_grad() && cache.is_none() {
+            // A recomputed part has a backward pass where its inputs have one; adapters are none of them.
+            x = x.set_requires_grad(true);
+        }
         self.leave(0, &x);
         let d = self.config.head_size;
         let documents = documents.map(|documents| documents.ready_for(&x, d, self.attention));
@@ -258,6 +267,9 @@ impl GPT {
     /// Converts every parameter in place (`model.to(dtype)`).
     pub fn to_kind(&mut self, kind: Kind) {
         self.replace_parameters(|parameter| parameter.to_kind(kind), true);
+        for (_, mut adapter) in self.adapters() {
+            tch::no_grad(|| adapter.set_data(&adapter.to_kind(kind)));
+        }
     }
 
     /// Gives every parameter uninitialised memory of another dtype, without reading the old one: on the CPU,
@@ -276,10 +288,14 @@ impl GPT {
         self.h.iter_mut().for_each(|block| block.mlp.join(keep));
     }
 
-    /// Turns gradients of every parameter on or off.
+    /// Turns gradients of every parameter that is trained on or off; the weights beside adapters have none.
     pub fn requires_grad(&self, on: bool) {
+        let adapters = self.adapters();
         for (_, parameter) in self.named_parameters() {
-            let _ = parameter.set_requires_grad(on);
+            let _ = parameter.set_requires_grad(on && adapters.is_empty());
+        }
+        for (_, adapter) in adapters {
+            let _ = adapter.set_requires_grad(on);
         }
     }
 

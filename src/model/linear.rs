@@ -1,6 +1,7 @@
 //! `nn.Linear` and `nn.Embedding`.
 
 use super::attention::Kernels;
+use super::lora::Lora;
 use super::norm::Norm;
 use crate::ffi::{Fp8Linear, PackedWeight};
 use crate::ops::{self, or_panic};
@@ -20,6 +21,8 @@ pub struct Linear {
     pub fp8: Option<Fp8Linear>,
     /// The weight in 4 or 8 bits, for inference; `weight` is empty then.
     pub packed: Option<PackedWeight>,
+    /// Adapters, trained instead of the weight.
+    pub lora: Option<Lora>,
 }
 
 impl Linear {
@@ -31,6 +34,7 @@ impl Linear {
             bias: bias.then(|| Tensor::zeros([outputs], options)),
             fp8: None,
             packed: None,
+            lora: None,
         }
     }
 
@@ -39,11 +43,20 @@ impl Linear {
         let bias = self.bias.as_ref().map(Tensor::shallow_clone);
         let fp8 = self.fp8.as_ref().map(Fp8Linear::shallow_clone);
         let packed = self.packed.as_ref().map(PackedWeight::shallow_clone);
-        Self { weight: self.weight.shallow_clone(), bias, fp8, packed }
+        let lora = self.lora.as_ref().map(Lora::shallow_clone);
+        Self { weight: self.weight.shallow_clone(), bias, fp8, packed, lora }
     }
 
-    /// See [`ops::linear`].
+    /// See [`ops::linear`]; with what [`Lora`] adds.
     pub fn forward(&self, x: &Tensor, with: &Kernels) -> Tensor {
+        let y = self.without_lora(x, with); // (.., out)
+        if let Some(lora) = &self.lora {
+            lora.add_to(&y, x, with.train);
+        }
+        y
+    }
+
+    fn without_lora(&self, x: &Tensor, with: &Kernels) -> Tensor {
         if self.packed.is_some() {
             return ops::linear(x, &self.dense(), self.bias.as_ref(), None, with.fused);
         }
@@ -71,7 +84,8 @@ impl Linear {
         with: &Kernels,
     ) -> (Tensor, Tensor) {
         let fp8 = self.fp8.as_ref().filter(|_| with.fp8);
-        if with.recomputes_norms() && norm.bias.is_none() && self.bias.is_none() {
+        let fuses = norm.bias.is_none() && self.bias.is_none() && self.lora.is_none();
+        if with.recomputes_norms() && fuses {
             return ops::norm_linear(x, residual, &norm.weight, norm.eps, &self.weight, fp8);
         }
         let (normed, sum) = norm.forward(x, residual, with.fused); // (.., C) x2

@@ -121,6 +121,23 @@ impl Mlp {
                 let gate_up = x.linear(&or_panic(packed.dequantize()), None::<Tensor>); // (B, T, 2F)
                 proj.forward(&ops::swiglu(&gate_up, with.fused), with) // (B, T, C)
             }
+            Self::LLaMA(mlp) if mlp.has_lora() => {
+                let gate_up = match self.gate_up() {
+                    Some(weight) => ops::linear(x, &weight, None, None, with.fused), // (B, T, 2F)
+                    None => {
+                        let halves = [&mlp.fc_1, &mlp.fc_2]
+                            .map(|half| x.linear(&half.weight, None::<Tensor>));
+                        Tensor::cat(&halves, -1) // (B, T, 2F)
+                    }
+                };
+                let f = gate_up.size()[2] / 2;
+                for (half, start) in [(&mlp.fc_1, 0), (&mlp.fc_2, f)] {
+                    if let Some(lora) = &half.lora {
+                        lora.add_to(&gate_up.narrow(-1, start, f), x, with.train);
+                    }
+                }
+                mlp.proj.forward(&ops::swiglu(&gate_up, with.fused), with) // (B, T, C)
+            }
             Self::LLaMA(mlp) if mlp.proj.bias.is_none() => {
                 let [fc_1, fc_2, proj] = mlp.weights();
                 ops::swiglu_mlp(x, fc_1, fc_2, proj, with.fused) // (B, T, C)
@@ -151,6 +168,7 @@ impl Mlp {
             && with.recomputes_norms()
             && norm.bias.is_none()
             && mlp.proj.bias.is_none()
+            && !mlp.has_lora()
         {
             let fp8 = mlp.gate_up_fp8.as_ref().zip(mlp.proj.fp8.as_ref()).filter(|_| with.fp8);
             return ops::norm_mlp(x, residual, &norm.weight, norm.eps, mlp.weights(), fp8);
@@ -161,6 +179,11 @@ impl Mlp {
 }
 
 impl LLaMAMLP {
+    /// Whether any of its matrices has adapters.
+    pub fn has_lora(&self) -> bool {
+        [&self.fc_1, &self.fc_2, &self.proj].into_iter().any(|linear| linear.lora.is_some())
+    }
+
     /// Whether W2 lies behind W1 ([`Mlp::join`]).
     pub fn is_joined(&self) -> bool {
         let Ok((f, c)) = self.fc_1.weight.size2() else { return false };

@@ -10,6 +10,7 @@ pub mod gpt;
 pub mod init;
 pub mod kv_cache;
 pub mod linear;
+pub mod lora;
 pub mod mlp;
 pub mod norm;
 pub mod paged_cache;

@@ -61,6 +61,7 @@ pub enum TemplateError {
 /// A compiled template and the tokens that it may name.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    text: String,
     /// Where it is from, in backticks.
     origin: String,
     tokens: SpecialTokens,
@@ -91,10 +92,7 @@ impl ChatTemplate {
             return Err(anyhow!("`{name}` is no chat template"))
                 .usage(format!("choose one of {}", NAMES.join(", ")));
         };
-        let mut template = Self::new(builtin.source, &format!("`{name}`"), tokens)?;
-        template.stops = builtin.stops.iter().map(|stop| stop.to_string()).collect();
-        template.trims_reply = builtin.trims_reply;
-        Ok(template)
+        Ok(Self::new(builtin.source, &format!("`{name}`"), tokens)?)
     }
 
     /// Compiles a template from its text; `origin` says in errors where it is from.
@@ -115,8 +113,15 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         functions::add_to(&mut environment);
         environment.add_template_owned("chat", source::without_generation(text)).map_err(broken)?;
-        let stops = builtin::stops_in(text);
-        Ok(Self { environment, origin: origin.into(), tokens, stops, trims_reply: false })
+        let (text, origin) = (text.to_owned(), origin.to_owned());
+        // A built-in one that was saved with a checkpoint is known again.
+        let (stops, trims_reply) = match builtin::of_source(&text) {
+            Some(builtin) => {
+                (builtin.stops.iter().map(|s| s.to_string()).collect(), builtin.trims_reply)
+            }
+            None => (builtin::stops_in(&text), false),
+        };
+        Ok(Self { environment, text, origin, tokens, stops, trims_reply })
     }
 
     /// The prompt; with `add_generation_prompt` it ends where the assistant's next answer begins.
@@ -191,6 +196,11 @@ impl ChatTemplate {
     /// Whether an answer begins with white space that is no part of it (`### Assistant: Hello`).
     pub fn trims_reply(&self) -> bool {
         self.trims_reply
+    }
+
+    /// Its Jinja, as `chat_template.jinja` of a checkpoint holds it.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     /// Where the template is from: a name, or a file, in backticks.

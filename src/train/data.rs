@@ -2,10 +2,10 @@
 
 use crate::config::{BatchPlan, DataConfig, DataSource, RunConfig, Weight};
 use crate::data::packed::Access;
-use crate::data::{Borders, DataLoader, chat, LoaderOptions, ValidationSet};
+use crate::data::{Borders, DataLoader, LoaderOptions, ValidationSet, chat};
 use crate::error::WithHint;
 use crate::model::ModelConfig;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{ChatTemplate, Tokenizer};
 use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
 
@@ -17,6 +17,8 @@ pub struct Opened {
     pub val: Option<ValidationSet>,
     /// What they are, a line each.
     pub told: Vec<String>,
+    /// What makes a text of a conversation, of a finetuning run.
+    pub template: Option<ChatTemplate>,
 }
 
 /// Training batches of one rank, and the validation set. `packed` is the run's `data` with packed files alone
@@ -52,7 +54,7 @@ pub fn open(
         let source = DataSource { path: finetune.data.train.clone(), weight: Weight::default() };
         let loader = DataLoader::chat(options(vec![source], None), sets.train)?;
         let val = sets.val.map(|set| ValidationSet::chat(set, micro_batch_size));
-        return Ok(Opened { loader, val, told: sets.told });
+        return Ok(Opened { loader, val, told: sets.told, template: Some(template) });
     }
     let tokenizer = tokenizer.filter(|_| config.data.document_mask);
     let borders = tokenizer.map(Borders::of).transpose()?;
@@ -64,7 +66,7 @@ pub fn open(
         Ok(set)
     };
     let (val, told) = (packed.val.as_ref().map(open).transpose()?, loader.describe());
-    Ok(Opened { loader, val, told })
+    Ok(Opened { loader, val, told, template: None })
 }
 
 /// Ends the run at the last whole step before a source would begin epoch `data.epochs` + 1, and says why; `None` where

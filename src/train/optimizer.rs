@@ -65,13 +65,13 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Takes over an fp32 model: keeps its weights as masters and, as `precision` says, gives the model
-    /// its bf16 weights. Turns on gradients. `config.state` and `config.master` count in `bf16-mixed` and `fp8-mixed`.
+    /// Takes over an fp32 model: keeps its weights (or, where it has adapters, those) as masters and, as `precision` says,
+    /// gives the model its bf16 weights. Turns on gradients. `config.state` and `config.master` count in `bf16-mixed` and `fp8-mixed`.
     ///
     /// # Errors
     /// `config.cpu_offload` without what it needs ([`offload::require`]), or without enough memory on the host.
     pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Result<Self> {
-        let fp32 = model.named_parameters();
+        let fp32 = model.trained_parameters();
         let sizes: Vec<i64> = fp32.iter().map(|(_, p)| p.numel() as i64).collect();
         let offload = Self::offload(&sizes, model.device(), model.fused, precision, config)?;
         let masters: Vec<Tensor> = match (precision, &offload) {
@@ -86,7 +86,7 @@ impl AdamW {
         }
         model.requires_grad(true);
 
-        let weights = model.named_parameters();
+        let weights = model.trained_parameters();
         let (grads, sums) = gradient_buffer(&weights, gradient_kind(precision));
         let mut masters = masters.into_iter();
         let part = |(index, ((name, weight), grad)): (usize, ((String, Tensor), Tensor))| {

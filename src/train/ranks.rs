@@ -182,6 +182,7 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
         model: run.model.config.clone(),
         tokenizer: run.tokenizer.clone(),
         files: files.unwrap_or_default(),
+        template: run.template.as_ref().map(|template| template.text().to_owned()),
         layouts: ranks.layouts.clone(),
         kind: run.optimizer.exact_kind(),
         masters,

@@ -10,8 +10,10 @@ use super::ranks;
 use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
 use super::{data, saver, validate};
+use crate::checkpoint::adapter;
 use crate::config::{
     ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Resume, RunConfig,
+    with_commas,
 };
 use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
@@ -19,7 +21,7 @@ use crate::distributed::{Job, Ranks};
 use crate::error::WithHint;
 use crate::ffi::ReadBack;
 use crate::model::{Fp8, GPT};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{ChatTemplate, Tokenizer};
 use crate::{bail_hint, checkpoint, config, device, ffi, guard, model};
 use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
@@ -118,6 +120,8 @@ pub struct Run<'j> {
     pub micro: MicroStep,
     /// Newest checkpoint written or read.
     pub last_checkpoint: Option<PathBuf>,
+    /// What makes a text of a conversation, of a finetuning run; saved with its checkpoints.
+    pub template: Option<ChatTemplate>,
     /// What the data are.
     data_told: Vec<String>,
     /// Why the data end the run, where they do.
@@ -158,7 +162,9 @@ impl<'j> Run<'j> {
             };
             let card = ffi::cuda_device(index)?.total_memory as u64;
             let memory = config.memory_limit_bytes().map_or(card, |limit| limit.min(card));
-            memory::check_fits(config, &model_config, share, sequence as u64, memory)?;
+            if config.lora().is_none() {
+                memory::check_fits(config, &model_config, share, sequence as u64, memory)?;
+            }
         }
 
         // 1. Which checkpoint, before anything is prepared; tokenizer and data.
@@ -181,7 +187,7 @@ impl<'j> Run<'j> {
         }
         let packed = prepare_raw()?;
         let place = job.map_or((0, 1), |job| (job.rank(), job.size()));
-        let data::Opened { mut loader, val, told } = {
+        let data::Opened { mut loader, val, told, template } = {
             let tokenizer = tokenizer.as_ref();
             data::open(config, &packed, &model_config, tokenizer, sequence, place)?
         };
@@ -194,19 +200,27 @@ impl<'j> Run<'j> {
             None => pick()?,
         };
         tch::manual_seed(config.seed as i64);
+        let lora = config.lora();
         let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
-            (Some(dir), _) => {
+            (Some(dir), _) if lora.is_none() => {
                 let model = GPT::empty(&model_config, device);
                 checkpoint::load_weights(&model, dir)?;
                 model
             }
-            (None, Some(dir)) => {
+            (_, Some(dir)) => {
                 let model = GPT::empty(&model_config, device);
                 checkpoint::load_initial_weights(&model, &checkpoint::resolve(dir)?)?;
                 model
             }
-            (None, None) => GPT::new(&model_config, device),
+            (_, None) => GPT::new(&model_config, device),
         };
+        if let Some(lora) = lora {
+            let targets = adapter::targets(&lora.targets)?;
+            model.add_lora(&targets, lora.r, lora.alpha, lora.dropout);
+            if let Some(dir) = &resume_from {
+                adapter::Adapter::open(dir)?.load_into(&model)?;
+            }
+        }
         model.attention = attention.backend;
         model.fused = config.fused;
         model.recompute_norms =
@@ -274,6 +288,7 @@ impl<'j> Run<'j> {
             saver,
             progress,
             micro,
+            template,
             data_told: told,
             ends_with,
             flops,
@@ -291,6 +306,16 @@ impl<'j> Run<'j> {
         };
         let millions = self.model.n_params() as f64 / 1e6;
         eprintln!("model       {} with {millions:.1}M parameters", self.model.config.name);
+        if let Some(lora) = self.config.lora() {
+            let trained: usize = self.model.adapters().iter().map(|(_, t)| t.numel()).sum();
+            eprintln!(
+                "adapters    rank {} at {}: {} parameters, {:.2} %",
+                lora.r,
+                lora.targets.join(", "),
+                with_commas(trained as u64),
+                trained as f64 / millions / 1e4
+            );
+        }
         eprintln!("device      {name}, {}", self.config.precision);
         eprintln!("batch       {}", self.plan);
         if let (Some(job), Some(ranks)) = (self.job, &self.ranks) {

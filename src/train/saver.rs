@@ -3,7 +3,7 @@
 use super::optimizer::AdamW;
 use super::ranks;
 use super::run::{Progress, Run};
-use crate::checkpoint::{self, TrainState};
+use crate::checkpoint::{self, TrainState, adapter};
 use crate::config::{Precision, RunConfig};
 use crate::data::DataLoader;
 use crate::ffi;
@@ -36,8 +36,14 @@ pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
     let needed = checkpoint::required_bytes(all);
     checkpoint::check_space(&run.config.out_dir, needed)?;
     let path = checkpoint::save_atomically(&run.config.out_dir, name, |dir| {
-        checkpoint::save_model(dir, config, &masters, run.tokenizer.as_deref())?;
+        match (run.config.lora(), &run.config.initial_checkpoint_dir) {
+            (Some(lora), Some(base)) => adapter::save(dir, &run.model, &masters, base, lora)?,
+            _ => checkpoint::save_model(dir, config, &masters, run.tokenizer.as_deref())?,
+        }
         checkpoint::copy_files(tokenizer_files.as_deref().unwrap_or_default(), dir)?;
+        if let Some(template) = &run.template {
+            checkpoint::save_chat_template(dir, template.text())?;
+        }
         checkpoint::save_train_state(dir, &state, &moments, &rng_states(run.device)?)
     })?;
     run.last_checkpoint = Some(path.clone());

@@ -22,6 +22,7 @@ pub fn validate(
     tick: &dyn Fn(),
 ) -> Result<f64> {
     let _guard = tch::no_grad_guard();
+    let was_training = model.training.replace(false);
     let (rank, size) = ranks.map_or((0, 1), |ranks| (ranks.rank() as u64, ranks.size() as u64));
     let n_batches = max_iters.map_or(set.n_batches(), |n| n.min(set.n_batches()));
     let sums = Tensor::zeros([2], (Kind::Double, model.device())); // loss, targets
@@ -35,6 +36,7 @@ pub fn validate(
         let _ = sums.get(0).g_add_(&(loss * counts));
         let _ = sums.get(1).g_add_scalar_(batch.n_targets as f64 * counts);
     }
+    model.training.set(was_training);
     if let Some(ranks) = ranks {
         ranks.sum(&sums)?;
     }

@@ -8,6 +8,7 @@
 //! | Meta                       | `params.json`, `consolidated.*.pth`       |                                  |
 //! | GGUF                       | one `.gguf` file                          | `GGUF`                           |
 //! | llama2.c                   |                                           | `24ka`, or sizes that its length fits |
+//! | PEFT's LoRA                | `adapter_config.json`, `adapter_model.safetensors` |                         |
 
 mod gguf;
 mod gguf_write;
@@ -23,7 +24,7 @@ use super::names::{LitGpt, Naming};
 use super::tensors::TensorFile;
 use super::torch_file::is_torch_file;
 use super::weights::{Store, Weights};
-use super::{hf_config, litgpt, quantised};
+use super::{adapter, hf_config, litgpt, quantised};
 use crate::bail_hint;
 use crate::error::WithHint;
 use crate::model::ModelConfig;
@@ -102,6 +103,7 @@ pub(super) fn is_checkpoint_file(path: &Path) -> bool {
 /// Whether a folder is a checkpoint, rather than a run's with checkpoints in it.
 pub(super) fn is_checkpoint_folder(dir: &Path) -> bool {
     dir.join("config.json").is_file()
+        || adapter::is_one(dir)
         || litgpt::weights_file(dir).is_some()
         || meta::is_one(dir)
         || only_gguf(dir).is_some()

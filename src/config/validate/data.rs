@@ -5,7 +5,7 @@ use crate::config::{AttentionBackend, DataOrder, RunConfig, Weight};
 /// What is wrong with `data`; whether files are there shows when they are opened.
 pub(super) fn check(config: &RunConfig, problems: &mut Vec<String>) {
     let sources = &config.data.train;
-    if sources.is_empty() {
+    if sources.is_empty() && config.finetune.is_none() {
         problems.push("`data.train`: needs at least one source `{path, weight}`".into());
     }
     check_weights(config, problems);
@@ -64,6 +64,7 @@ fn check_weights(config: &RunConfig, problems: &mut Vec<String>) {
     }
     let weights: Vec<Weight> = sources.iter().map(|s| s.weight.clone()).collect();
     if problems.len() == before
+        && config.finetune.is_none()
         && let Some(problem) = Weight::problem_together(&weights)
     {
         problems.push(format!("`data.train`: {problem}"));

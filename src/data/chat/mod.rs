@@ -10,9 +10,9 @@ pub use rows::{Conversation, Found, read};
 pub use set::{ChatSet, ChatSets, open};
 
 use crate::config::{ChatDataConfig, RunConfig};
+use crate::error::WithHint;
 use crate::tokenizer::chat_template::{NAMES, SpecialTokens};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
-use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
 use std::path::Path;
 
@@ -30,7 +30,10 @@ pub fn template(
     if name == "auto" {
         return ChatTemplate::load(dir, tokenizer)?
             .ok_or_else(|| anyhow!("`{}` has no chat template", dir.display()))
-            .usage(format!("set `finetune.data.template` to one of {}, or a file", NAMES.join(", ")));
+            .usage(format!(
+                "set `finetune.data.template` to one of {}, or a file",
+                NAMES.join(", ")
+            ));
     }
     let tokens = SpecialTokens::load(dir, tokenizer)?;
     let file = Path::new(name);

@@ -236,10 +236,16 @@ mod tests {
     #[test]
     fn a_row_that_is_no_conversation_says_why() {
         for (row, words) in [
-            (json!({"prompt": "x"}), "no `messages`, `conversations`, `instruction` or `text` among `prompt`"),
+            (
+                json!({"prompt": "x"}),
+                "no `messages`, `conversations`, `instruction` or `text` among `prompt`",
+            ),
             (json!({"messages": "x"}), "`messages` is no list"),
             (json!({"messages": [{"role": "user", "content": "x"}]}), "no turn of the assistant"),
-            (json!({"messages": [{"role": "user"}]}), "`messages`, turn 1: no text under `content`"),
+            (
+                json!({"messages": [{"role": "user"}]}),
+                "`messages`, turn 1: no text under `content`",
+            ),
             (json!({"text": "plain"}), "no `### Human:` and `### Assistant:`"),
             (json!({"text": 3}), "`text` is no text"),
             (json!({"instruction": "x"}), "no `output`"),

@@ -66,16 +66,16 @@ pub fn open(
         None => split(&mut train, data.val_fraction, seed),
     };
     let mut set = |conversations: &[Conversation], what: &str| -> Result<ChatSet> {
-        let (conversations, cut) =
-            encode_all(conversations, template, tokenizer, data.loss_on, t)
-                .with_context(|| format!("{what} conversations with the template {}", template.origin()))?;
+        let (conversations, cut) = encode_all(conversations, template, tokenizer, data.loss_on, t)
+            .with_context(|| {
+                format!("{what} conversations with the template {}", template.origin())
+            })?;
         if let Some(line) = cut.told(t) {
             told.push(line);
         }
         if conversations.is_empty() {
-            return Err(anyhow!("{what}: no conversation has a target within {t} tokens")).usage(
-                "raise `train.max_seq_length`, or set `finetune.data.loss_on: all`",
-            );
+            return Err(anyhow!("{what}: no conversation has a target within {t} tokens"))
+                .usage("raise `train.max_seq_length`, or set `finetune.data.loss_on: all`");
         }
         Ok(ChatSet::new(conversations, data.packing, t, micro))
     };
@@ -176,7 +176,8 @@ impl ChatSet {
 
     /// Tokens that are to be predicted.
     pub fn n_targets(&self) -> u64 {
-        let targets = |c: &Encoded| c.trained.iter().skip(1).filter(|trained| **trained).count() as u64;
+        let targets =
+            |c: &Encoded| c.trained.iter().skip(1).filter(|trained| **trained).count() as u64;
         self.conversations.iter().map(targets).sum()
     }
 
@@ -195,7 +196,11 @@ impl ChatSet {
         let rows = self.units.len() * self.rows;
         let share = 100.0 * tokens as f64 / (rows * self.block_size) as f64;
         let rows = match self.rows {
-            1 => format!("{} rows of {}, {share:.0} % full", with_commas(rows as u64), self.block_size),
+            1 => format!(
+                "{} rows of {}, {share:.0} % full",
+                with_commas(rows as u64),
+                self.block_size
+            ),
             n => format!("micro-batches of {n} of like length"),
         };
         format!(

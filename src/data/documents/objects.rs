@@ -42,9 +42,8 @@ fn of_pieces(pieces: impl Iterator<Item = Result<Piece>>) -> Result<Vec<Object>>
 }
 
 fn of_line(line: &[u8], row: u64) -> Object {
-    let skipped = |why: &str, detail: String| {
-        Skipped { why: why.into(), row, detail, damaged: true }
-    };
+    let skipped =
+        |why: &str, detail: String| Skipped { why: why.into(), row, detail, damaged: true };
     match serde_json::from_slice::<Value>(line) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => Err(skipped("no JSON object", String::new())),

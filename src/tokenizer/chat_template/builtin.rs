@@ -80,6 +80,14 @@ pub(super) fn find(name: &str) -> Option<Builtin> {
     Some(Builtin { source, stops, trims_reply })
 }
 
+/// The built-in template with this text.
+pub(super) fn of_source(text: &str) -> Option<Builtin> {
+    NAMES
+        .iter()
+        .filter_map(|name| find(name))
+        .find(|builtin| builtin.source == text.trim_end_matches('\n'))
+}
+
 /// What may end a turn in other people's templates.
 const TURN_ENDS: [&str; 12] = [
     "<|im_end|>",

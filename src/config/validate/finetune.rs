@@ -1,0 +1,96 @@
+//! Problems of the key `finetune`.
+
+use crate::checkpoint::adapter;
+use crate::config::{
+    ActivationCheckpointing, AttentionBackend, DataConfig, FinetuneConfig, Method, Precision,
+    RunConfig,
+};
+use crate::model::{GPT, ModelConfig};
+
+/// What is wrong with a finetuning run; whether files are there shows when they are opened.
+pub(super) fn check(
+    config: &RunConfig,
+    finetune: &FinetuneConfig,
+    model: Option<&ModelConfig>,
+    problems: &mut Vec<String>,
+) {
+    let mut add = |problem: &str| problems.push(problem.to_owned());
+    let data = &finetune.data;
+    if data.train.as_os_str().is_empty() {
+        add("`finetune.data.train`: needs a file, a folder or a pattern of conversations");
+    }
+    if !(0.0..1.0).contains(&data.val_fraction) {
+        problems.push(format!(
+            "`finetune.data.val_fraction`: must be in [0, 1), got {}",
+            data.val_fraction
+        ));
+    }
+    let mut add = |problem: &str| problems.push(problem.to_owned());
+    if data.val.is_some() && data.val_fraction > 0.0 {
+        add(
+            "`finetune.data.val_fraction`: `finetune.data.val` names the validation set already; keep one",
+        );
+    }
+    let DataConfig { epochs, prefetch, .. } = config.data;
+    if config.data != (DataConfig { epochs, prefetch, ..DataConfig::default() }) {
+        add(
+            "`data`: of a finetuning run only `epochs` and `prefetch` count; conversations are under `finetune.data`",
+        );
+    }
+    if data.packing && config.attention == AttentionBackend::Cudnn {
+        add(
+            "`attention`: cuDNN's knows no documents; with `finetune.data.packing` say `auto` or `flash`",
+        );
+    }
+    if finetune.method == Method::Lora {
+        check_lora(config, finetune, model, problems);
+    }
+}
+
+fn check_lora(
+    config: &RunConfig,
+    finetune: &FinetuneConfig,
+    model: Option<&ModelConfig>,
+    problems: &mut Vec<String>,
+) {
+    let lora = &finetune.lora;
+    let mut add = |problem: String| problems.push(problem);
+    if lora.r < 1 {
+        add(format!("`finetune.lora.r`: must be at least 1, got {}", lora.r));
+    }
+    if !(lora.alpha > 0.0 && lora.alpha.is_finite()) {
+        add(format!("`finetune.lora.alpha`: must be above 0, got {}", lora.alpha));
+    }
+    if !(0.0..1.0).contains(&lora.dropout) {
+        add(format!("`finetune.lora.dropout`: must be in [0, 1), got {}", lora.dropout));
+    }
+    match adapter::targets(&lora.targets) {
+        Err(e) => add(format!("`finetune.lora.targets`: {e}")),
+        Ok(found) if found.is_empty() => add("`finetune.lora.targets`: needs at least one".into()),
+        Ok(_) => {}
+    }
+    if model.is_some_and(|model| !GPT::takes_lora(model)) {
+        add("`finetune.method`: `lora` knows Llamas, the checkpoint is a GPT-NeoX; use `full`"
+            .into());
+    }
+    if !finetune.data.special_tokens.is_empty() {
+        add("`finetune.data.special_tokens`: new rows of the embedding need `finetune.method: full`".into());
+    }
+    if config.ranks() > 1 {
+        add("`devices`: `finetune.method: lora` runs on one".into());
+    }
+    if config.precision == Precision::Fp8Mixed {
+        add("`precision`: `finetune.method: lora` takes bf16-mixed, bf16-true or 32-true".into());
+    }
+    match config.train.activation_checkpointing {
+        ActivationCheckpointing::Selective => add(
+            "`train.activation_checkpointing`: `finetune.method: lora` takes `none` or `block`".into(),
+        ),
+        ActivationCheckpointing::Block if lora.dropout > 0.0 => add(
+            "`finetune.lora.dropout`: blocks that are computed again would drop out other values; set it to 0, or \
+             `train.activation_checkpointing: none`"
+                .into(),
+        ),
+        _ => {}
+    }
+}
