@@ -118,11 +118,12 @@ impl Default for LoraConfig {
     }
 }
 
-/// Keys that a finetuning run has other defaults for than a pretraining run.
-pub(super) fn defaults(method: Method) -> Value {
+/// Keys that a finetuning run has other defaults for than a pretraining run. `ends`: the run's length is given otherwise
+/// than by epochs.
+pub(super) fn defaults(method: Method, ends: bool) -> Value {
     json!({
         "out_dir": "out/finetune",
-        "data": {"epochs": 1},
+        "data": {"epochs": if ends { Value::Null } else { 1.into() }},
         "train": {
             "global_batch_size": 16,
             "lr_schedule": "cosine",

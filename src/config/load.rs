@@ -55,7 +55,9 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
     }
     let method = tree["finetune"].get("method").cloned().unwrap_or_default();
     let method: Method = serde_json::from_value(method).unwrap_or_default();
-    fill(&mut tree, finetune::defaults(method));
+    let ends = ["max_steps", "max_tokens", "max_time"];
+    let ends = ends.iter().any(|key| !tree["train"].get(key).is_none_or(Value::is_null));
+    fill(&mut tree, finetune::defaults(method, ends));
     let Some(dir) = tree["initial_checkpoint_dir"].as_str().map(str::to_owned) else {
         problems
             .push("`initial_checkpoint_dir`: needs the checkpoint that is to be finetuned".into());

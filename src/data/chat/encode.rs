@@ -39,17 +39,15 @@ pub fn encode(
         LossOn::Assistant => {
             let mut trained = vec![false; ids.len()];
             for said in assistant_spans(conversation, template, &text)? {
-                let from = tokens_before(&ids, &text, said.start, template, tokenizer)?.0;
-                let (whole, is_border) = tokens_before(&ids, &text, said.end, template, tokenizer)?;
-                // A token that is partly behind the border is partly before it too.
-                let to = if is_border { whole } else { (whole + 1).min(ids.len()) };
+                let border = |at| border(&ids, &text, at, template, tokenizer);
+                let (from, to) = (border(said.start)?.start, border(said.end)?.end);
                 trained[from..to].fill(true);
             }
             trained
         }
     };
     if let Some(eos) = tokenizer.eos_id()
-        && !ends_itself(&ids, &text, template, tokenizer)
+        && !ends_itself(&text, template, tokenizer)
     {
         ids.push(eos);
         trained.push(trained.last().copied().unwrap_or(false));
@@ -57,14 +55,12 @@ pub fn encode(
     Ok(Encoded { ids, trained })
 }
 
-/// Whether the assistant's turns end with a token that a model can stop at: eos, or one of the template's own.
-fn ends_itself(ids: &[u32], text: &str, template: &ChatTemplate, tokenizer: &Tokenizer) -> bool {
-    let own = template.end_ids(tokenizer);
-    let eos = tokenizer.eos_id();
-    let ends = |id: &u32| Some(*id) == eos || own.contains(id);
-    // Behind it white space may follow: `<|im_end|>\n`.
-    let behind = text.len() - text.trim_end().len();
-    ids.iter().rev().take(1 + behind).any(ends)
+/// Whether a conversation ends with a token that a model can stop at: eos, or one of the template's own. White space may
+/// follow: `<|im_end|>\n`.
+fn ends_itself(text: &str, template: &ChatTemplate, tokenizer: &Tokenizer) -> bool {
+    let own = template.stops().iter().filter(|stop| tokenizer.id_of(stop).is_some()).cloned();
+    let eos = tokenizer.eos_id().and_then(|id| tokenizer.token(id));
+    own.chain(eos).any(|token| text.trim_end().ends_with(&token))
 }
 
 /// Where in `text` the assistant speaks.
@@ -97,20 +93,28 @@ fn assistant_spans(
     Ok(spans)
 }
 
-/// How many of the text's tokens lie wholly before byte `at`, and whether the next one begins there.
+/// The tokens that lie on both sides of byte `at`: none, or one; where it cannot be told, a few. Those before the range are
+/// of the text before, those behind it of the text behind.
 ///
-/// The text up to `at` is encoded alone: as many ids as both have in common lie before it.
-fn tokens_before(
+/// The text up to `at` is encoded alone: the ids that both have in common lie before it. Where its last ones are others
+/// (white space at an end is cut otherwise than before a word), the text behind `at` is encoded too.
+fn border(
     ids: &[u32],
     text: &str,
     at: usize,
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
-) -> Result<(usize, bool)> {
+) -> Result<Range<usize>> {
     if at == text.len() {
-        return Ok((ids.len(), true));
+        return Ok(ids.len()..ids.len());
     }
-    let part = template.encode(tokenizer, &text[..at])?;
-    let common = part.iter().zip(ids).take_while(|(a, b)| a == b).count();
-    Ok((common, common == part.len()))
+    let before = template.encode(tokenizer, &text[..at])?;
+    let from = before.iter().zip(ids).take_while(|(a, b)| a == b).count();
+    if from == before.len() {
+        return Ok(from..from);
+    }
+    let behind = tokenizer.encode(&text[at..], false, false)?;
+    let common = behind.iter().rev().zip(ids.iter().rev()).take_while(|(a, b)| a == b).count();
+    let to = (ids.len() - common).max(from);
+    Ok(if common == behind.len() { to..to } else { from..to })
 }

@@ -1,0 +1,406 @@
+//! Finetuning: conversations as tokens, adapters as PEFT's, and the verb itself.
+
+use crate::common::alone;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use tch::{Device, Kind, Tensor};
+use tinyllama::checkpoint::adapter::{self, Adapter};
+use tinyllama::checkpoint::{self};
+use tinyllama::config::{LoraConfig, LossOn, OptimizerConfig, Precision, TrainConfig};
+use tinyllama::data::Batch;
+use tinyllama::data::chat::{self, Encoded};
+use tinyllama::model::GPT;
+use tinyllama::tokenizer::chat_template::{Message, SpecialTokens};
+use tinyllama::tokenizer::{ChatTemplate, Tokenizer};
+use tinyllama::train::optimizer::AdamW;
+use tinyllama::train::step::{MicroStep, train_step};
+
+#[derive(Deserialize)]
+struct Case {
+    template: String,
+    loss_on: LossOn,
+    messages: Vec<Message>,
+    ids: Vec<u32>,
+    labels: Vec<i64>,
+}
+
+#[test]
+fn conversations_are_laid_out_as_transformers_lays_them_out() {
+    let dir = Path::new("data/quickstart/tokenizer");
+    let tokenizer = Tokenizer::load(dir).unwrap();
+    let text = std::fs::read_to_string("tests/golden/chat_layout.json").unwrap();
+    let cases: Vec<Case> = serde_json::from_str(&text).unwrap();
+    assert_eq!(cases.len(), 50);
+    for case in cases {
+        let tokens = SpecialTokens::load(dir, &tokenizer).unwrap();
+        let template = ChatTemplate::named(&case.template, tokens).unwrap();
+        let Encoded { ids, trained } =
+            chat::encode(&case.messages, &template, &tokenizer, case.loss_on).unwrap();
+        let label = |(id, trained): (&u32, &bool)| if *trained { i64::from(*id) } else { -100 };
+        let labels: Vec<i64> = ids.iter().zip(&trained).map(label).collect();
+        let of = format!("{}, {:?}, {:?}", case.template, case.loss_on, case.messages);
+        assert_eq!(ids, case.ids, "{of}");
+        assert_eq!(labels, case.labels, "{of}");
+    }
+}
+
+#[test]
+fn a_template_that_rewrites_earlier_turns_is_refused() {
+    let dir = Path::new("data/quickstart/tokenizer");
+    let tokenizer = Tokenizer::load(dir).unwrap();
+    let text = "{% for m in messages %}{{ m.role }}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}";
+    let template = ChatTemplate::new(text, "`odd`", SpecialTokens::default()).unwrap();
+    let talk =
+        ["user", "assistant", "user", "assistant"].map(|role| Message::new(role, "x")).to_vec();
+    let error = chat::encode(&talk, &template, &tokenizer, LossOn::Assistant).unwrap_err();
+    assert!(
+        error.to_string().contains("`odd` writes turn 2 otherwise when others follow it"),
+        "{error}"
+    );
+    assert!(chat::encode(&talk, &template, &tokenizer, LossOn::All).is_ok());
+}
+
+const LORA: &str = "tests/golden/lora";
+
+#[derive(Deserialize)]
+struct Golden {
+    steps: Vec<Step>,
+    logits: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    input: Vec<Vec<i64>>,
+    target: Vec<Vec<i64>>,
+    loss: f64,
+}
+
+fn golden() -> Golden {
+    serde_json::from_str(&std::fs::read_to_string(format!("{LORA}/steps.json")).unwrap()).unwrap()
+}
+
+fn matrix(rows: &[Vec<i64>]) -> Tensor {
+    Tensor::from_slice(&rows.concat()).view([rows.len() as i64, -1])
+}
+
+/// The golden model with adapters at every matrix.
+fn adapted(dir: &str) -> GPT {
+    let base = format!("{LORA}/base");
+    let mut model = checkpoint::load_model(base.as_ref(), Kind::Float, Device::Cpu).unwrap();
+    let all = adapter::targets(&["all".to_owned()]).unwrap();
+    model.add_lora(&all, 4, 12.0, 0.0);
+    Adapter::open(format!("{LORA}/{dir}").as_ref()).unwrap().load_into(&model).unwrap();
+    model
+}
+
+fn largest(difference: &Tensor) -> f64 {
+    difference.abs().max().double_value(&[])
+}
+
+#[test]
+fn twenty_steps_of_lora_equal_pefts() {
+    let _alone = alone();
+    let Golden { steps, logits } = golden();
+    let mut model = adapted("start");
+    let config = OptimizerConfig { betas: [0.9, 0.999], weight_decay: 0.0, ..Default::default() };
+    let mut optimizer = AdamW::new(&mut model, Precision::Fp32True, &config).unwrap();
+    let train = TrainConfig { max_norm: None, ..Default::default() };
+    let mut micro = MicroStep::new(false);
+    for (i, step) in steps.iter().enumerate() {
+        let target = matrix(&step.target);
+        let n_targets = target.not_equal(-100).sum(Kind::Int64).int64_value(&[]);
+        let batch = Batch { input: matrix(&step.input), target, documents: None, n_targets };
+        optimizer.zero_grad();
+        let out =
+            train_step(&model, &mut optimizer, &mut micro, &[batch], 5e-3, &train, None).unwrap();
+        let loss = out.loss.double_value(&[]);
+        assert!((loss - step.loss).abs() < 1e-5, "step {i}: {loss}, PEFT's {}", step.loss);
+    }
+    for (((name, ours), (_, theirs)), (_, before)) in
+        model.adapters().iter().zip(adapted("end").adapters()).zip(adapted("start").adapters())
+    {
+        let moved = largest(&(ours - &before));
+        assert!(largest(&(ours - &theirs)) < 1e-3 * moved + 1e-5, "{name}");
+    }
+    let want = Tensor::from_slice(&logits).to_kind(Kind::Float).view([2, 12, 61]);
+    let got = model.forward(&matrix(&steps[0].input), None);
+    assert!(largest(&(got - want)) < 1e-4);
+}
+
+#[test]
+fn merged_adapters_compute_what_they_compute_beside_the_weights() {
+    let _alone = alone();
+    let Golden { steps, logits } = golden();
+    let ids = matrix(&steps[0].input);
+    let want = Tensor::from_slice(&logits).to_kind(Kind::Float).view([2, 12, 61]);
+    let beside = adapted("end").forward(&ids, None);
+    assert!(largest(&(&beside - &want)) < 1e-5, "PEFT's logits");
+    // A folder of adapters is opened as the merged model.
+    let merged = checkpoint::load_model(format!("{LORA}/end").as_ref(), Kind::Float, Device::Cpu);
+    assert!(largest(&(merged.unwrap().forward(&ids, None) - &beside)) < 1e-5);
+}
+
+#[test]
+fn adapters_are_written_as_they_were_read() {
+    let model = adapted("end");
+    let dir = tempfile::tempdir().unwrap();
+    let lora = LoraConfig { r: 4, alpha: 12.0, dropout: 0.0, targets: vec!["all".into()] };
+    let base = PathBuf::from(format!("{LORA}/base"));
+    adapter::save(dir.path(), &model, &model.adapters(), &base, &lora).unwrap();
+    let read = |dir: &Path| {
+        let file = checkpoint::tensors::TensorFile::open(&dir.join("adapter_model.safetensors"));
+        let file = file.unwrap();
+        let all = file.names().into_iter().map(|name| {
+            let rows = file.shape(&name).unwrap()[0];
+            let tensor = file.rows(&name, 0..rows).unwrap().to_owned();
+            (name, tensor)
+        });
+        all.collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let (ours, theirs) = (read(dir.path()), read(format!("{LORA}/end").as_ref()));
+    assert!(ours.keys().eq(theirs.keys()), "{:?}", ours.keys());
+    for (name, tensor) in ours {
+        assert_eq!(tensor, theirs[&name], "{name}");
+    }
+}
+
+#[test]
+fn adapters_of_another_model_are_refused_with_names_and_shapes() {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(format!("{LORA}/end/{file}"), dir.path().join(file)).unwrap();
+    }
+    let other = dir.path().join("other");
+    let mut config = tinyllama::model::ModelConfig::preset("tiny-llama-1.1b").unwrap();
+    (config.n_layer, config.n_embd, config.n_head, config.n_query_groups) = (1, 48, 6, 2);
+    (config.head_size, config.intermediate_size) = (8, 56);
+    (config.vocab_size, config.padded_vocab_size) = (61, 61);
+    checkpoint::save(&other, &GPT::new(&config, Device::Cpu)).unwrap();
+    set_base(dir.path(), &other.to_string_lossy());
+    let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
+    assert!(error.contains("are not of the model in"), "{error}");
+    assert!(error.contains("shape [4, 32] does not fit a matrix of 48 x 48"), "{error}");
+    set_base(dir.path(), "nowhere");
+    let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
+    assert!(error.contains("are of `nowhere`, which is no folder here"), "{error}");
+}
+
+fn set_base(dir: &Path, base: &str) {
+    let path = dir.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    json["base_model_name_or_path"] = base.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+}
+
+/// A tiny model with the quickstart's tokenizer, and conversations beside it.
+struct Folder {
+    dir: tempfile::TempDir,
+}
+
+impl Folder {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base");
+        let mut config = tinyllama::model::ModelConfig::preset("tiny-llama-1.1b").unwrap();
+        (config.n_layer, config.n_embd, config.n_head, config.n_query_groups) = (2, 64, 4, 2);
+        (config.head_size, config.intermediate_size, config.block_size) = (16, 128, 128);
+        let tokenizer = Tokenizer::load("data/quickstart/tokenizer".as_ref()).unwrap();
+        config.padded_vocab_size = tokenizer.vocab_size() as i64;
+        config.vocab_size = config.padded_vocab_size;
+        {
+            let _alone = alone();
+            tch::manual_seed(3);
+            checkpoint::save(&base, &GPT::new(&config, Device::Cpu)).unwrap();
+        }
+        checkpoint::copy_files(&Tokenizer::files("data/quickstart/tokenizer".as_ref()), &base)
+            .unwrap();
+        let row = |i: usize| {
+            let (question, answer) =
+                (format!("What comes after {i}?"), format!("After it comes {}.", i + 1));
+            format!("{{\"text\": \"### Human: {question}### Assistant: {answer}\"}}\n")
+        };
+        std::fs::write(dir.path().join("rows.jsonl"), (0..40).map(row).collect::<String>())
+            .unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_string_lossy().into_owned()
+    }
+
+    /// Runs `finetune` with these lines of YAML.
+    fn finetune(&self, yaml: &str, args: &[&str]) -> Output {
+        let text = format!(
+            "initial_checkpoint_dir: {}\nout_dir: {}\ndevice: cpu\nprecision: 32-true\n{yaml}",
+            self.path("base"),
+            self.path("out")
+        );
+        std::fs::write(self.path("run.yaml"), text).unwrap();
+        let mut command = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
+        command.args(["finetune", &self.path("run.yaml")]).args(args).output().unwrap()
+    }
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Losses of the training steps in metrics.jsonl.
+fn losses(out: &str) -> Vec<f64> {
+    let lines = std::fs::read_to_string(format!("{out}/metrics.jsonl")).unwrap();
+    let objects = lines.lines().map(|line| serde_json::from_str(line).unwrap());
+    objects.filter_map(|object: serde_json::Value| object.get("loss")?.as_f64()).collect()
+}
+
+const STEPS: &str = "train: {max_seq_length: 96, global_batch_size: 4, micro_batch_size: 2, max_steps: 12, save_interval: 6}\n\
+                     optimizer: {lr: 0.01}\n";
+
+#[test]
+fn lora_learns_is_resumed_and_its_folder_is_a_model() {
+    let folder = Folder::new();
+    let yaml = format!(
+        "{STEPS}finetune:\n  method: lora\n  lora: {{r: 4, targets: [all], dropout: 0.1}}\n  data: {{train: {}, template: guanaco, val_fraction: 0.2}}\n",
+        folder.path("rows.jsonl")
+    );
+    let output = folder.finetune(&yaml, &[]);
+    assert!(output.status.success(), "{}", text(&output));
+    let told = text(&output);
+    assert!(told.contains("adapters    rank 4 at all"), "{told}");
+    assert!(told.contains("40 conversations"), "{told}");
+    let straight = losses(&folder.path("out"));
+    assert_eq!(straight.len(), 12);
+    assert!(straight[11] < 0.9 * straight[0], "{straight:?}");
+
+    // From the middle on again: the same losses.
+    std::fs::remove_dir_all(folder.path("out/final")).unwrap();
+    std::fs::remove_dir_all(folder.path("out/step-00000012")).ok();
+    let output = folder.finetune(&yaml, &["--resume", "auto"]);
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(text(&output).contains("resume      step 6"), "{}", text(&output));
+    assert_eq!(losses(&folder.path("out"))[6..], straight[6..]);
+
+    // The folder of adapters is read as the merged model, by its tokenizer and template.
+    let merged = folder.path("merged");
+    let mut convert = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
+    let output = convert
+        .args(["convert", &folder.path("out/final"), &merged, "--to", "hf"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let score = |dir: &str| {
+        let mut command = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
+        let args = [
+            "score",
+            "--device",
+            "cpu",
+            "--precision",
+            "32-true",
+            "--text",
+            "After it comes 3.",
+            "--checkpoint",
+            dir,
+        ];
+        let output = command.args(args).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(score(&folder.path("out/final")), score(&merged));
+    assert!(Path::new(&merged).join("chat_template.jinja").is_file());
+}
+
+#[test]
+fn all_weights_learn_and_rows_may_stay_apart() {
+    let folder = Folder::new();
+    let yaml = format!(
+        "{STEPS}finetune:\n  data: {{train: {}, template: chatml, packing: false, loss_on: all}}\n",
+        folder.path("rows.jsonl")
+    );
+    let output =
+        folder.finetune(&yaml, &["--set", "data.epochs=1", "--set", "train.max_steps=null"]);
+    assert!(output.status.success(), "{}", text(&output));
+    let told = text(&output);
+    assert!(told.contains("micro-batches of 2 of like length"), "{told}");
+    assert!(told.contains("length      10 steps"), "40 conversations, 4 a step: {told}");
+    let losses = losses(&folder.path("out"));
+    assert!(losses[9] < 0.9 * losses[0], "{losses:?}");
+    assert!(Path::new(&folder.path("out/final/model.safetensors")).is_file());
+}
+
+#[test]
+fn what_cannot_be_finetuned_is_told_before_it_begins() {
+    let folder = Folder::new();
+    let rows = folder.path("rows.jsonl");
+    let lora = |lora: &str| {
+        format!(
+            "{STEPS}finetune:\n  method: lora\n  lora: {lora}\n  data: {{train: {rows}, template: guanaco}}\n"
+        )
+    };
+    for (yaml, code, words) in [
+        (STEPS.to_owned(), 2, vec!["`finetune`: needs at least"]),
+        (format!("{STEPS}finetune: {{method: full}}\n"), 2, vec!["`finetune.data.train`: needs"]),
+        (lora("{targets: [q_porj]}"), 2, vec!["`q_porj` is no matrix", "`q_proj`"]),
+        (lora("{r: 0, dropout: 1.5}"), 2, vec!["`finetune.lora.r`", "`finetune.lora.dropout`"]),
+        (
+            format!("{STEPS}finetune: {{data: {{train: {rows}}}}}\n"),
+            2,
+            vec!["has no chat template"],
+        ),
+        (
+            format!("{STEPS}finetune: {{data: {{train: {rows}, template: nope}}}}\n"),
+            2,
+            vec!["`nope` is no chat template"],
+        ),
+        (
+            format!(
+                "model_name: pythia-1b\n{STEPS}finetune: {{data: {{train: {rows}, template: guanaco}}}}\n"
+            ),
+            2,
+            vec!["another one than they name"],
+        ),
+        (
+            format!(
+                "{STEPS}finetune: {{data: {{train: {}/none.jsonl, template: guanaco}}}}\n",
+                folder.path("")
+            ),
+            2,
+            vec!["no sft files at"],
+        ),
+    ] {
+        let output = folder.finetune(&yaml, &[]);
+        let told = text(&output);
+        assert_eq!(output.status.code(), Some(code), "{yaml}{told}");
+        for word in words {
+            assert!(told.contains(word), "`{word}` is not in {told}");
+        }
+        assert!(!Path::new(&folder.path("out")).exists(), "{yaml}");
+    }
+}
+
+#[test]
+fn rows_that_hold_no_conversation_are_counted_and_the_first_shown() {
+    let folder = Folder::new();
+    let bad = folder.path("bad.jsonl");
+    let good = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
+    std::fs::write(&bad, format!("{good}{{\"x\": 1}}\n{{\"messages\": 3}}\n7\n{{}}\n{good}"))
+        .unwrap();
+    let yaml = format!("{STEPS}finetune: {{data: {{train: {bad}, template: guanaco}}}}\n");
+    let output = folder
+        .finetune(&yaml, &["--set", "train.max_steps=1", "--set", "train.global_batch_size=2"]);
+    let told = text(&output);
+    assert!(output.status.success(), "{told}");
+    assert!(told.contains("2 conversations"), "{told}");
+    for words in [
+        "left out 4 row(s)",
+        "row 2: no `messages`",
+        "row 3: `messages` is no list",
+        "no JSON object",
+    ] {
+        assert!(told.contains(words), "`{words}` is not in {told}");
+    }
+    std::fs::write(&bad, "{\"x\": 1}\n").unwrap();
+    let output = folder.finetune(&yaml, &["--resume", "false", "--set", "out_dir=elsewhere"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output).contains("no conversation in"), "{}", text(&output));
+}
