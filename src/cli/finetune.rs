@@ -7,6 +7,7 @@ use crate::error::exit;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use serde_json::json;
+use std::path::Path;
 
 /// Arguments of `finetune`.
 #[derive(clap::Args)]
@@ -23,8 +24,14 @@ pub struct Args {
 pub fn run(args: Args) -> Result<u8> {
     match args.samples {
         Some(n) => print_samples(&args.run.load(config::load_finetune)?, n),
-        None => pretrain::run(args.run, config::load_finetune),
+        None if args.run.dry_run => pretrain::run(args.run, config::load_finetune),
+        None => pretrain::run(args.run, load),
     }
+}
+
+/// The configuration, with a tokenizer written that has the tokens it adds.
+fn load(path: &Path, sets: &[String]) -> Result<RunConfig> {
+    chat::with_special_tokens(&config::load_finetune(path, sets)?)
 }
 
 fn print_samples(config: &RunConfig, n: usize) -> Result<u8> {

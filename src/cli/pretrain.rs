@@ -27,7 +27,7 @@ pub struct Args {
     resume: Option<String>,
     /// Check the configuration, print batch arithmetic and the GPU memory that it will need, and stop
     #[arg(long)]
-    dry_run: bool,
+    pub(super) dry_run: bool,
 }
 
 /// Reads a run's YAML and overrides.

@@ -7,6 +7,7 @@ use super::finetune::{self, Method};
 use super::{ConfigError, RunConfig, validate};
 use crate::checkpoint;
 use crate::error::WithHint;
+use crate::model::ModelConfig;
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use std::path::Path;
@@ -76,7 +77,13 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
     let given = ["model_name", "model_config"].iter().any(|key| tree.get(key).is_some());
     if given && problems.is_empty() {
         let config: RunConfig = serde_json::from_value(tree.clone()).context("configuration")?;
-        if config.model().ok().as_ref() != Some(&model) {
+        // A saved configuration may have rows for the tokens that the run added.
+        let theirs = config.model().ok().map(|theirs| ModelConfig {
+            vocab_size: model.vocab_size,
+            padded_vocab_size: model.padded_vocab_size,
+            ..theirs
+        });
+        if theirs.as_ref() != Some(&model) {
             problems.push(format!(
                 "`model_name`, `model_config`: the model is that of `{dir}`, another one than they name; leave them out"
             ));

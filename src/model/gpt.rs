@@ -288,6 +288,25 @@ impl GPT {
         self.h.iter_mut().for_each(|block| block.mlp.join(keep));
     }
 
+    /// Gives embedding and head `rows` rows, where they have fewer; new ones are the mean of the others.
+    pub fn grow_vocabulary(&mut self, rows: i64) {
+        let have = self.config.padded_vocab_size;
+        if rows <= have {
+            return;
+        }
+        let grown = |weight: &Tensor| {
+            let mean = weight.mean_dim(0, true, weight.kind()); // (1, C)
+            Tensor::cat(&[weight, &mean.expand([rows - have, -1], false)], 0) // (rows, C)
+        };
+        tch::no_grad(|| {
+            self.wte.weight = grown(&self.wte.weight);
+            if let Some(head) = &mut self.lm_head {
+                head.weight = grown(&head.weight);
+            }
+        });
+        self.config.padded_vocab_size = rows;
+    }
+
     /// Turns gradients of every parameter that is trained on or off; the weights beside adapters have none.
     pub fn requires_grad(&self, on: bool) {
         let adapters = self.adapters();

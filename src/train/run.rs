@@ -46,6 +46,7 @@ pub struct Progress {
 #[derive(Debug)]
 pub struct LaunchedStep {
     progress: Progress,
+    tokens: u64,
     lr: f64,
     numbers: Numbers,
 }
@@ -62,6 +63,8 @@ enum Numbers {
 pub struct TakenStep {
     /// Counters after it; `progress.step` is its own number, from 1.
     pub progress: Progress,
+    /// Tokens of it over all ranks.
+    pub tokens: u64,
     /// Learning rate.
     pub lr: f64,
     /// Mean loss over the step's targets, in nats a token.
@@ -83,8 +86,8 @@ impl LaunchedStep {
             Numbers::Coming(numbers) => numbers.wait()?,
         };
         let fp8 = numbers.split_off(2);
-        let (progress, lr) = (self.progress, self.lr);
-        Ok(TakenStep { progress, lr, loss: numbers[0], grad_norm: numbers[1], fp8 })
+        let (progress, tokens, lr) = (self.progress, self.tokens, self.lr);
+        Ok(TakenStep { progress, tokens, lr, loss: numbers[0], grad_norm: numbers[1], fp8 })
     }
 }
 
@@ -208,8 +211,14 @@ impl<'j> Run<'j> {
                 model
             }
             (_, Some(dir)) => {
-                let model = GPT::empty(&model_config, device);
-                checkpoint::load_initial_weights(&model, &checkpoint::resolve(dir)?)?;
+                let dir = checkpoint::resolve(dir)?;
+                let mut theirs = model_config.clone();
+                if config.finetune.is_some() {
+                    theirs.padded_vocab_size = checkpoint::load_config(&dir)?.padded_vocab_size;
+                }
+                let mut model = GPT::empty(&theirs, device);
+                checkpoint::load_initial_weights(&model, &dir)?;
+                model.grow_vocabulary(model_config.padded_vocab_size);
                 model
             }
             (_, None) => GPT::new(&model_config, device),
@@ -429,6 +438,9 @@ impl<'j> Run<'j> {
         let batches =
             (0..self.plan.accumulation).map(|_| self.loader.next()).collect::<Result<Vec<_>>>()?;
         self.note_epochs(step);
+        // Rows of conversations may be shorter than the plan's; ranks' are alike.
+        let tokens: usize = batches.iter().map(|batch| batch.input.numel()).sum();
+        let tokens = tokens as u64 * self.plan.world;
         self.tick("the step");
         let train = &self.config.train;
         let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
@@ -447,9 +459,9 @@ impl<'j> Run<'j> {
         })?;
         self.progress.step += 1;
         self.progress.iter += self.plan.accumulation;
-        self.progress.tokens += self.plan.tokens_per_step;
+        self.progress.tokens += tokens;
         self.progress.elapsed = self.elapsed();
-        Ok(LaunchedStep { progress: self.progress, lr, numbers })
+        Ok(LaunchedStep { progress: self.progress, tokens, lr, numbers })
     }
 
     /// Says which sources began another epoch with the batches of a step.
@@ -468,9 +480,9 @@ impl<'j> Run<'j> {
 
     /// Logs a step that took `seconds`.
     pub fn log_step(&mut self, taken: &TakenStep, seconds: f64) -> Result<()> {
-        let TakenStep { progress, lr, loss, grad_norm, .. } = *taken;
+        let TakenStep { progress, tokens, lr, loss, grad_norm, .. } = *taken;
         let fp8 = self.model.fp8.as_ref().map(|fp8| fp8.records(&taken.fp8));
-        let rate = self.plan.tokens_per_step as f64 / seconds;
+        let rate = tokens as f64 / seconds;
         let (mfu, mfu_causal) = self.utilisation(rate);
         let peak_memory = match self.device {
             Device::Cuda(i) => {

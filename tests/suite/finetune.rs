@@ -1,6 +1,6 @@
 //! Finetuning: conversations as tokens, adapters as PEFT's, and the verb itself.
 
-use crate::common::alone;
+use crate::common::{alone, card};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -85,9 +85,9 @@ fn matrix(rows: &[Vec<i64>]) -> Tensor {
 }
 
 /// The golden model with adapters at every matrix.
-fn adapted(dir: &str) -> GPT {
+fn adapted(dir: &str, device: Device) -> GPT {
     let base = format!("{LORA}/base");
-    let mut model = checkpoint::load_model(base.as_ref(), Kind::Float, Device::Cpu).unwrap();
+    let mut model = checkpoint::load_model(base.as_ref(), Kind::Float, device).unwrap();
     let all = adapter::targets(&["all".to_owned()]).unwrap();
     model.add_lora(&all, 4, 12.0, 0.0);
     Adapter::open(format!("{LORA}/{dir}").as_ref()).unwrap().load_into(&model).unwrap();
@@ -98,27 +98,48 @@ fn largest(difference: &Tensor) -> f64 {
     difference.abs().max().double_value(&[])
 }
 
-#[test]
-fn twenty_steps_of_lora_equal_pefts() {
-    let _alone = alone();
-    let Golden { steps, logits } = golden();
-    let mut model = adapted("start");
+/// Trains the golden steps: how far the losses are from PEFT's.
+fn train(model: &mut GPT, graph: bool) -> Vec<f64> {
     let config = OptimizerConfig { betas: [0.9, 0.999], weight_decay: 0.0, ..Default::default() };
-    let mut optimizer = AdamW::new(&mut model, Precision::Fp32True, &config).unwrap();
+    let mut optimizer = AdamW::new(model, Precision::Fp32True, &config).unwrap();
     let train = TrainConfig { max_norm: None, ..Default::default() };
-    let mut micro = MicroStep::new(false);
-    for (i, step) in steps.iter().enumerate() {
+    let mut micro = MicroStep::new(graph);
+    let step = |step: &Step| {
         let target = matrix(&step.target);
         let n_targets = target.not_equal(-100).sum(Kind::Int64).int64_value(&[]);
         let batch = Batch { input: matrix(&step.input), target, documents: None, n_targets };
         optimizer.zero_grad();
         let out =
-            train_step(&model, &mut optimizer, &mut micro, &[batch], 5e-3, &train, None).unwrap();
-        let loss = out.loss.double_value(&[]);
-        assert!((loss - step.loss).abs() < 1e-5, "step {i}: {loss}, PEFT's {}", step.loss);
+            train_step(model, &mut optimizer, &mut micro, &[batch], 5e-3, &train, None).unwrap();
+        out.loss.to_device(Device::Cpu).double_value(&[]) - step.loss
+    };
+    golden().steps.iter().map(step).collect()
+}
+
+#[test]
+fn on_the_card_lora_trains_as_pefts() {
+    let Some((device, _card)) = card("on_the_card_lora_trains_as_pefts") else { return };
+    for graph in [false, true] {
+        let mut model = adapted("start", device);
+        for (i, off) in train(&mut model, graph).iter().enumerate() {
+            assert!(off.abs() < 1e-4, "graph {graph}, step {i}: {off}");
+        }
     }
-    for (((name, ours), (_, theirs)), (_, before)) in
-        model.adapters().iter().zip(adapted("end").adapters()).zip(adapted("start").adapters())
+}
+
+#[test]
+fn twenty_steps_of_lora_equal_pefts() {
+    let _alone = alone();
+    let Golden { steps, logits } = golden();
+    let mut model = adapted("start", Device::Cpu);
+    for (i, off) in train(&mut model, false).iter().enumerate() {
+        assert!(off.abs() < 1e-5, "step {i}: {off}");
+    }
+    for (((name, ours), (_, theirs)), (_, before)) in model
+        .adapters()
+        .iter()
+        .zip(adapted("end", Device::Cpu).adapters())
+        .zip(adapted("start", Device::Cpu).adapters())
     {
         let moved = largest(&(ours - &before));
         assert!(largest(&(ours - &theirs)) < 1e-3 * moved + 1e-5, "{name}");
@@ -134,7 +155,7 @@ fn merged_adapters_compute_what_they_compute_beside_the_weights() {
     let Golden { steps, logits } = golden();
     let ids = matrix(&steps[0].input);
     let want = Tensor::from_slice(&logits).to_kind(Kind::Float).view([2, 12, 61]);
-    let beside = adapted("end").forward(&ids, None);
+    let beside = adapted("end", Device::Cpu).forward(&ids, None);
     assert!(largest(&(&beside - &want)) < 1e-5, "PEFT's logits");
     // A folder of adapters is opened as the merged model.
     let merged = checkpoint::load_model(format!("{LORA}/end").as_ref(), Kind::Float, Device::Cpu);
@@ -143,7 +164,7 @@ fn merged_adapters_compute_what_they_compute_beside_the_weights() {
 
 #[test]
 fn adapters_are_written_as_they_were_read() {
-    let model = adapted("end");
+    let model = adapted("end", Device::Cpu);
     let dir = tempfile::tempdir().unwrap();
     let lora = LoraConfig { r: 4, alpha: 12.0, dropout: 0.0, targets: vec!["all".into()] };
     let base = PathBuf::from(format!("{LORA}/base"));
@@ -329,6 +350,31 @@ fn all_weights_learn_and_rows_may_stay_apart() {
 }
 
 #[test]
+fn new_tokens_get_rows_and_are_saved_with_the_checkpoint() {
+    let folder = Folder::new();
+    let yaml = format!(
+        "{STEPS}finetune:\n  data: {{train: {}, template: chatml, special_tokens: [\"<|im_start|>\", \"<|im_end|>\"]}}\n",
+        folder.path("rows.jsonl")
+    );
+    let output = folder.finetune(&yaml, &[]);
+    assert!(output.status.success(), "{}", text(&output));
+    let dir = PathBuf::from(folder.path("out/final"));
+    let tokenizer = Tokenizer::load(&dir).unwrap();
+    let n = Tokenizer::load("data/quickstart/tokenizer".as_ref()).unwrap().vocab_size() as u32;
+    assert_eq!(tokenizer.id_of("<|im_start|>"), Some(n));
+    assert_eq!(tokenizer.encode("<|im_end|>", false, false).unwrap(), [n + 1]);
+    let rows = i64::from((n + 2).next_multiple_of(8));
+    assert_eq!(checkpoint::load_config(&dir).unwrap().padded_vocab_size, rows);
+    // What the run wrote down runs again.
+    let mut command = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
+    let config = folder.path("out/config.yaml");
+    let args = ["finetune", &config, "--resume", "auto", "--set", "train.max_steps=13"];
+    let output = command.args(args).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(losses(&folder.path("out")).len(), 13);
+}
+
+#[test]
 fn what_cannot_be_finetuned_is_told_before_it_begins() {
     let folder = Folder::new();
     let rows = folder.path("rows.jsonl");
@@ -386,8 +432,17 @@ fn rows_that_hold_no_conversation_are_counted_and_the_first_shown() {
     std::fs::write(&bad, format!("{good}{{\"x\": 1}}\n{{\"messages\": 3}}\n7\n{{}}\n{good}"))
         .unwrap();
     let yaml = format!("{STEPS}finetune: {{data: {{train: {bad}, template: guanaco}}}}\n");
-    let output = folder
-        .finetune(&yaml, &["--set", "train.max_steps=1", "--set", "train.global_batch_size=2"]);
+    let output = folder.finetune(
+        &yaml,
+        &[
+            "--set",
+            "train.max_steps=1",
+            "--set",
+            "train.micro_batch_size=1",
+            "--set",
+            "train.global_batch_size=1",
+        ],
+    );
     let told = text(&output);
     assert!(output.status.success(), "{told}");
     assert!(told.contains("2 conversations"), "{told}");

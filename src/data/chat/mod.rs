@@ -4,10 +4,12 @@ pub mod encode;
 mod layout;
 mod rows;
 mod set;
+mod special;
 
 pub use encode::{Encoded, encode};
 pub use rows::{Conversation, Found, read};
 pub use set::{ChatSet, ChatSets, open};
+pub use special::with_special_tokens;
 
 use crate::config::{ChatDataConfig, RunConfig};
 use crate::error::WithHint;
