@@ -1,7 +1,7 @@
 """Compares how `tinyllama finetune --samples` lays conversations out with transformers, and writes a golden file.
 
     python scripts/golden/chat_layout.py check TOKENIZER_DIR ROWS.jsonl [ROWS.jsonl ..]
-    python scripts/golden/chat_layout.py write     # tests/golden/chat_layout.json
+    python scripts/golden/chat_layout.py write FILE     # tests/golden/chat_layout/layout.json
 
 Rows are in guanaco's shape ({"text": "### Human: ..### Assistant: .."}); each is also written as messages, ShareGPT
 and (its first question and answer) Alpaca. The texts of the templates are put together here in Python; tokens and their
@@ -138,7 +138,7 @@ TALKS = [
 ]
 
 
-def write():
+def write(file):
     tokenizer = AutoTokenizer.from_pretrained("data/quickstart/tokenizer")
     cases = []
     for turns in TALKS:
@@ -148,9 +148,10 @@ def write():
                 ids, labels = layout(tokenizer, template, turns, loss_on)
                 messages = [{"role": role, "content": said} for role, said in turns]
                 cases.append({"template": template, "loss_on": loss_on, "messages": messages, "ids": ids, "labels": labels})
-    with open("tests/golden/chat_layout.json", "w") as out:
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "w") as out:
         out.write("[\n" + ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases) + "\n]\n")
 
 
 if __name__ == "__main__":
-    check(sys.argv[2], sys.argv[3:]) if sys.argv[1] == "check" else write()
+    check(sys.argv[2], sys.argv[3:]) if sys.argv[1] == "check" else write(sys.argv[2])

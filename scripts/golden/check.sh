@@ -21,7 +21,8 @@ remake tokenizer "$out/golden/tokenizer"
 remake sampling "$out/golden/generate/sampling.json"
 remake chat_templates --out "$out/golden"
 remake texts fixture "$out/golden/texts"
-for set in model init train tokenizer generate chat texts; do
+remake chat_layout write "$out/golden/chat_layout/layout.json"
+for set in model init train tokenizer generate chat texts chat_layout; do
   "$python" scripts/golden/compare.py "tests/golden/$set" "$out/golden/$set"
 done
 "$python" scripts/golden/packed.py --check

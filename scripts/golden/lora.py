@@ -3,6 +3,8 @@
     base/            the model
     start/, end/     adapters before and after, as PEFT saves them (of the end: fp32)
     steps.json       tokens, targets, losses; logits of the end on the first batch
+    dpo/, dpo.json   preferences under the end's adapters, the model without them as reference: the gradients in the adapters'
+                     places; tokens, targets, margins and loss (the mean over pairs)
 
 torch 2.11, transformers 5, peft 0.21: python scripts/golden/lora.py
 """
@@ -55,6 +57,34 @@ with torch.no_grad():
     logits = model(input_ids=torch.tensor(steps[0]["input"])).logits
 with open(f"{OUT}/steps.json", "w") as out:
     json.dump({"steps": steps, "logits": logits.flatten().tolist()}, out, separators=(",", ":"))
-for folder in ("start", "end"):
+
+# Direct preference optimisation (arXiv 2305.18290), in plain PyTorch. Rows: chosen, rejected, chosen, ..
+BETA = 0.3
+ids = torch.randint(0, 61, (6, 11))
+target = ids[:, 1:].clone()
+target[:, :4] = -100
+target[1, 7:] = -100
+
+
+def leads():
+    logprobs = model(input_ids=ids[:, :-1]).logits.log_softmax(-1)
+    own = logprobs.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1) * (target != -100)
+    sums = own.sum(-1).view(-1, 2)
+    return sums[:, 0] - sums[:, 1]
+
+
+with torch.no_grad(), model.disable_adapter():
+    reference = leads()
+margins = BETA * (leads() - reference)
+loss = -torch.nn.functional.logsigmoid(margins).mean()
+optimizer.zero_grad()
+loss.backward()
+for p in model.parameters():
+    if p.requires_grad:
+        p.data = p.grad.clone()
+model.save_pretrained(f"{OUT}/dpo")
+with open(f"{OUT}/dpo.json", "w") as out:
+    json.dump({"beta": BETA, "input": ids[:, :-1].tolist(), "target": target.tolist(), "margins": margins.tolist(), "loss": loss.item()}, out)
+for folder in ("start", "end", "dpo"):
     path = f"{OUT}/{folder}/README.md"
     os.path.exists(path) and os.remove(path)

@@ -9,12 +9,42 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct FinetuneConfig {
-    /// `full`: every weight; `lora`: two thin matrices beside each target, the weights stay as they are.
+    /// `full`: every weight; `lora`: two thin matrices beside each target, the weights stay as they are; `dpo`: preferences
+    /// between answers, by either.
     pub method: Method,
     /// Conversations to learn from.
     pub data: ChatDataConfig,
-    /// Adapters of `lora`.
+    /// Adapters of `lora`, and of `dpo` unless its reference is a `copy`.
     pub lora: LoraConfig,
+    /// Preferences.
+    pub dpo: DpoConfig,
+}
+
+/// Direct preference optimisation (arXiv 2305.18290).
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct DpoConfig {
+    /// How strongly the model is held to the reference.
+    pub beta: f64,
+    /// The model that is stayed close to.
+    pub reference: Reference,
+}
+
+/// The reference of preference optimisation.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Reference {
+    /// LoRA adapters are trained, and the model without them is the reference.
+    #[default]
+    Adapters,
+    /// Every weight is trained, and a frozen copy is the reference.
+    Copy,
+}
+
+impl Default for DpoConfig {
+    fn default() -> Self {
+        Self { beta: 0.1, reference: Reference::default() }
+    }
 }
 
 /// Methods of finetuning.
@@ -26,6 +56,8 @@ pub enum Method {
     Full,
     /// `W + (alpha / r) B A` with trained A (r, in) and B (out, r), W as it is.
     Lora,
+    /// Direct preference optimisation: of two answers the chosen one is made likelier beside the rejected one.
+    Dpo,
 }
 
 /// Conversations: where they are, how they are written down and what of them is learned.
@@ -136,6 +168,7 @@ pub(super) fn defaults(method: Method, ends: bool) -> Value {
             "lr": match method {
                 Method::Full => 2e-5,
                 Method::Lora => 2e-4,
+                Method::Dpo => 5e-6,
             },
             "betas": [0.9, 0.999],
             "weight_decay": 0.0,

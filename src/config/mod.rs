@@ -12,7 +12,9 @@ mod validate;
 mod weight;
 
 pub use explain::{Key, explain, keys};
-pub use finetune::{ChatDataConfig, ChatFormat, FinetuneConfig, LoraConfig, LossOn, Method};
+pub use finetune::{
+    ChatDataConfig, ChatFormat, DpoConfig, FinetuneConfig, LoraConfig, LossOn, Method, Reference,
+};
 pub use load::{diff, load, load_finetune, parse, parse_finetune, save_resolved, to_yaml};
 pub use prepare::{OnError, PrepareConfig, TokenDtype, chunk_tokens};
 pub use run::*;

@@ -1,6 +1,8 @@
 //! The structs of a run's YAML. Keys are litgpt's where litgpt has them.
 
-use super::{FinetuneConfig, LoraConfig, Method, PrepareConfig, weight::Weight};
+use super::{
+    DpoConfig, FinetuneConfig, LoraConfig, Method, PrepareConfig, Reference, weight::Weight,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -412,7 +414,17 @@ impl RunConfig {
 
     /// The adapters that are trained, where the weights are not.
     pub fn lora(&self) -> Option<&LoraConfig> {
-        self.finetune.as_ref().filter(|f| f.method == Method::Lora).map(|f| &f.lora)
+        let adapters = |f: &&FinetuneConfig| match f.method {
+            Method::Full => false,
+            Method::Lora => true,
+            Method::Dpo => f.dpo.reference == Reference::Adapters,
+        };
+        self.finetune.as_ref().filter(adapters).map(|f| &f.lora)
+    }
+
+    /// Preference optimisation, where that is the run's method.
+    pub fn dpo(&self) -> Option<&DpoConfig> {
+        self.finetune.as_ref().filter(|f| f.method == Method::Dpo).map(|f| &f.dpo)
     }
 
     /// Workers on all nodes that the configuration asks for. The actual number is the run's

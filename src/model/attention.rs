@@ -32,6 +32,8 @@ pub struct Kernels {
     pub fp8: bool,
     /// Adapters drop out.
     pub train: bool,
+    /// Adapters count.
+    pub lora: bool,
 }
 
 impl Kernels {

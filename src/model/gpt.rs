@@ -49,6 +49,8 @@ pub struct GPT {
     pub cache_kind: Option<Kind>,
     /// Adapters drop out: off while a model that is being trained is validated or asked.
     pub training: Cell<bool>,
+    /// The model that the adapters began with.
+    pub without_adapters: Cell<bool>,
     /// Called when a pass enters a unit ([`GPT::units`]).
     pub at_unit: Option<AtUnit>,
     /// Angles of positions.
@@ -78,6 +80,7 @@ impl GPT {
             recomputed_blocks: 0,
             cache_kind: None,
             training: Cell::new(true),
+            without_adapters: Cell::new(false),
             at_unit: None,
             rope: Rope::new(config, device),
             config: config.clone(),
@@ -145,6 +148,7 @@ impl GPT {
             recompute_norms: self.recompute_norms && cache.is_none(),
             fp8: self.fp8.is_some() && cache.is_none(),
             train: self.training.get() && cache.is_none(),
+            lora: !self.without_adapters.get(),
         };
         self.enter(0);
         let mut x = self.wte.forward(idx); // (B, T, C)
@@ -190,6 +194,40 @@ impl GPT {
         let loss = ops::head_loss(&x, self.head_weight(), &target, scalars, self.fused); // ()
         self.leave(self.h.len() + 1, &loss);
         loss
+    }
+
+    /// The summed log-probability of the targets of each row.
+    ///
+    /// # Shapes
+    /// idx, target (B, T) of i64, target -100 where nothing counts -> (B,) fp32.
+    pub fn log_probabilities(&self, idx: &Tensor, target: &Tensor) -> Tensor {
+        let x = self.hidden(idx, None, None); // (B, T, C)
+        let row = |(x, target): (Tensor, Tensor)| {
+            -ops::head_loss(
+                &x.contiguous(),
+                self.head_weight(),
+                &target,
+                LossScalars::SUM,
+                self.fused,
+            ) // ()
+        };
+        let rows = x.unbind(0).into_iter().zip(target.unbind(0)).map(row);
+        Tensor::stack(&rows.collect::<Vec<_>>(), 0)
+    }
+
+    /// A copy in memory of its own, in the given dtype, whose parameters have no gradients.
+    pub fn frozen_copy(&self, kind: Kind) -> Self {
+        let mut copy = Self::empty(&self.config, self.device());
+        copy.reallocate(kind);
+        (copy.attention, copy.fused) = (self.attention, self.fused);
+        tch::no_grad(|| {
+            for ((_, mut to), (_, from)) in
+                copy.named_parameters().into_iter().zip(self.named_parameters())
+            {
+                to.copy_(&from);
+            }
+        });
+        copy
     }
 
     /// Logits from the final hidden state.

@@ -50,7 +50,7 @@ impl Linear {
     /// See [`ops::linear`]; with what [`Lora`] adds.
     pub fn forward(&self, x: &Tensor, with: &Kernels) -> Tensor {
         let y = self.without_lora(x, with); // (.., out)
-        if let Some(lora) = &self.lora {
+        if let Some(lora) = self.lora.as_ref().filter(|_| with.lora) {
             lora.add_to(&y, x, with.train);
         }
         y

@@ -132,7 +132,7 @@ impl Mlp {
                 };
                 let f = gate_up.size()[2] / 2;
                 for (half, start) in [(&mlp.fc_1, 0), (&mlp.fc_2, f)] {
-                    if let Some(lora) = &half.lora {
+                    if let Some(lora) = half.lora.as_ref().filter(|_| with.lora) {
                         lora.add_to(&gate_up.narrow(-1, start, f), x, with.train);
                     }
                 }

@@ -50,7 +50,8 @@ pub fn open(
         let tokenizer = tokenizer.context("finetuning needs `tokenizer_dir`")?;
         let template = chat::template(config, &finetune.data, tokenizer)?;
         let sizes = (sequence as usize, micro_batch_size);
-        let sets = chat::open(&finetune.data, &template, tokenizer, sizes, config.seed)?;
+        let open = if config.dpo().is_some() { chat::open_pairs } else { chat::open };
+        let sets = open(&finetune.data, &template, tokenizer, sizes, config.seed)?;
         let source = DataSource { path: finetune.data.train.clone(), weight: Weight::default() };
         let loader = DataLoader::chat(options(vec![source], None), sets.train)?;
         let val = sets.val.map(|set| ValidationSet::chat(set, micro_batch_size));

@@ -48,6 +48,12 @@ pub struct StepRecord {
     /// Every scale of `fp8-mixed`; absent in other precisions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fp8: Option<Vec<Fp8Record>>,
+    /// Of preferences: how much larger the reward of the chosen answer is than the rejected one's, on average.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward_margin: Option<f64>,
+    /// Part of the step's pairs whose chosen answer has the larger reward.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward_accuracy: Option<f64>,
 }
 
 /// A validation.
@@ -352,8 +358,12 @@ fn log_line(r: &StepRecord, totals: &Totals, eta_seconds: Option<f64>) -> String
     };
     let mfu = r.mfu.map_or(format!("{NO_VALUE:>5}"), |v| format!("{:>4.1}%", 100.0 * v));
     let memory = r.peak_memory_gib.map_or(NO_VALUE.into(), |v| format!("{v:.1}"));
+    let rewards = r.reward_margin.zip(r.reward_accuracy);
+    let rewards = rewards.map_or(String::new(), |(margin, accuracy)| {
+        format!(" | margin {} | right {:>3.0}%", progress::fit(margin, 5), 100.0 * accuracy)
+    });
     format!(
-        "{} | loss {} | lr {} | gnorm {} | {} | {:>5} {unit} | mfu {mfu} | {memory:>4} GiB \
+        "{} | loss {}{rewards} | lr {} | gnorm {} | {} | {:>5} {unit} | mfu {mfu} | {memory:>4} GiB \
          | eta {}",
         position(r.step, r.tokens, totals),
         progress::fit(r.loss, 6),
@@ -402,6 +412,8 @@ mod tests {
             iter_time_ms: 312.0,
             time: 1.5e9,
             fp8: None,
+            reward_margin: None,
+            reward_accuracy: None,
         }
     }
 

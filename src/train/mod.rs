@@ -6,6 +6,7 @@ mod data;
 pub mod flops;
 pub mod memory;
 pub mod metrics;
+pub mod objective;
 pub mod optimizer;
 pub mod pick_attention;
 pub mod plot;

@@ -4,7 +4,8 @@ use super::backends::{cache_file, set_backends};
 use super::flops::{self, FlopsPerToken};
 use super::memory::{self, Share};
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
-use super::optimizer::{AdamW, offload};
+use super::objective::{Dpo, Objective};
+use super::optimizer::{AdamW, offload, weight_kind};
 use super::pick_attention::pick_attention;
 use super::ranks;
 use super::schedule::lr_at;
@@ -12,8 +13,8 @@ use super::step::{MicroStep, train_step};
 use super::{data, saver, validate};
 use crate::checkpoint::adapter;
 use crate::config::{
-    ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Resume, RunConfig,
-    with_commas,
+    ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Reference, Resume,
+    RunConfig, with_commas,
 };
 use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
@@ -27,7 +28,7 @@ use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Counters that a checkpoint carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -71,8 +72,9 @@ pub struct TakenStep {
     pub loss: f64,
     /// L2 norm of the gradients before clipping.
     pub grad_norm: f64,
-    /// What [`crate::model::Fp8::numbers`] stood at, in `fp8-mixed`.
-    pub fp8: Vec<f64>,
+    /// What [`crate::model::Fp8::numbers`] stood at, in `fp8-mixed`; of preferences, mean margin of the rewards and part of
+    /// the pairs in which it is above 0.
+    pub more: Vec<f64>,
 }
 
 impl LaunchedStep {
@@ -85,9 +87,9 @@ impl LaunchedStep {
             Numbers::Here(numbers) => numbers,
             Numbers::Coming(numbers) => numbers.wait()?,
         };
-        let fp8 = numbers.split_off(2);
+        let more = numbers.split_off(2);
         let (progress, tokens, lr) = (self.progress, self.tokens, self.lr);
-        Ok(TakenStep { progress, tokens, lr, loss: numbers[0], grad_norm: numbers[1], fp8 })
+        Ok(TakenStep { progress, tokens, lr, loss: numbers[0], grad_norm: numbers[1], more })
     }
 }
 
@@ -267,8 +269,26 @@ impl<'j> Run<'j> {
 
         let alone = job.is_none(); // hooks that bring weights are no part of a graph
         let mut micro = MicroStep::new(
-            alone && device.is_cuda() && config.fused && config.cuda_graph == CudaGraph::Auto,
+            alone
+                && device.is_cuda()
+                && config.fused
+                && config.cuda_graph == CudaGraph::Auto
+                && config.dpo().is_none(), // rows of pairs differ in length
         );
+        if let Some(dpo) = config.dpo() {
+            let kind = weight_kind(config.precision);
+            let copies = dpo.reference == Reference::Copy;
+            let reference = match (&config.initial_checkpoint_dir, copies) {
+                (Some(dir), true) if resume_from.is_some() => {
+                    let copy = model.frozen_copy(kind);
+                    checkpoint::load_initial_weights(&copy, &checkpoint::resolve(dir)?)?;
+                    Some(copy)
+                }
+                (_, true) => Some(model.frozen_copy(kind)),
+                (_, false) => None,
+            };
+            micro.objective = Objective::Dpo(Dpo::new(dpo.beta, reference));
+        }
         micro.find_scales = model.fp8.is_some() && !has_scales;
         let width = model_config.n_head * model_config.head_size;
         let flops = flops::flops_per_token(
@@ -451,10 +471,11 @@ impl<'j> Run<'j> {
             let out = train_step(model, optimizer, micro, &batches, lr, train, ranks)?;
             let mut numbers = vec![out.loss.view([1]), out.grad_norm.view([1])];
             numbers.extend(model.fp8.as_ref().map(Fp8::numbers));
-            let numbers = Tensor::cat(&numbers, 0); // (2 + scales,)
+            numbers.extend(out.rewards);
+            let numbers = Tensor::cat(&numbers, 0); // (2 + scales or rewards,)
             Ok(match numbers.device() {
                 Device::Cuda(_) => Numbers::Coming(ReadBack::start(&numbers)?),
-                _ => Numbers::Here(vec![numbers.double_value(&[0]), numbers.double_value(&[1])]),
+                _ => Numbers::Here(Vec::try_from(&numbers.to_kind(Kind::Double))?),
             })
         })?;
         self.progress.step += 1;
@@ -481,7 +502,8 @@ impl<'j> Run<'j> {
     /// Logs a step that took `seconds`.
     pub fn log_step(&mut self, taken: &TakenStep, seconds: f64) -> Result<()> {
         let TakenStep { progress, tokens, lr, loss, grad_norm, .. } = *taken;
-        let fp8 = self.model.fp8.as_ref().map(|fp8| fp8.records(&taken.fp8));
+        let fp8 = self.model.fp8.as_ref().map(|fp8| fp8.records(&taken.more));
+        let rewards = self.config.dpo().and_then(|_| <[f64; 2]>::try_from(&taken.more[..]).ok());
         let rate = tokens as f64 / seconds;
         let (mfu, mfu_causal) = self.utilisation(rate);
         let peak_memory = match self.device {
@@ -506,6 +528,8 @@ impl<'j> Run<'j> {
             iter_time_ms: seconds * 1e3 / self.plan.accumulation as f64,
             time: unix_time(),
             fp8,
+            reward_margin: rewards.map(|[margin, _]| margin),
+            reward_accuracy: rewards.map(|[_, accuracy]| accuracy),
         })
     }
 
@@ -514,13 +538,14 @@ impl<'j> Run<'j> {
         let (job, step) = (self.job, self.progress.step + 1);
         let Some(set) = &self.val else { return Ok(None) };
         let (model, ranks) = (&self.model, self.ranks.as_ref());
+        let objective = &self.micro.objective;
         let loss = guard::catch("validation", self.device, super::LOWER, || {
             let tick = || {
                 if let Some(job) = job {
                     job.tick(step, "validation");
                 }
             };
-            validate::validate(model, set, max_iters, ranks, &tick)
+            validate::validate(model, objective, set, max_iters, ranks, &tick)
         })?;
         if let Some(log) = &mut self.log {
             log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;

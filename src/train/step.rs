@@ -1,5 +1,6 @@
 //! One optimizer step: forward, loss, backward for each micro-batch, then clip and update.
 
+use super::objective::Objective;
 use super::optimizer::AdamW;
 use crate::config::TrainConfig;
 use crate::data::Batch;
@@ -16,6 +17,8 @@ pub struct StepOutput {
     pub loss: Tensor,
     /// Gradient norm before clipping, `() fp32`.
     pub grad_norm: Tensor,
+    /// Of preferences, what [`Objective::take`] says.
+    pub rewards: Option<Tensor>,
 }
 
 /// Accumulates the gradients of all micro-batches of a step and updates the weights once.
@@ -85,7 +88,7 @@ pub fn train_step(
         }
     };
     model.refresh_fp8_weights()?;
-    Ok(StepOutput { loss, grad_norm })
+    Ok(StepOutput { loss, grad_norm, rewards: micro.objective.take() })
 }
 
 /// Forward, loss and backward of one micro-batch; gradients are added to the weights' `.grad`, or overwrite it
@@ -98,6 +101,8 @@ pub struct MicroStep {
     graph: bool,
     /// Find the scales of `fp8-mixed` by the first batch before the first step.
     pub find_scales: bool,
+    /// What is made smaller.
+    pub objective: Objective,
     runs: [usize; 2],
     captured: [Option<Captured>; 2],
 }
@@ -138,14 +143,16 @@ impl MicroStep {
             true => self.runs[0] > Self::WARM_UP,
             false => self.runs[0] >= Self::WARM_UP && self.runs[1] > 1,
         };
+        let objective = &self.objective;
         if !self.graph || !warm {
-            return forward_backward(model, optimizer, batch, scalars);
+            return forward_backward(model, objective, optimizer, batch, scalars);
         }
         let [of_first, of_others] = &mut self.captured;
         let (captured, other) = if first { (of_first, of_others) } else { (of_others, of_first) };
         if captured.is_none() {
             let other = other.as_ref().map(|c| &c.graph);
-            let work = |batch: &Batch| forward_backward(model, optimizer, batch, scalars);
+            let work =
+                |batch: &Batch| forward_backward(model, objective, optimizer, batch, scalars);
             let new = Captured::new(batch, scalars, other, work)?;
             return captured.insert(new).run(batch);
         }
@@ -153,7 +160,7 @@ impl MicroStep {
             Some(c) if c.scalars == scalars && c.batch.input.size() == batch.input.size() => {
                 c.run(batch)
             }
-            _ => forward_backward(model, optimizer, batch, scalars),
+            _ => forward_backward(model, objective, optimizer, batch, scalars),
         }
     }
 }
@@ -193,12 +200,13 @@ impl Captured {
 
 fn forward_backward(
     model: &GPT,
+    objective: &Objective,
     optimizer: Option<&mut AdamW>,
     batch: &Batch,
     scalars: LossScalars,
 ) -> Result<Tensor> {
     model.update_fp8_scales()?; // from the micro-batch before
-    let loss = model.loss(&batch.input, &batch.target, batch.documents.as_ref(), scalars); // ()
+    let loss = objective.loss(model, batch, scalars); // ()
     match optimizer {
         Some(optimizer) => optimizer.overwriting(|| {
             loss.backward();
@@ -216,7 +224,7 @@ fn find_scales(model: &GPT, batch: &Batch, scalars: LossScalars) -> Result<()> {
     fp8.guess_gradients(1.0 / scalars.scale);
     let batch = Coming::new(batch, model.device())?.take()?;
     for _ in 0..6 {
-        let _ = forward_backward(model, None, &batch, scalars)?;
+        let _ = forward_backward(model, &Objective::NextToken, None, &batch, scalars)?;
     }
     Ok(())
 }

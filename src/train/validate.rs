@@ -1,14 +1,15 @@
 //! Validation loss.
 
+use super::objective::Objective;
 use super::step::Coming;
-use crate::data::{Batch, ValidationSet};
+use crate::data::ValidationSet;
 use crate::distributed::Ranks;
 use crate::model::GPT;
 use crate::ops::LossScalars;
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-/// Mean loss over the targets of the first `max_iters` batches of the set (`None`: all of it). The set is
+/// Mean loss over the targets (or pairs) of the first `max_iters` batches of the set (`None`: all of it). The set is
 /// read in order, so two calls see the same tokens. Several ranks share the batches; where they do not come out even,
 /// some run one that does not count, since all must go through the model together. `tick` is called before each batch.
 ///
@@ -16,6 +17,7 @@ use tch::{Kind, Tensor};
 /// The CPU waits once, at the end.
 pub fn validate(
     model: &GPT,
+    objective: &Objective,
     set: &ValidationSet,
     max_iters: Option<u64>,
     ranks: Option<&Ranks>,
@@ -30,13 +32,13 @@ pub fn validate(
         tick();
         let counts = f64::from(u8::from(i < n_batches));
         let batch = set.batch(i.min(n_batches - 1))?;
-        let Batch { input, target, documents, .. } = Coming::new(&batch, model.device())?.take()?; // (B, T) x2
-        let loss =
-            model.loss(&input, &target, documents.as_ref(), LossScalars::SUM).to_kind(Kind::Double);
+        let on_device = Coming::new(&batch, model.device())?.take()?; // (B, T) x2
+        let loss = objective.loss(model, &on_device, LossScalars::SUM).to_kind(Kind::Double);
         let _ = sums.get(0).g_add_(&(loss * counts));
         let _ = sums.get(1).g_add_scalar_(batch.n_targets as f64 * counts);
     }
     model.training.set(was_training);
+    let _ = objective.take(); // of training alone
     if let Some(ranks) = ranks {
         ranks.sum(&sums)?;
     }

@@ -11,8 +11,10 @@ use tinyllama::config::{LoraConfig, LossOn, OptimizerConfig, Precision, TrainCon
 use tinyllama::data::Batch;
 use tinyllama::data::chat::{self, Encoded};
 use tinyllama::model::GPT;
+use tinyllama::ops::LossScalars;
 use tinyllama::tokenizer::chat_template::{Message, SpecialTokens};
 use tinyllama::tokenizer::{ChatTemplate, Tokenizer};
+use tinyllama::train::objective::{Dpo, Objective};
 use tinyllama::train::optimizer::AdamW;
 use tinyllama::train::step::{MicroStep, train_step};
 
@@ -29,7 +31,7 @@ struct Case {
 fn conversations_are_laid_out_as_transformers_lays_them_out() {
     let dir = Path::new("data/quickstart/tokenizer");
     let tokenizer = Tokenizer::load(dir).unwrap();
-    let text = std::fs::read_to_string("tests/golden/chat_layout.json").unwrap();
+    let text = std::fs::read_to_string("tests/golden/chat_layout/layout.json").unwrap();
     let cases: Vec<Case> = serde_json::from_str(&text).unwrap();
     assert_eq!(cases.len(), 50);
     for case in cases {
@@ -160,6 +162,51 @@ fn merged_adapters_compute_what_they_compute_beside_the_weights() {
     // A folder of adapters is opened as the merged model.
     let merged = checkpoint::load_model(format!("{LORA}/end").as_ref(), Kind::Float, Device::Cpu);
     assert!(largest(&(merged.unwrap().forward(&ids, None) - &beside)) < 1e-5);
+}
+
+#[derive(Deserialize)]
+struct GoldenDpo {
+    beta: f64,
+    input: Vec<Vec<i64>>,
+    target: Vec<Vec<i64>>,
+    margins: Vec<f64>,
+    loss: f64,
+}
+
+#[test]
+fn preferences_have_the_loss_and_the_gradients_of_plain_pytorch() {
+    let _alone = alone();
+    let text = std::fs::read_to_string(format!("{LORA}/dpo.json")).unwrap();
+    let golden: GoldenDpo = serde_json::from_str(&text).unwrap();
+    let mut model = adapted("end", Device::Cpu);
+    let base = format!("{LORA}/base");
+    // The reference: the model without its adapters, or a copy.
+    let copy = checkpoint::load_model(base.as_ref(), Kind::Float, Device::Cpu).unwrap();
+    for reference in [None, Some(copy)] {
+        AdamW::new(&mut model, Precision::Fp32True, &OptimizerConfig::default()).unwrap();
+        let dpo = Dpo::new(golden.beta, reference);
+        let pairs = golden.margins.len() as i64;
+        let (input, target) = (matrix(&golden.input), matrix(&golden.target));
+        let batch = Batch { input, target, documents: None, n_targets: pairs };
+        let margins = Vec::<f64>::try_from(dpo.margins(&model, &batch).to_kind(Kind::Double));
+        for (got, want) in margins.unwrap().iter().zip(&golden.margins) {
+            assert!((got - want).abs() < 1e-5, "{got} {want}");
+        }
+        let objective = Objective::Dpo(dpo);
+        let scalars = LossScalars { scale: 1.0 / pairs as f64, ..LossScalars::SUM };
+        let loss = objective.loss(&model, &batch, scalars);
+        assert!((loss.double_value(&[]) - golden.loss).abs() < 1e-6, "{loss:?}");
+        loss.backward();
+        let wants = adapted("dpo", Device::Cpu).adapters();
+        for ((name, ours), (_, want)) in model.adapters().iter().zip(wants) {
+            let size = largest(&want);
+            assert!(largest(&(ours.grad() - &want)) < 1e-4 * size + 1e-7, "{name} of {size}");
+        }
+        let taken = Vec::<f64>::try_from(objective.take().unwrap().to_kind(Kind::Double)).unwrap();
+        let mean = golden.margins.iter().sum::<f64>() / pairs as f64;
+        let right = golden.margins.iter().filter(|m| **m > 0.0).count() as f64 / pairs as f64;
+        assert!((taken[0] - mean).abs() < 1e-5 && (taken[1] - right).abs() < 1e-6, "{taken:?}");
+    }
 }
 
 #[test]
@@ -372,6 +419,47 @@ fn new_tokens_get_rows_and_are_saved_with_the_checkpoint() {
     let output = command.args(args).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     assert_eq!(losses(&folder.path("out")).len(), 13);
+}
+
+#[test]
+fn margins_rise_where_preferences_are_learned() {
+    let folder = Folder::new();
+    let row = |i: usize| {
+        format!(
+            "{{\"prompt\": \"What comes after {i}?\", \"chosen\": \"After it comes {}.\", \"rejected\": \"No.\"}}\n",
+            i + 1
+        )
+    };
+    let rows = folder.path("pairs.jsonl");
+    std::fs::write(&rows, (0..40).map(row).collect::<String>() + "{\"prompt\": \"x\"}\n").unwrap();
+    for method in ["lora: {targets: [all], dropout: 0.0}", "dpo: {reference: copy}"] {
+        let yaml = format!(
+            "{STEPS}finetune:\n  method: dpo\n  {method}\n  data: {{train: {rows}, template: guanaco, val_fraction: 0.1}}\n"
+        );
+        let args =
+            ["--resume", "false", "--set", &format!("out_dir={}", folder.path(&method[..3]))];
+        let output = folder.finetune(&yaml, &args);
+        let told = text(&output);
+        assert!(output.status.success(), "{told}");
+        assert!(told.contains("40 preferences") && told.contains("left out 1 row(s)"), "{told}");
+        let lines = std::fs::read_to_string(folder.path(&method[..3]) + "/metrics.jsonl").unwrap();
+        let objects: Vec<serde_json::Value> =
+            lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let of = |key: &str| -> Vec<f64> {
+            objects.iter().filter_map(|object| object.get(key)?.as_f64()).collect()
+        };
+        let (margins, right) = (of("reward_margin"), of("reward_accuracy"));
+        assert!(
+            margins[0].abs() < 1e-6 && margins[11] > margins[3] && margins[11] > 0.1,
+            "{margins:?}"
+        );
+        assert_eq!(right[11], 1.0, "{right:?}");
+        let val = of("val_loss");
+        assert!(
+            (val[0] - std::f64::consts::LN_2).abs() < 1e-5 && val[val.len() - 1] < val[0],
+            "{val:?}"
+        );
+    }
 }
 
 #[test]

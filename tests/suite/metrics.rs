@@ -22,6 +22,8 @@ fn step(step: u64, loss: f64) -> StepRecord {
         iter_time_ms: 12.5,
         time: 1.5e9 + step as f64,
         fp8: None,
+        reward_margin: None,
+        reward_accuracy: None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::adapter;
 use crate::config::{
-    ActivationCheckpointing, AttentionBackend, DataConfig, FinetuneConfig, Method, Precision,
+    ActivationCheckpointing, AttentionBackend, DataConfig, DpoConfig, FinetuneConfig, Precision,
     RunConfig,
 };
 use crate::model::{GPT, ModelConfig};
@@ -42,8 +42,27 @@ pub(super) fn check(
             "`attention`: cuDNN's knows no documents; with `finetune.data.packing` say `auto` or `flash`",
         );
     }
-    if finetune.method == Method::Lora {
+    if config.lora().is_some() {
         check_lora(config, finetune, model, problems);
+    }
+    if let Some(dpo) = config.dpo() {
+        check_dpo(config, dpo, problems);
+    }
+}
+
+fn check_dpo(config: &RunConfig, dpo: &DpoConfig, problems: &mut Vec<String>) {
+    let mut add = |problem: String| problems.push(problem);
+    if !(dpo.beta > 0.0 && dpo.beta.is_finite()) {
+        add(format!("`finetune.dpo.beta`: must be above 0, got {}", dpo.beta));
+    }
+    if config.ranks() > 1 {
+        add("`devices`: `finetune.method: dpo` runs on one".into());
+    }
+    if config.precision == Precision::Fp8Mixed {
+        add("`precision`: `finetune.method: dpo` takes bf16-mixed, bf16-true or 32-true".into());
+    }
+    if config.train.label_smoothing > 0.0 || config.train.z_loss > 0.0 {
+        add("`train.label_smoothing`, `train.z_loss`: `finetune.method: dpo` has a loss of its own; set them to 0".into());
     }
 }
 
@@ -70,21 +89,21 @@ fn check_lora(
         Ok(_) => {}
     }
     if model.is_some_and(|model| !GPT::takes_lora(model)) {
-        add("`finetune.method`: `lora` knows Llamas, the checkpoint is a GPT-NeoX; use `full`"
+        add("`finetune.method`: adapters are for Llamas, the checkpoint is a GPT-NeoX; use `full`"
             .into());
     }
     if !finetune.data.special_tokens.is_empty() {
         add("`finetune.data.special_tokens`: new rows of the embedding need `finetune.method: full`".into());
     }
     if config.ranks() > 1 {
-        add("`devices`: `finetune.method: lora` runs on one".into());
+        add("`devices`: adapters are trained on one".into());
     }
     if config.precision == Precision::Fp8Mixed {
-        add("`precision`: `finetune.method: lora` takes bf16-mixed, bf16-true or 32-true".into());
+        add("`precision`: adapters take bf16-mixed, bf16-true or 32-true".into());
     }
     match config.train.activation_checkpointing {
         ActivationCheckpointing::Selective => add(
-            "`train.activation_checkpointing`: `finetune.method: lora` takes `none` or `block`".into(),
+            "`train.activation_checkpointing`: adapters take `none` or `block`".into(),
         ),
         ActivationCheckpointing::Block if lora.dropout > 0.0 => add(
             "`finetune.lora.dropout`: blocks that are computed again would drop out other values; set it to 0, or \

@@ -39,6 +39,15 @@ pub(super) fn group(conversations: &[Encoded], b: usize) -> Vec<Row> {
     by_length(conversations).chunks(b).map(<[usize]>::to_vec).collect()
 }
 
+/// Groups of the rows of `b` pairs of like length. Conversation 2i is the chosen one of pair i, 2i + 1 the rejected one.
+pub(super) fn group_pairs(conversations: &[Encoded], b: usize) -> Vec<Row> {
+    let longer = |i: usize| conversations[2 * i].ids.len().max(conversations[2 * i + 1].ids.len());
+    let mut order: Vec<usize> = (0..conversations.len() / 2).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(longer(i)));
+    let rows = |pairs: &[usize]| pairs.iter().flat_map(|&i| [2 * i, 2 * i + 1]).collect();
+    order.chunks(b).map(rows).collect()
+}
+
 fn by_length(conversations: &[Encoded]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..conversations.len()).collect();
     order.sort_by_key(|&i| std::cmp::Reverse(conversations[i].ids.len()));

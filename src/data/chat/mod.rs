@@ -2,13 +2,15 @@
 
 pub mod encode;
 mod layout;
+mod pairs;
 mod rows;
 mod set;
 mod special;
 
 pub use encode::{Encoded, encode};
+pub use pairs::{FoundPairs, Pair, read_pairs};
 pub use rows::{Conversation, Found, read};
-pub use set::{ChatSet, ChatSets, open};
+pub use set::{ChatSet, ChatSets, open, open_pairs};
 pub use special::with_special_tokens;
 
 use crate::config::{ChatDataConfig, RunConfig};

@@ -6,7 +6,7 @@ use crate::error::WithHint;
 use crate::tokenizer::chat_template::Message;
 use anyhow::{Result, anyhow};
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Turns of one conversation, in order.
 pub type Conversation = Vec<Message>;
@@ -27,17 +27,9 @@ pub struct Found {
 /// # Errors
 /// No such files; a damaged file; not one conversation in them.
 pub fn read(path: &Path, format: ChatFormat) -> Result<Found> {
-    let selection = Selection::all(Schema::Sft, None);
     let source = path.to_string_lossy();
-    let files = match documents::files(&source, &selection, "train") {
-        // `.parquet` files of a folder are taken where there is no JSON.
-        Err(_) if path.is_dir() => {
-            documents::files(&source, &Selection::all(Schema::Parquet, None), "train")?
-        }
-        found => found?,
-    };
     let mut found = Found::default();
-    for file in &files {
+    for file in &files(path)? {
         for (row, object) in objects(file)?.into_iter().enumerate() {
             let conversation = object.and_then(|object| {
                 conversation(&object, format).map_err(|why| Skipped {
@@ -65,6 +57,18 @@ pub fn read(path: &Path, format: ChatFormat) -> Result<Found> {
         );
     }
     Ok(found)
+}
+
+/// The files that a path names.
+pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    let (source, selection) = (path.to_string_lossy(), Selection::all(Schema::Sft, None));
+    match documents::files(&source, &selection, "train") {
+        // `.parquet` files of a folder are taken where there is no JSON.
+        Err(_) if path.is_dir() => {
+            documents::files(&source, &Selection::all(Schema::Parquet, None), "train")
+        }
+        found => found,
+    }
 }
 
 /// The conversation of a row, or why it has none.
@@ -116,15 +120,24 @@ fn text<'a>(row: &'a Map<String, Value>, field: &str) -> Result<&'a str, String>
     }
 }
 
-/// A list of turns under `key`.
+/// The list of turns under `key`.
 fn list(
     row: &Map<String, Value>,
     key: &str,
     who: &str,
     what: &str,
 ) -> Result<Conversation, String> {
-    let turns = row.get(key).and_then(Value::as_array);
-    let turns = turns.ok_or_else(|| format!("`{key}` is no list"))?;
+    turns_of(row.get(key).unwrap_or(&Value::Null), key, who, what)
+}
+
+/// A list of turns, each with its role and text; `key` names it.
+pub(super) fn turns_of(
+    list: &Value,
+    key: &str,
+    who: &str,
+    what: &str,
+) -> Result<Conversation, String> {
+    let turns = list.as_array().ok_or_else(|| format!("`{key}` is no list"))?;
     let turn = |(i, turn): (usize, &Value)| {
         let of = |field: &str| {
             let text = turn.get(field).and_then(Value::as_str);

@@ -1,7 +1,7 @@
 //! Finetuning data: conversations as rows of tokens, in memory.
 
 use super::layout::{self, Row};
-use super::{Conversation, Encoded, encode, read};
+use super::{Conversation, Encoded, Pair, encode, read, read_pairs};
 use crate::config::{ChatDataConfig, LossOn, with_commas};
 use crate::data::Batch;
 use crate::data::permutation::Permutation;
@@ -31,8 +31,20 @@ pub struct ChatSet {
     units: Vec<Row>,
     /// T
     block_size: usize,
-    /// Rows of a unit: 1 where conversations are packed.
+    /// Rows (of preferences: pairs) of a unit.
     rows: usize,
+    kind: Kind,
+}
+
+/// What a row holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Several conversations.
+    Packed,
+    /// One.
+    Single,
+    /// One; rows come in pairs, chosen and rejected.
+    Pairs,
 }
 
 /// Reads and encodes what `data` names. `t`: tokens of a row; `micro`: rows of a micro-batch.
@@ -88,8 +100,61 @@ pub fn open(
     Ok(ChatSets { train, val, told })
 }
 
+/// [`open`] of preferences.
+///
+/// # Errors
+/// As [`open`]. A pair of which one answer has no target within `t` tokens is left out.
+pub fn open_pairs(
+    data: &ChatDataConfig,
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+    (t, micro): (usize, usize),
+    seed: u64,
+) -> Result<ChatSets> {
+    let mut told = Vec::new();
+    let mut found = |path: &Path| -> Result<Vec<Pair>> {
+        let found = read_pairs(path)?;
+        let n = with_commas(found.pairs.len() as u64);
+        told.push(format!("`{}`: {n} preferences", path.display()));
+        if found.skipped > 0 {
+            told.push(format!(
+                "left out {} row(s) that hold none: {}",
+                with_commas(found.skipped),
+                found.examples.join("; ")
+            ));
+        }
+        Ok(found.pairs)
+    };
+    let mut train = found(&data.train)?;
+    let val = match &data.val {
+        Some(path) => found(path)?,
+        None => split(&mut train, data.val_fraction, seed),
+    };
+    let mut set = |pairs: &[Pair], what: &str| -> Result<ChatSet> {
+        let encode = |conversation| encode(conversation, template, tokenizer, LossOn::Assistant);
+        let (mut kept, mut cut) = (Vec::new(), Cut::default());
+        for pair in pairs {
+            let chosen = cut.row(encode(&pair.chosen)?, t);
+            let rejected = cut.row(encode(&pair.rejected)?, t);
+            if let (Some(chosen), Some(rejected)) = (chosen, rejected) {
+                kept.extend([chosen, rejected]);
+            }
+        }
+        told.extend(cut.told(t));
+        if kept.is_empty() {
+            return Err(anyhow!("{what}: no answers of a pair have a target within {t} tokens"))
+                .usage("raise `train.max_seq_length`");
+        }
+        Ok(ChatSet::of_pairs(kept, t, micro))
+    };
+    let train = set(&train, "training")?;
+    let val = if val.is_empty() { None } else { Some(set(&val, "validation")?) };
+    told.push(train.describe());
+    Ok(ChatSets { train, val, told })
+}
+
 /// Takes a part of the conversations out, by the seed.
-fn split(train: &mut Vec<Conversation>, fraction: f64, seed: u64) -> Vec<Conversation> {
+fn split<T>(train: &mut Vec<T>, fraction: f64, seed: u64) -> Vec<T> {
     let n = train.len();
     let take = ((n as f64 * fraction).round() as usize).min(n.saturating_sub(1));
     let order = Permutation::new(n as u64, seed);
@@ -110,6 +175,20 @@ struct Cut {
 }
 
 impl Cut {
+    /// A conversation of at most `t` tokens; `None` where it has no target then. The first token has none before it to
+    /// be predicted from.
+    fn row(&mut self, mut encoded: Encoded, t: usize) -> Option<Encoded> {
+        if encoded.ids.len() > t {
+            self.conversations += 1;
+            self.tokens += (encoded.ids.len() - t) as u64;
+            encoded.ids.truncate(t);
+            encoded.trained.truncate(t);
+        }
+        let has_target = encoded.trained.iter().skip(1).any(|trained| *trained);
+        self.dropped += u64::from(!has_target);
+        has_target.then_some(encoded)
+    }
+
     fn told(&self, t: usize) -> Option<String> {
         let Self { conversations, tokens, dropped } = self;
         if conversations + dropped == 0 {
@@ -136,32 +215,24 @@ fn encode_all(
         .map(|conversation| encode(conversation, template, tokenizer, loss_on))
         .collect::<Result<_>>()?;
     let mut cut = Cut::default();
-    let mut kept = Vec::new();
-    for mut encoded in all {
-        if encoded.ids.len() > t {
-            cut.conversations += 1;
-            cut.tokens += (encoded.ids.len() - t) as u64;
-            encoded.ids.truncate(t);
-            encoded.trained.truncate(t);
-        }
-        // The first token has none before it to be predicted from.
-        if encoded.trained.iter().skip(1).any(|trained| *trained) {
-            kept.push(encoded);
-        } else {
-            cut.dropped += 1;
-        }
-    }
+    let kept = all.into_iter().filter_map(|encoded| cut.row(encoded, t)).collect();
     Ok((kept, cut))
 }
 
 impl ChatSet {
     /// Lays conversations of at most `t` tokens out; `micro`: rows of a micro-batch.
     pub fn new(conversations: Vec<Encoded>, packing: bool, t: usize, micro: usize) -> Self {
-        let (units, rows) = match packing {
-            true => (layout::pack(&conversations, t), 1),
-            false => (layout::group(&conversations, micro), micro),
+        let (kind, units, rows) = match packing {
+            true => (Kind::Packed, layout::pack(&conversations, t), 1),
+            false => (Kind::Single, layout::group(&conversations, micro), micro),
         };
-        Self { conversations, units, block_size: t, rows }
+        Self { conversations, units, block_size: t, rows, kind }
+    }
+
+    /// Pairs of conversations, chosen and rejected in turns; `micro`: pairs of a micro-batch.
+    pub fn of_pairs(conversations: Vec<Encoded>, t: usize, micro: usize) -> Self {
+        let units = layout::group_pairs(&conversations, micro);
+        Self { conversations, units, block_size: t, rows: micro, kind: Kind::Pairs }
     }
 
     /// Units that are shuffled: rows, or where each row holds one conversation, micro-batches.
@@ -195,13 +266,14 @@ impl ChatSet {
         let tokens: usize = self.conversations.iter().map(|c| c.ids.len()).sum();
         let rows = self.units.len() * self.rows;
         let share = 100.0 * tokens as f64 / (rows * self.block_size) as f64;
-        let rows = match self.rows {
-            1 => format!(
+        let rows = match self.kind {
+            Kind::Packed => format!(
                 "{} rows of {}, {share:.0} % full",
                 with_commas(rows as u64),
                 self.block_size
             ),
-            n => format!("micro-batches of {n} of like length"),
+            Kind::Single => format!("micro-batches of {} of like length", self.rows),
+            Kind::Pairs => format!("micro-batches of {} pairs of like length", self.rows),
         };
         format!(
             "{} tokens to learn from, {} of them targets, in {rows}",
@@ -210,20 +282,23 @@ impl ChatSet {
         )
     }
 
-    /// Some units as one batch. Tokens behind a row's last conversation are 0, targets of none.
+    /// Some units as one batch. Tokens behind a row's last conversation are 0, targets of none. What a loss is the mean
+    /// over (`n_targets`) are targets, of preferences pairs.
     ///
     /// # Shapes
-    /// Packed: (n, T), with documents; else (n x rows, longest), right-padded.
+    /// Packed: (n, T), with documents; else (n x rows, longest), right-padded; of pairs twice as many rows, chosen and
+    /// rejected in turns.
     pub fn batch(&self, units: &[u64]) -> Batch {
         let units = units.iter().map(|&unit| &self.units[unit as usize]);
-        let rows: Vec<&[usize]> = match self.rows {
-            1 => units.map(Vec::as_slice).collect(),
-            _ => units.flat_map(|unit| unit.chunks(1)).collect(),
+        let packed = self.kind == Kind::Packed;
+        let rows: Vec<&[usize]> = match packed {
+            true => units.map(Vec::as_slice).collect(),
+            false => units.flat_map(|unit| unit.chunks(1)).collect(),
         };
         let length = |row: &&[usize]| row.iter().map(|&i| self.conversations[i].ids.len()).sum();
         let longest: usize = rows.iter().map(length).max().unwrap_or(0);
         // Kernels want multiples of 8.
-        let t = if self.rows == 1 { self.block_size } else { longest.next_multiple_of(8) };
+        let t = if packed { self.block_size } else { longest.next_multiple_of(8) };
         let (mut input, mut target) = (vec![0_i64; rows.len() * t], vec![-100_i64; rows.len() * t]);
         let mut lengths = Vec::new();
         let mut n_targets = 0;
@@ -247,10 +322,10 @@ impl ChatSet {
         }
         let shape = [rows.len() as i64, t as i64];
         Batch {
-            documents: (self.rows == 1).then(|| Documents::from_lengths(&lengths, Device::Cpu)),
+            documents: packed.then(|| Documents::from_lengths(&lengths, Device::Cpu)),
             input: Tensor::from_slice(&input).view(shape), // (B, T)
             target: Tensor::from_slice(&target).view(shape), // (B, T)
-            n_targets,
+            n_targets: if self.kind == Kind::Pairs { shape[0] / 2 } else { n_targets },
         }
     }
 }
