@@ -256,6 +256,22 @@ int tl_cross_entropy(TlTensor logits, TlTensor target, double scale, double labe
 int tl_head_loss(TlTensor x, TlTensor weight, TlTensor target, int64_t chunks, double scale, double label_smoothing,
                  double z_loss, TlTensor* loss);
 
+// ---- NF4 weights (csrc/torch_cuda/nf4.cpp -> csrc/nf4.cu) ---------------------------------------------------------
+
+// A frozen weight of n = rows * columns values, as src/quant/nf4.rs says; all on one CUDA device.
+typedef struct {
+  TlTensor codes;                          // (ceil(n/2),) uint8
+  TlTensor absmax;                         // (ceil(n/64),) fp32, or uint8 where the next three are not null
+  TlTensor nested_map;                     // (256,) fp32
+  TlTensor nested_absmax, nested_offset;   // (ceil(n/64/256),) fp32 and () fp32
+  int64_t rows, columns;
+} TlNf4;
+enum { TL_FP32 = 0, TL_BF16 = 1, TL_FP16 = 2 };
+// *out (rows, columns) of that type.
+int tl_nf4_dequantize(const TlNf4* weight, int type, TlTensor* out);
+// x (.., columns) fp32, bf16 or fp16 -> x W^T (.., rows), differentiable in x. W is made anew in each pass.
+int tl_nf4_linear(TlTensor x, const TlNf4* weight, TlTensor* out);
+
 // ---- decoding (csrc/torch_cuda/decode.cpp -> csrc/decode) ---------------------------------------------------------
 // One new token for each of B sequences, in bf16. Tensors lie on one CUDA device; nothing waits, so that a graph can hold
 // it all.

@@ -113,6 +113,20 @@ cudaError_t fp8_swiglu_backward(const Fp8SwiGluBackward& p, cudaStream_t stream)
 // New scales from what was noted.
 cudaError_t fp8_update(Fp8Slot* slots, int count, cudaStream_t stream);
 
+// ---- nf4.cu ---------------------------------------------------------------------------------------------
+
+struct Nf4Dequantize {
+  Type type;                   // of y
+  int64_t n;                   // values
+  const void* codes;           // (ceil(n / 2),) bytes, two values each
+  const void* absmax;          // (ceil(n / 64),) fp32; bytes where there is a map
+  const float* nested_map;     // (256,) values of those bytes, or null
+  const float* nested_absmax;  // with a map: one each 256 bytes
+  const float* nested_offset;  // with a map: one number
+  void* y;                     // (n,)
+};
+cudaError_t nf4_dequantize(const Nf4Dequantize& p, cudaStream_t stream);
+
 // ---- cross_entropy.cu ----------------------------------------------------------------------------------
 
 struct CrossEntropy {

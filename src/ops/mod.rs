@@ -8,6 +8,7 @@ mod attention;
 mod linear;
 mod loss;
 mod mlp;
+mod nf4;
 mod norm;
 mod recompute;
 mod rope;
@@ -20,6 +21,7 @@ pub use attention::{
 pub use linear::{fp8_reference, linear, norm_linear, norm_mlp};
 pub use loss::{cross_entropy, cross_entropy_reference, cross_entropy_sum, head_loss, head_rows};
 pub use mlp::{swiglu, swiglu_mlp, swiglu_reference};
+pub use nf4::{nf4_dequantize, nf4_linear, nf4_linear_reference};
 pub use norm::{add_rms_norm, layer_norm, rms_norm, rms_norm_reference};
 pub use recompute::recompute;
 pub use rope::{rope_qkv, rope_reference};

@@ -1,7 +1,7 @@
 //! Weights of 4 to 8 bits, on the CPU and on a CUDA card.
 //!
 //! Read [`llama`] (the forward pass), then [`matrix`] (how weights lie in memory and are multiplied), [`load`],
-//! [`Groups`] (rows outside of panels).
+//! [`Groups`] (rows outside of panels). All that is for inference; [`nf4`] is a frozen weight that training runs through.
 
 mod attention;
 mod card;
@@ -10,6 +10,7 @@ pub mod llama;
 mod load;
 pub mod matrix;
 mod memory;
+pub mod nf4;
 mod panel;
 mod round;
 

@@ -30,6 +30,7 @@ mod launch;
 mod low_memory;
 mod metrics;
 mod model;
+mod nf4;
 mod ops;
 mod order;
 mod packed;
