@@ -9,12 +9,13 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct FinetuneConfig {
-    /// `full`: every weight; `lora`: two thin matrices beside each target, the weights stay as they are; `dpo`: preferences
+    /// `full`: every weight; `lora`: two thin matrices beside each target, the weights stay as they are; `qlora`: the same beside
+    /// weights of 4 bits; `dpo`: preferences
     /// between answers, by either.
     pub method: Method,
     /// Conversations to learn from.
     pub data: ChatDataConfig,
-    /// Adapters of `lora`, and of `dpo` unless its reference is a `copy`.
+    /// Adapters of `lora` and `qlora`, and of `dpo` unless its reference is a `copy`.
     pub lora: LoraConfig,
     /// Preferences.
     pub dpo: DpoConfig,
@@ -56,6 +57,8 @@ pub enum Method {
     Full,
     /// `W + (alpha / r) B A` with trained A (r, in) and B (out, r), W as it is.
     Lora,
+    /// LoRA beside weights of 4 bits: the blocks' matrices in NF4, their scales in 8 bits, 4.13 bits a weight.
+    Qlora,
     /// Direct preference optimisation: of two answers the chosen one is made likelier beside the rejected one.
     Dpo,
 }
@@ -167,7 +170,7 @@ pub(super) fn defaults(method: Method, ends: bool) -> Value {
         "optimizer": {
             "lr": match method {
                 Method::Full => 2e-5,
-                Method::Lora => 2e-4,
+                Method::Lora | Method::Qlora => 2e-4,
                 Method::Dpo => 5e-6,
             },
             "betas": [0.9, 0.999],

@@ -416,10 +416,15 @@ impl RunConfig {
     pub fn lora(&self) -> Option<&LoraConfig> {
         let adapters = |f: &&FinetuneConfig| match f.method {
             Method::Full => false,
-            Method::Lora => true,
+            Method::Lora | Method::Qlora => true,
             Method::Dpo => f.dpo.reference == Reference::Adapters,
         };
         self.finetune.as_ref().filter(adapters).map(|f| &f.lora)
+    }
+
+    /// Whether the weights beside the adapters are of 4 bits.
+    pub fn is_qlora(&self) -> bool {
+        self.finetune.as_ref().is_some_and(|f| f.method == Method::Qlora)
     }
 
     /// Preference optimisation, where that is the run's method.

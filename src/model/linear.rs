@@ -5,6 +5,7 @@ use super::lora::Lora;
 use super::norm::Norm;
 use crate::ffi::{Fp8Linear, PackedWeight};
 use crate::ops::{self, or_panic};
+use crate::quant::nf4::Nf4Weight;
 use tch::{Device, Kind, Tensor};
 
 /// `y = x W^T + b`.
@@ -21,6 +22,8 @@ pub struct Linear {
     pub fp8: Option<Fp8Linear>,
     /// The weight in 4 or 8 bits, for inference; `weight` is empty then.
     pub packed: Option<PackedWeight>,
+    /// The weight in NF4, for training adapters beside it; `weight` has no rows then.
+    pub nf4: Option<Nf4Weight>,
     /// Adapters, trained instead of the weight.
     pub lora: Option<Lora>,
 }
@@ -34,6 +37,7 @@ impl Linear {
             bias: bias.then(|| Tensor::zeros([outputs], options)),
             fp8: None,
             packed: None,
+            nf4: None,
             lora: None,
         }
     }
@@ -43,8 +47,9 @@ impl Linear {
         let bias = self.bias.as_ref().map(Tensor::shallow_clone);
         let fp8 = self.fp8.as_ref().map(Fp8Linear::shallow_clone);
         let packed = self.packed.as_ref().map(PackedWeight::shallow_clone);
+        let nf4 = self.nf4.as_ref().map(Nf4Weight::shallow_clone);
         let lora = self.lora.as_ref().map(Lora::shallow_clone);
-        Self { weight: self.weight.shallow_clone(), bias, fp8, packed, lora }
+        Self { weight: self.weight.shallow_clone(), bias, fp8, packed, nf4, lora }
     }
 
     /// See [`ops::linear`]; with what [`Lora`] adds.
@@ -56,7 +61,12 @@ impl Linear {
         y
     }
 
-    fn without_lora(&self, x: &Tensor, with: &Kernels) -> Tensor {
+    /// x W^T + b alone.
+    pub(super) fn without_lora(&self, x: &Tensor, with: &Kernels) -> Tensor {
+        if let Some(nf4) = &self.nf4 {
+            let y = ops::nf4_linear(x, nf4); // (.., out)
+            return self.bias.as_ref().map_or_else(|| y.shallow_clone(), |bias| &y + bias);
+        }
         if self.packed.is_some() {
             return ops::linear(x, &self.dense(), self.bias.as_ref(), None, with.fused);
         }
@@ -84,7 +94,8 @@ impl Linear {
         with: &Kernels,
     ) -> (Tensor, Tensor) {
         let fp8 = self.fp8.as_ref().filter(|_| with.fp8);
-        let fuses = norm.bias.is_none() && self.bias.is_none() && self.lora.is_none();
+        let plain = self.lora.is_none() && self.nf4.is_none();
+        let fuses = norm.bias.is_none() && self.bias.is_none() && plain;
         if with.recomputes_norms() && fuses {
             return ops::norm_linear(x, residual, &norm.weight, norm.eps, &self.weight, fp8);
         }

@@ -4,6 +4,9 @@ use super::config::{MlpClass, ModelConfig};
 use super::gpt::GPT;
 use super::linear::Linear;
 use super::mlp::Mlp;
+use super::rope::Rope;
+use crate::quant::nf4::Nf4Weight;
+use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
 /// Hugging Face's names of a Llama's matrices.
@@ -138,6 +141,25 @@ impl GPT {
                 linear.lora = Some(Lora::new(inputs, &matrices, rank, alpha, dropout, device));
             }
         }
+    }
+
+    /// Moves a Llama to a device, its blocks' matrices in NF4 and all else in `kind`: one matrix at a time, so that the
+    /// device needs no room for the model in `kind`. `double`: their scales are quantised too.
+    ///
+    /// # Errors
+    /// Values that are not finite.
+    pub fn quantise_base(&mut self, device: Device, kind: Kind, double: bool) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (name, linear, _) in layers(self) {
+            let weight = linear.weight.to_device(device); // (out, in)
+            linear.nf4 = Some(Nf4Weight::quantize(&weight, double).context(name)?);
+            linear.weight = Tensor::empty([0, weight.size()[1]], (kind, device));
+        }
+        for (_, mut parameter) in self.named_parameters() {
+            parameter.set_data(&parameter.to_device(device).to_kind(kind));
+        }
+        self.rope = Rope::new(&self.config, device);
+        Ok(())
     }
 
     /// Layers with adapters under their lit-gpt names.

@@ -121,12 +121,11 @@ impl Mlp {
                 let gate_up = x.linear(&or_panic(packed.dequantize()), None::<Tensor>); // (B, T, 2F)
                 proj.forward(&ops::swiglu(&gate_up, with.fused), with) // (B, T, C)
             }
-            Self::LLaMA(mlp) if mlp.has_lora() => {
-                let gate_up = match self.gate_up() {
+            Self::LLaMA(mlp) if !mlp.is_plain() => {
+                let gate_up = match self.gate_up().filter(|_| mlp.fc_1.nf4.is_none()) {
                     Some(weight) => ops::linear(x, &weight, None, None, with.fused), // (B, T, 2F)
                     None => {
-                        let halves = [&mlp.fc_1, &mlp.fc_2]
-                            .map(|half| x.linear(&half.weight, None::<Tensor>));
+                        let halves = [&mlp.fc_1, &mlp.fc_2].map(|half| half.without_lora(x, with));
                         Tensor::cat(&halves, -1) // (B, T, 2F)
                     }
                 };
@@ -168,7 +167,7 @@ impl Mlp {
             && with.recomputes_norms()
             && norm.bias.is_none()
             && mlp.proj.bias.is_none()
-            && !mlp.has_lora()
+            && mlp.is_plain()
         {
             let fp8 = mlp.gate_up_fp8.as_ref().zip(mlp.proj.fp8.as_ref()).filter(|_| with.fp8);
             return ops::norm_mlp(x, residual, &norm.weight, norm.eps, mlp.weights(), fp8);
@@ -179,9 +178,10 @@ impl Mlp {
 }
 
 impl LLaMAMLP {
-    /// Whether any of its matrices has adapters.
-    pub fn has_lora(&self) -> bool {
-        [&self.fc_1, &self.fc_2, &self.proj].into_iter().any(|linear| linear.lora.is_some())
+    /// Whether no matrix has adapters, or is in NF4.
+    pub fn is_plain(&self) -> bool {
+        let plain = |linear: &&Linear| linear.lora.is_none() && linear.nf4.is_none();
+        [&self.fc_1, &self.fc_2, &self.proj].iter().all(plain)
     }
 
     /// Whether W2 lies behind W1 ([`Mlp::join`]).

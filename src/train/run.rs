@@ -212,6 +212,12 @@ impl<'j> Run<'j> {
                 checkpoint::load_weights(&model, dir)?;
                 model
             }
+            (_, Some(dir)) if config.is_qlora() => {
+                let (dir, kind) = (checkpoint::resolve(dir)?, weight_kind(config.precision));
+                let mut model = checkpoint::load_model(&dir, kind, Device::Cpu)?;
+                model.quantise_base(device, kind, true)?;
+                model
+            }
             (_, Some(dir)) => {
                 let dir = checkpoint::resolve(dir)?;
                 let mut theirs = model_config.clone();
@@ -333,7 +339,7 @@ impl<'j> Run<'j> {
             Device::Cuda(i) => ffi::cuda_device(i)?.name,
             _ => format!("CPU, {} threads", tch::get_num_threads()),
         };
-        let millions = self.model.n_params() as f64 / 1e6;
+        let millions = self.model.config.n_params() as f64 / 1e6;
         eprintln!("model       {} with {millions:.1}M parameters", self.model.config.name);
         if let Some(lora) = self.config.lora() {
             let trained: usize = self.model.adapters().iter().map(|(_, t)| t.numel()).sum();

@@ -10,7 +10,7 @@ use tinyllama::checkpoint::{self};
 use tinyllama::config::{LoraConfig, LossOn, OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::data::chat::{self, Encoded};
-use tinyllama::model::GPT;
+use tinyllama::model::{GPT, Mlp};
 use tinyllama::ops::LossScalars;
 use tinyllama::tokenizer::chat_template::{Message, SpecialTokens};
 use tinyllama::tokenizer::{ChatTemplate, Tokenizer};
@@ -210,6 +210,51 @@ fn preferences_have_the_loss_and_the_gradients_of_plain_pytorch() {
 }
 
 #[test]
+fn qlora_is_lora_beside_the_rounded_weights() {
+    let _alone = alone();
+    let Golden { steps, .. } = golden();
+    let (ids, target) = (matrix(&steps[0].input), matrix(&steps[0].target));
+    let mut packed = adapted("end", Device::Cpu);
+    packed.quantise_base(Device::Cpu, Kind::Float, true).unwrap();
+    let plain = adapted("end", Device::Cpu);
+    for (plain, packed) in plain.h.iter().zip(&packed.h) {
+        let (Mlp::LLaMA(a), Mlp::LLaMA(b)) = (&plain.mlp, &packed.mlp) else { panic!() };
+        let pairs = [
+            (&plain.attn.qkv, &packed.attn.qkv),
+            (&plain.attn.proj, &packed.attn.proj),
+            (&a.fc_1, &b.fc_1),
+            (&a.fc_2, &b.fc_2),
+            (&a.proj, &b.proj),
+        ];
+        for (plain, packed) in pairs {
+            let rounded = packed.nf4.as_ref().unwrap().dequantize(Kind::Float).unwrap();
+            assert!(largest(&(&rounded - &plain.weight)) > 0.0, "it was rounded");
+            tch::no_grad(|| plain.weight.shallow_clone().copy_(&rounded));
+        }
+    }
+    let gradients = |model: &GPT| {
+        model.requires_grad(true);
+        let loss = model.loss(&ids, &target, None, LossScalars::SUM);
+        loss.backward();
+        let grads: Vec<Tensor> = model.adapters().iter().map(|(_, t)| t.grad()).collect();
+        (loss.double_value(&[]), grads)
+    };
+    for recomputed in [0, 2] {
+        packed.recomputed_blocks = recomputed;
+        packed.adapters().iter().chain(&plain.adapters()).for_each(|(_, t)| {
+            if t.grad().defined() {
+                let _ = t.grad().zero_();
+            }
+        });
+        let ((loss, grads), (want, wants)) = (gradients(&packed), gradients(&plain));
+        assert!((loss - want).abs() < 1e-4, "{loss} {want}");
+        for (got, want) in grads.iter().zip(&wants) {
+            assert!(largest(&(got - want)) < 1e-4 * largest(want) + 1e-7);
+        }
+    }
+}
+
+#[test]
 fn adapters_are_written_as_they_were_read() {
     let model = adapted("end", Device::Cpu);
     let dir = tempfile::tempdir().unwrap();
@@ -394,6 +439,23 @@ fn all_weights_learn_and_rows_may_stay_apart() {
     let losses = losses(&folder.path("out"));
     assert!(losses[9] < 0.9 * losses[0], "{losses:?}");
     assert!(Path::new(&folder.path("out/final/model.safetensors")).is_file());
+}
+
+#[test]
+fn qlora_learns_with_blocks_computed_again_and_few_bytes_of_state() {
+    let folder = Folder::new();
+    let yaml = format!(
+        "{STEPS}finetune:\n  method: qlora\n  lora: {{r: 8, targets: [all], dropout: 0.0}}\n  data: {{train: {}, template: guanaco}}\n",
+        folder.path("rows.jsonl")
+    );
+    let sets =
+        ["precision=bf16-mixed", "optimizer.state=int8", "train.activation_checkpointing=block"];
+    let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let output = folder.finetune(&yaml, &args);
+    assert!(output.status.success(), "{}", text(&output));
+    let losses = losses(&folder.path("out"));
+    assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
+    assert!(Path::new(&folder.path("out/final/adapter_model.safetensors")).is_file());
 }
 
 #[test]
