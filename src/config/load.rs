@@ -64,7 +64,8 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
             .push("`initial_checkpoint_dir`: needs the checkpoint that is to be finetuned".into());
         return Err(ConfigError { problems }.into());
     };
-    let mut model = checkpoint::load_config(&checkpoint::resolve(dir.as_ref())?)?;
+    let folder = checkpoint::resolve(dir.as_ref())?;
+    let mut model = checkpoint::load_config(&folder)?;
     if let Some(tie) =
         tree["train"]["tie_embeddings"].as_bool().filter(|tie| *tie != model.tie_embeddings)
     {
@@ -93,7 +94,7 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
     tree["model_config"] =
         serde_json::to_value(&model).context("the checkpoint's configuration")?;
     if tree["tokenizer_dir"].is_null() {
-        tree["tokenizer_dir"] = dir.into();
+        tree["tokenizer_dir"] = folder.to_string_lossy().into_owned().into();
     }
     finish(tree, problems)
 }

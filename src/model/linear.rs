@@ -74,6 +74,11 @@ impl Linear {
         ops::linear(x, &self.weight, self.bias.as_ref(), fp8, with.fused)
     }
 
+    /// Width of what comes out; the weight itself has no rows where it is kept in few bits.
+    pub fn rows(&self) -> i64 {
+        self.nf4.as_ref().map_or_else(|| self.weight.size()[0], |nf4| nf4.shape().0)
+    }
+
     /// W (out, in) in full: the weight, or what the packed one stands for.
     pub fn dense(&self) -> Tensor {
         match &self.packed {

@@ -112,7 +112,7 @@ fn layers(model: &mut GPT) -> impl Iterator<Item = Layer<'_>> {
     model.h.iter_mut().enumerate().flat_map(move |(i, block)| {
         let name = |layer: &str| format!("transformer.h.{i}.{layer}");
         let qkv = vec![("q_proj", 0, q), ("k_proj", q, k), ("v_proj", q + k, k)];
-        let whole = |target, layer: &Linear| vec![(target, 0, layer.weight.size()[0])];
+        let whole = |target, layer: &Linear| vec![(target, 0, layer.rows())];
         let mut found = vec![(name("attn.qkv"), &mut block.attn.qkv, qkv)];
         let o = whole("o_proj", &block.attn.proj);
         found.push((name("attn.proj"), &mut block.attn.proj, o));

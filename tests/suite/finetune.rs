@@ -315,7 +315,7 @@ struct Folder {
 impl Folder {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let base = dir.path().join("base");
+        let base = dir.path().join("base/final"); // a run's folder, as people name it
         let mut config = tinyllama::model::ModelConfig::preset("tiny-llama-1.1b").unwrap();
         (config.n_layer, config.n_embd, config.n_head, config.n_query_groups) = (2, 64, 4, 2);
         (config.head_size, config.intermediate_size, config.block_size) = (16, 128, 128);
@@ -455,7 +455,11 @@ fn qlora_learns_with_blocks_computed_again_and_few_bytes_of_state() {
     assert!(output.status.success(), "{}", text(&output));
     let losses = losses(&folder.path("out"));
     assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
-    assert!(Path::new(&folder.path("out/final/adapter_model.safetensors")).is_file());
+    let file = folder.path("out/final/adapter_model.safetensors");
+    let file = checkpoint::tensors::TensorFile::open(file.as_ref()).unwrap();
+    assert_eq!(file.names().len(), 2 * 7 * 2, "two matrices beside each of seven in two blocks");
+    let shape = file.shape("base_model.model.model.layers.1.mlp.down_proj.lora_B.weight");
+    assert_eq!(shape, Some(vec![64, 8]));
 }
 
 #[test]
