@@ -39,7 +39,7 @@ fn print_samples(config: &RunConfig, n: usize) -> Result<u8> {
     let dir = config.tokenizer_dir.as_deref().context("no `tokenizer_dir`")?;
     let tokenizer = Tokenizer::load(dir)?;
     let template = chat::template(config, data, &tokenizer)?;
-    for conversation in chat::read(&data.train, data.format)?.conversations.iter().take(n) {
+    for conversation in chat::read(&data.train, data.format)?.items.iter().take(n) {
         let Encoded { ids, trained } =
             chat::encode(conversation, &template, &tokenizer, data.loss_on)?;
         let label = |(id, trained): (&u32, &bool)| if *trained { i64::from(*id) } else { -100 };

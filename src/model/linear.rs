@@ -23,9 +23,9 @@ pub struct Linear {
     /// The weight in 4 or 8 bits, for inference; `weight` is empty then.
     pub packed: Option<PackedWeight>,
     /// The weight in NF4, for training adapters beside it; `weight` has no rows then.
-    pub nf4: Option<Nf4Weight>,
+    pub nf4: Option<Box<Nf4Weight>>,
     /// Adapters, trained instead of the weight.
-    pub lora: Option<Lora>,
+    pub lora: Option<Box<Lora>>,
 }
 
 impl Linear {
@@ -47,8 +47,8 @@ impl Linear {
         let bias = self.bias.as_ref().map(Tensor::shallow_clone);
         let fp8 = self.fp8.as_ref().map(Fp8Linear::shallow_clone);
         let packed = self.packed.as_ref().map(PackedWeight::shallow_clone);
-        let nf4 = self.nf4.as_ref().map(Nf4Weight::shallow_clone);
-        let lora = self.lora.as_ref().map(Lora::shallow_clone);
+        let nf4 = self.nf4.as_ref().map(|nf4| Box::new(nf4.shallow_clone()));
+        let lora = self.lora.as_ref().map(|lora| Box::new(lora.shallow_clone()));
         Self { weight: self.weight.shallow_clone(), bias, fp8, packed, nf4, lora }
     }
 

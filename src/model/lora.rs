@@ -138,7 +138,8 @@ impl GPT {
             matrices.retain(|(target, ..)| targets.contains(target));
             if !matrices.is_empty() {
                 let inputs = linear.weight.size()[1];
-                linear.lora = Some(Lora::new(inputs, &matrices, rank, alpha, dropout, device));
+                linear.lora =
+                    Some(Box::new(Lora::new(inputs, &matrices, rank, alpha, dropout, device)));
             }
         }
     }
@@ -152,7 +153,7 @@ impl GPT {
         let _no_grad = tch::no_grad_guard();
         for (name, linear, _) in layers(self) {
             let weight = linear.weight.to_device(device); // (out, in)
-            linear.nf4 = Some(Nf4Weight::quantize(&weight, double).context(name)?);
+            linear.nf4 = Some(Box::new(Nf4Weight::quantize(&weight, double).context(name)?));
             linear.weight = Tensor::empty([0, weight.size()[1]], (kind, device));
         }
         for (_, mut parameter) in self.named_parameters() {
@@ -176,7 +177,7 @@ impl GPT {
             }
             for (layer, linear) in all {
                 let name = format!("transformer.h.{i}.{layer}");
-                found.extend(linear.lora.as_ref().map(|lora| (name, lora)));
+                found.extend(linear.lora.as_deref().map(|lora| (name, lora)));
             }
         }
         found

@@ -35,6 +35,7 @@ pub struct GptNeoxMLP {
 
 /// Feed-forward layer of a block.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // there is one a block
 pub enum Mlp {
     /// Llama family.
     LLaMA(LLaMAMLP),

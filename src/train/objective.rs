@@ -13,7 +13,7 @@ pub enum Objective {
     #[default]
     NextToken,
     /// Preferences between two answers.
-    Dpo(Dpo),
+    Dpo(Box<Dpo>),
 }
 
 /// Direct preference optimisation: of the chosen (c) and the rejected (r) answer of a pair

@@ -1,4 +1,4 @@
-//! Pretraining: the loop, from top to bottom.
+//! Pretraining and finetuning: the loop, from top to bottom.
 
 use super::ranks::{self, TIME_IS_UP};
 use super::run::{LaunchedStep, Run, TakenStep};
@@ -182,7 +182,7 @@ fn finish(run: &mut Run) -> Result<u8> {
     }
     print_sample(run)?; // by all ranks together: the weights are shared
     if prints {
-        next_steps(&path, &curve);
+        next_steps(run, &path, &curve);
     }
     if let Some(job) = run.job {
         job.host_group().barrier()?; // nobody leaves a group that another still uses
@@ -216,14 +216,32 @@ fn print_sample(run: &Run) -> Result<()> {
     Ok(())
 }
 
-fn next_steps(checkpoint: &Path, curve: &Path) {
+fn next_steps(run: &Run, checkpoint: &Path, curve: &Path) {
     let dir = checkpoint.display();
     eprintln!("\ncheckpoint  {dir}");
     eprintln!("loss curve  {}", curve.display());
     eprintln!("\ntry next:");
-    eprintln!("  ./scripts/run.sh generate --checkpoint {dir} --prompt \"We the people\"");
-    eprintln!(
-        "  ./scripts/run.sh score --checkpoint {dir} --text \"The state of the union is strong.\""
-    );
-    eprintln!("  python: transformers.AutoModelForCausalLM.from_pretrained(\"{dir}\")");
+    match run.config.finetune.is_some() {
+        true => {
+            eprintln!("  ./scripts/run.sh chat --checkpoint {dir}");
+            eprintln!("  ./scripts/run.sh serve --checkpoint {dir}");
+        }
+        false => {
+            eprintln!("  ./scripts/run.sh generate --checkpoint {dir} --prompt \"We the people\"");
+            eprintln!(
+                "  ./scripts/run.sh score --checkpoint {dir} --text \"The state of the union is strong.\""
+            );
+        }
+    }
+    match run.config.lora().is_some() {
+        true => {
+            eprintln!(
+                "  ./scripts/run.sh convert {dir} MERGED --to hf    # one model of base and adapters"
+            );
+            eprintln!("  python: peft.AutoPeftModelForCausalLM.from_pretrained(\"{dir}\")");
+        }
+        false => {
+            eprintln!("  python: transformers.AutoModelForCausalLM.from_pretrained(\"{dir}\")")
+        }
+    }
 }

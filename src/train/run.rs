@@ -293,7 +293,7 @@ impl<'j> Run<'j> {
                 (_, true) => Some(model.frozen_copy(kind)),
                 (_, false) => None,
             };
-            micro.objective = Objective::Dpo(Dpo::new(dpo.beta, reference));
+            micro.objective = Objective::Dpo(Box::new(Dpo::new(dpo.beta, reference)));
         }
         micro.find_scales = model.fp8.is_some() && !has_scales;
         let width = model_config.n_head * model_config.head_size;

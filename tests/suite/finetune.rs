@@ -192,7 +192,7 @@ fn preferences_have_the_loss_and_the_gradients_of_plain_pytorch() {
         for (got, want) in margins.unwrap().iter().zip(&golden.margins) {
             assert!((got - want).abs() < 1e-5, "{got} {want}");
         }
-        let objective = Objective::Dpo(dpo);
+        let objective = Objective::Dpo(Box::new(dpo));
         let scalars = LossScalars { scale: 1.0 / pairs as f64, ..LossScalars::SUM };
         let loss = objective.loss(&model, &batch, scalars);
         assert!((loss.double_value(&[]) - golden.loss).abs() < 1e-6, "{loss:?}");

@@ -8,7 +8,7 @@ mod set;
 mod special;
 
 pub use encode::{Encoded, encode};
-pub use pairs::{FoundPairs, Pair, read_pairs};
+pub use pairs::{Pair, read_pairs};
 pub use rows::{Conversation, Found, read};
 pub use set::{ChatSet, ChatSets, open, open_pairs};
 pub use special::with_special_tokens;

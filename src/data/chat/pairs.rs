@@ -1,10 +1,8 @@
 //! Preferences: a prompt with a chosen and a rejected answer.
 
-use super::rows::{Conversation, files, turns_of};
-use crate::data::documents::objects;
-use crate::error::WithHint;
+use super::rows::{Conversation, Found, turns_of};
 use crate::tokenizer::chat_template::Message;
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -17,47 +15,14 @@ pub struct Pair {
     pub rejected: Conversation,
 }
 
-/// What a path holds.
-#[derive(Debug, Default)]
-pub struct FoundPairs {
-    /// Pairs, in the files' order.
-    pub pairs: Vec<Pair>,
-    /// Rows that are none: how many, and the first three with their files.
-    pub skipped: u64,
-    /// The first three of them, in words.
-    pub examples: Vec<String>,
-}
-
 /// Reads all preferences at a path: a file, a folder or a pattern.
 ///
 /// # Errors
 /// No such files; a damaged file; not one pair in them.
-pub fn read_pairs(path: &Path) -> Result<FoundPairs> {
-    let mut found = FoundPairs::default();
-    for file in files(path)? {
-        for (row, object) in objects(&file)?.into_iter().enumerate() {
-            match object.map_err(|e| e.why).and_then(|object| pair(&object)) {
-                Ok(pair) => found.pairs.push(pair),
-                Err(why) => {
-                    found.skipped += 1;
-                    if found.examples.len() < 3 {
-                        found.examples.push(format!(
-                            "`{}`, row {}: {why}",
-                            file.display(),
-                            row + 1
-                        ));
-                    }
-                }
-            }
-        }
-    }
-    if found.pairs.is_empty() {
-        let (source, examples) = (path.display(), found.examples.join("; "));
-        return Err(anyhow!("no preference in `{source}`: {examples}")).usage(
-            "expected rows with `prompt`, `chosen` and `rejected`, each a text or a list of `role` and `content`",
-        );
-    }
-    Ok(found)
+pub fn read_pairs(path: &Path) -> Result<Found<Pair>> {
+    const EXPECTED: &str = "expected rows with `prompt`, `chosen` and `rejected`, each a text or a list of `role` and \
+                            `content`";
+    Found::read(path, "preference", EXPECTED, pair)
 }
 
 /// The pair of a row, or why it has none.

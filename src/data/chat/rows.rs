@@ -1,7 +1,7 @@
 //! Rows of JSON or Parquet as conversations.
 
 use crate::config::ChatFormat;
-use crate::data::documents::{self, Schema, Selection, Skipped, objects};
+use crate::data::documents::{self, Schema, Selection, objects};
 use crate::error::WithHint;
 use crate::tokenizer::chat_template::Message;
 use anyhow::{Result, anyhow};
@@ -12,55 +12,62 @@ use std::path::{Path, PathBuf};
 pub type Conversation = Vec<Message>;
 
 /// What a path holds.
-#[derive(Debug, Default)]
-pub struct Found {
-    /// Conversations, in the files' order.
-    pub conversations: Vec<Conversation>,
-    /// Rows that are none: how many, and the first three with their files.
+#[derive(Debug)]
+pub struct Found<T> {
+    /// Conversations or preferences, in the files' order.
+    pub items: Vec<T>,
+    /// Rows that are none.
     pub skipped: u64,
     /// The first three of them, in words.
     pub examples: Vec<String>,
+}
+
+impl<T> Found<T> {
+    /// Reads every row of all files at a path: a file, a folder or a pattern.
+    ///
+    /// # Errors
+    /// No such files; a damaged file; not one row that `of` takes, which `expected` then describes.
+    pub(super) fn read(
+        path: &Path,
+        what: &str,
+        expected: &str,
+        of: impl Fn(&Map<String, Value>) -> Result<T, String>,
+    ) -> Result<Self> {
+        let mut found = Self { items: Vec::new(), skipped: 0, examples: Vec::new() };
+        for file in &files(path)? {
+            for (row, object) in objects(file)?.into_iter().enumerate() {
+                match object.map_err(|e| e.why).and_then(|object| of(&object)) {
+                    Ok(item) => found.items.push(item),
+                    Err(why) => {
+                        found.skipped += 1;
+                        if found.examples.len() < 3 {
+                            let (file, row) = (file.display(), row + 1);
+                            found.examples.push(format!("`{file}`, row {row}: {why}"));
+                        }
+                    }
+                }
+            }
+        }
+        if found.items.is_empty() {
+            let (source, examples) = (path.display(), found.examples.join("; "));
+            return Err(anyhow!("no {what} in `{source}`: {examples}")).usage(expected);
+        }
+        Ok(found)
+    }
 }
 
 /// Reads all conversations at a path: a file, a folder or a pattern.
 ///
 /// # Errors
 /// No such files; a damaged file; not one conversation in them.
-pub fn read(path: &Path, format: ChatFormat) -> Result<Found> {
-    let source = path.to_string_lossy();
-    let mut found = Found::default();
-    for file in &files(path)? {
-        for (row, object) in objects(file)?.into_iter().enumerate() {
-            let conversation = object.and_then(|object| {
-                conversation(&object, format).map_err(|why| Skipped {
-                    why,
-                    row: row as u64 + 1,
-                    detail: String::new(),
-                    damaged: true,
-                })
-            });
-            match conversation {
-                Ok(turns) => found.conversations.push(turns),
-                Err(skipped) => {
-                    found.skipped += 1;
-                    if found.examples.len() < 3 {
-                        found.examples.push(format!("`{}`, {skipped}", file.display()));
-                    }
-                }
-            }
-        }
-    }
-    if found.conversations.is_empty() {
-        return Err(anyhow!("no conversation in `{source}`: {}", found.examples.join("; "))).usage(
-            "expected rows with `messages` (`role`, `content`), `conversations` (`from`, `value`), `instruction` and \
-             `output`, or `text` as `### Human: ..### Assistant: ..`",
-        );
-    }
-    Ok(found)
+pub fn read(path: &Path, format: ChatFormat) -> Result<Found<Conversation>> {
+    const EXPECTED: &str = "expected rows with `messages` (`role`, `content`), `conversations` (`from`, `value`), \
+                            `instruction` and `output`, or `text` as `### Human: ..### Assistant: ..`";
+    Found::read(path, "conversation", EXPECTED, |row| conversation(row, format))
 }
 
 /// The files that a path names.
-pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>> {
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let (source, selection) = (path.to_string_lossy(), Selection::all(Schema::Sft, None));
     match documents::files(&source, &selection, "train") {
         // `.parquet` files of a folder are taken where there is no JSON.

@@ -1,7 +1,7 @@
 //! Finetuning data: conversations as rows of tokens, in memory.
 
 use super::layout::{self, Row};
-use super::{Conversation, Encoded, Pair, encode, read, read_pairs};
+use super::{Conversation, Encoded, Found, Pair, encode, read, read_pairs};
 use crate::config::{ChatDataConfig, LossOn, with_commas};
 use crate::data::Batch;
 use crate::data::permutation::Permutation;
@@ -58,25 +58,7 @@ pub fn open(
     (t, micro): (usize, usize),
     seed: u64,
 ) -> Result<ChatSets> {
-    let mut told = Vec::new();
-    let mut found = |path: &Path| -> Result<Vec<Conversation>> {
-        let found = read(path, data.format)?;
-        let n = with_commas(found.conversations.len() as u64);
-        told.push(format!("`{}`: {n} conversations", path.display()));
-        if found.skipped > 0 {
-            told.push(format!(
-                "left out {} row(s) that hold none: {}",
-                with_commas(found.skipped),
-                found.examples.join("; ")
-            ));
-        }
-        Ok(found.conversations)
-    };
-    let mut train = found(&data.train)?;
-    let val = match &data.val {
-        Some(path) => found(path)?,
-        None => split(&mut train, data.val_fraction, seed),
-    };
+    let (train, val, mut told) = load(data, "conversations", seed, |path| read(path, data.format))?;
     let mut set = |conversations: &[Conversation], what: &str| -> Result<ChatSet> {
         let (conversations, cut) = encode_all(conversations, template, tokenizer, data.loss_on, t)
             .with_context(|| {
@@ -111,25 +93,7 @@ pub fn open_pairs(
     (t, micro): (usize, usize),
     seed: u64,
 ) -> Result<ChatSets> {
-    let mut told = Vec::new();
-    let mut found = |path: &Path| -> Result<Vec<Pair>> {
-        let found = read_pairs(path)?;
-        let n = with_commas(found.pairs.len() as u64);
-        told.push(format!("`{}`: {n} preferences", path.display()));
-        if found.skipped > 0 {
-            told.push(format!(
-                "left out {} row(s) that hold none: {}",
-                with_commas(found.skipped),
-                found.examples.join("; ")
-            ));
-        }
-        Ok(found.pairs)
-    };
-    let mut train = found(&data.train)?;
-    let val = match &data.val {
-        Some(path) => found(path)?,
-        None => split(&mut train, data.val_fraction, seed),
-    };
+    let (train, val, mut told) = load(data, "preferences", seed, read_pairs)?;
     let mut set = |pairs: &[Pair], what: &str| -> Result<ChatSet> {
         let encode = |conversation| encode(conversation, template, tokenizer, LossOn::Assistant);
         let (mut kept, mut cut) = (Vec::new(), Cut::default());
@@ -151,6 +115,31 @@ pub fn open_pairs(
     let val = if val.is_empty() { None } else { Some(set(&val, "validation")?) };
     told.push(train.describe());
     Ok(ChatSets { train, val, told })
+}
+
+/// What `train` and `val` hold, or a part of `train` in the latter's place, and a line for each and for what was left out.
+fn load<T>(
+    data: &ChatDataConfig,
+    what: &str,
+    seed: u64,
+    read: impl Fn(&Path) -> Result<Found<T>>,
+) -> Result<(Vec<T>, Vec<T>, Vec<String>)> {
+    let mut told = Vec::new();
+    let mut found = |path: &Path| -> Result<Vec<T>> {
+        let Found { items, skipped, examples } = read(path)?;
+        told.push(format!("`{}`: {} {what}", path.display(), with_commas(items.len() as u64)));
+        if skipped > 0 {
+            let (n, examples) = (with_commas(skipped), examples.join("; "));
+            told.push(format!("left out {n} row(s) that hold none: {examples}"));
+        }
+        Ok(items)
+    };
+    let mut train = found(&data.train)?;
+    let val = match &data.val {
+        Some(path) => found(path)?,
+        None => split(&mut train, data.val_fraction, seed),
+    };
+    Ok((train, val, told))
 }
 
 /// Takes a part of the conversations out, by the seed.
