@@ -211,6 +211,9 @@ fn every_shipped_configuration_is_valid_and_survives_a_round_trip() {
     let mut seen = 0;
     for entry in std::fs::read_dir(root).unwrap() {
         let path = entry.unwrap().path();
+        if path.is_dir() {
+            continue; // tests/suite/finetune.rs reads those
+        }
         let config = config::load(&path, &[]).unwrap_or_else(|e| panic!("{e:#}"));
         let again = config::parse(&config::to_yaml(&config).unwrap(), &[]).unwrap();
         assert_eq!(config, again, "{}", path.display());

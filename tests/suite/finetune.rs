@@ -7,7 +7,7 @@ use std::process::Output;
 use tch::{Device, Kind, Tensor};
 use tinyllama::checkpoint::adapter::{self, Adapter};
 use tinyllama::checkpoint::{self};
-use tinyllama::config::{LoraConfig, LossOn, OptimizerConfig, Precision, TrainConfig};
+use tinyllama::config::{self, LoraConfig, LossOn, OptimizerConfig, Precision, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::data::chat::{self, Encoded};
 use tinyllama::model::{GPT, Mlp};
@@ -526,6 +526,22 @@ fn margins_rise_where_preferences_are_learned() {
             "{val:?}"
         );
     }
+}
+
+#[test]
+fn every_shipped_configuration_of_finetuning_is_valid_and_survives_a_round_trip() {
+    let folder = Folder::new();
+    let base = format!("initial_checkpoint_dir={}", folder.path("base"));
+    let mut seen = 0;
+    for entry in std::fs::read_dir("configs/finetune").unwrap() {
+        let path = entry.unwrap().path();
+        let sets = [base.clone(), "train.max_seq_length=64".into()];
+        let config = config::load_finetune(&path, &sets).unwrap_or_else(|e| panic!("{e:#}"));
+        let again = config::parse_finetune(&config::to_yaml(&config).unwrap(), &[]).unwrap();
+        assert_eq!(config, again, "{}", path.display());
+        seen += 1;
+    }
+    assert!(seen >= 6, "{seen}");
 }
 
 #[test]
