@@ -41,7 +41,7 @@ pub fn encode(
             for said in assistant_spans(conversation, template, &text)? {
                 let border = |at| border(&ids, &text, at, template, tokenizer);
                 let (from, to) = (border(said.start)?.start, border(said.end)?.end);
-                trained[from..to].fill(true);
+                trained[from..to.max(from)].fill(true);
             }
             trained
         }
