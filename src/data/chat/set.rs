@@ -1,7 +1,7 @@
 //! Finetuning data: conversations as rows of tokens, in memory.
 
 use super::layout::{self, Row};
-use super::{Conversation, Encoded, Found, Pair, encode, read, read_pairs};
+use super::{Conversation, Encoded, Found, encode, read, read_pairs};
 use crate::config::{ChatDataConfig, LossOn, with_commas};
 use crate::data::Batch;
 use crate::data::permutation::Permutation;
@@ -58,28 +58,18 @@ pub fn open(
     (t, micro): (usize, usize),
     seed: u64,
 ) -> Result<ChatSets> {
-    let (train, val, mut told) = load(data, "conversations", seed, |path| read(path, data.format))?;
-    let mut set = |conversations: &[Conversation], what: &str| -> Result<ChatSet> {
-        let (conversations, cut) = encode_all(conversations, template, tokenizer, data.loss_on, t)
-            .with_context(|| {
-                format!("{what} conversations with the template {}", template.origin())
-            })?;
-        if let Some(line) = cut.told(t) {
-            told.push(line);
-        }
-        if conversations.is_empty() {
-            return Err(anyhow!("{what}: no conversation has a target within {t} tokens"))
+    let found = load(data, "conversations", seed, |path| read(path, data.format))?;
+    lay_out(found, |conversations| {
+        let all = encode_all(conversations.iter().collect(), template, tokenizer, data.loss_on)?;
+        let mut cut = Cut::default();
+        let kept: Vec<Encoded> =
+            all.into_iter().filter_map(|encoded| cut.row(encoded, t)).collect();
+        if kept.is_empty() {
+            return Err(anyhow!("no conversation has a target within {t} tokens"))
                 .usage("raise `train.max_seq_length`, or set `finetune.data.loss_on: all`");
         }
-        Ok(ChatSet::new(conversations, data.packing, t, micro))
-    };
-    let train = set(&train, "training")?;
-    let val = match val.is_empty() {
-        true => None,
-        false => Some(set(&val, "validation")?),
-    };
-    told.push(train.describe());
-    Ok(ChatSets { train, val, told })
+        Ok((ChatSet::new(kept, data.packing, t, micro), cut.told(t)))
+    })
 }
 
 /// [`open`] of preferences.
@@ -93,37 +83,48 @@ pub fn open_pairs(
     (t, micro): (usize, usize),
     seed: u64,
 ) -> Result<ChatSets> {
-    let (train, val, mut told) = load(data, "preferences", seed, read_pairs)?;
-    let mut set = |pairs: &[Pair], what: &str| -> Result<ChatSet> {
-        let encode = |conversation| encode(conversation, template, tokenizer, LossOn::Assistant);
-        let (mut kept, mut cut) = (Vec::new(), Cut::default());
-        for pair in pairs {
-            let chosen = cut.row(encode(&pair.chosen)?, t);
-            let rejected = cut.row(encode(&pair.rejected)?, t);
-            if let (Some(chosen), Some(rejected)) = (chosen, rejected) {
-                kept.extend([chosen, rejected]);
-            }
-        }
-        told.extend(cut.told(t));
+    lay_out(load(data, "preferences", seed, read_pairs)?, |pairs| {
+        let both = pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]).collect();
+        let all = encode_all(both, template, tokenizer, LossOn::Assistant)?;
+        let mut cut = Cut::default();
+        let rows: Vec<Option<Encoded>> =
+            all.into_iter().map(|encoded| cut.row(encoded, t)).collect();
+        let whole = rows.chunks_exact(2).filter(|pair| pair.iter().all(Option::is_some));
+        let kept: Vec<Encoded> = whole.flatten().flatten().cloned().collect();
         if kept.is_empty() {
-            return Err(anyhow!("{what}: no answers of a pair have a target within {t} tokens"))
+            return Err(anyhow!("no answers of a pair have a target within {t} tokens"))
                 .usage("raise `train.max_seq_length`");
         }
-        Ok(ChatSet::of_pairs(kept, t, micro))
+        Ok((ChatSet::of_pairs(kept, t, micro), cut.told(t)))
+    })
+}
+
+/// What was found: to train on, to validate on, and a line for each and for what was left out.
+type Loaded<T> = (Vec<T>, Vec<T>, Vec<String>);
+
+/// Both sets, each by `set`, which also tells what the length of a row cost.
+fn lay_out<T>(
+    (train, val, mut told): Loaded<T>,
+    set: impl Fn(&[T]) -> Result<(ChatSet, Option<String>)>,
+) -> Result<ChatSets> {
+    let mut set = |items: &[T], of: &str| -> Result<ChatSet> {
+        let (set, cut) = set(items).with_context(|| of.to_owned())?;
+        told.extend(cut);
+        Ok(set)
     };
-    let train = set(&train, "training")?;
-    let val = if val.is_empty() { None } else { Some(set(&val, "validation")?) };
+    let train = set(&train, "the training set")?;
+    let val = if val.is_empty() { None } else { Some(set(&val, "the validation set")?) };
     told.push(train.describe());
     Ok(ChatSets { train, val, told })
 }
 
-/// What `train` and `val` hold, or a part of `train` in the latter's place, and a line for each and for what was left out.
+/// What `train` and `val` hold, or a part of `train` in the latter's place.
 fn load<T>(
     data: &ChatDataConfig,
     what: &str,
     seed: u64,
     read: impl Fn(&Path) -> Result<Found<T>>,
-) -> Result<(Vec<T>, Vec<T>, Vec<String>)> {
+) -> Result<Loaded<T>> {
     let mut told = Vec::new();
     let mut found = |path: &Path| -> Result<Vec<T>> {
         let Found { items, skipped, examples } = read(path)?;
@@ -193,19 +194,14 @@ impl Cut {
 }
 
 fn encode_all(
-    conversations: &[Conversation],
+    conversations: Vec<&Conversation>,
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
     loss_on: LossOn,
-    t: usize,
-) -> Result<(Vec<Encoded>, Cut)> {
-    let all: Vec<Encoded> = conversations
-        .par_iter()
-        .map(|conversation| encode(conversation, template, tokenizer, loss_on))
-        .collect::<Result<_>>()?;
-    let mut cut = Cut::default();
-    let kept = all.into_iter().filter_map(|encoded| cut.row(encoded, t)).collect();
-    Ok((kept, cut))
+) -> Result<Vec<Encoded>> {
+    let one = |conversation: &Conversation| encode(conversation, template, tokenizer, loss_on);
+    let all = conversations.into_par_iter().map(one).collect::<Result<_>>();
+    all.with_context(|| format!("with the chat template {}", template.origin()))
 }
 
 impl ChatSet {
