@@ -9,9 +9,8 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct FinetuneConfig {
-    /// `full`: every weight; `lora`: two thin matrices beside each target, the weights stay as they are; `qlora`: the same beside
-    /// weights of 4 bits; `dpo`: preferences
-    /// between answers, by either.
+    /// `full`: every weight; `lora`: two thin matrices beside each target, the weights stay as they are; `qlora`: the same
+    /// beside weights of 4 bits; `dpo`: preferences between answers, by all weights or by adapters.
     pub method: Method,
     /// Conversations to learn from.
     pub data: ChatDataConfig,

@@ -422,6 +422,11 @@ impl RunConfig {
         self.finetune.as_ref().filter(adapters).map(|f| &f.lora)
     }
 
+    /// Whether all micro-batches have one shape: conversations have, where they are packed.
+    pub fn has_fixed_shapes(&self) -> bool {
+        self.finetune.as_ref().is_none_or(|f| f.method != Method::Dpo && f.data.packing)
+    }
+
     /// Whether the weights beside the adapters are of 4 bits.
     pub fn is_qlora(&self) -> bool {
         self.finetune.as_ref().is_some_and(|f| f.method == Method::Qlora)

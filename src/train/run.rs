@@ -279,7 +279,7 @@ impl<'j> Run<'j> {
                 && device.is_cuda()
                 && config.fused
                 && config.cuda_graph == CudaGraph::Auto
-                && config.dpo().is_none(), // rows of pairs differ in length
+                && config.has_fixed_shapes(),
         );
         if let Some(dpo) = config.dpo() {
             let kind = weight_kind(config.precision);
