@@ -89,7 +89,7 @@ impl Source {
             adapter.check(&config)?;
         }
         // Adapters without a tokenizer are used with their base's.
-        let own = adapter.is_none() || !Tokenizer::files(path).is_empty();
+        let own = adapter.is_none() || Tokenizer::is_in(path);
         let path = if own { path } else { base }.to_owned();
         if adapter.is_some() && own {
             tokenizer.clear();

@@ -227,6 +227,11 @@ impl Tokenizer {
         FILES.iter().map(|name| dir.join(name)).filter(|path| path.is_file()).collect()
     }
 
+    /// Whether a folder has a tokenizer.
+    pub fn is_in(dir: &Path) -> bool {
+        find_in(dir).is_some()
+    }
+
     /// Writes `tokenizer.json` and a minimal `tokenizer_config.json` that `transformers` loads.
     ///
     /// A `tokenizer.model` is converted. The ids it then gives are SentencePiece's, but for what
