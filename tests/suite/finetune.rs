@@ -595,6 +595,30 @@ fn what_cannot_be_finetuned_is_told_before_it_begins() {
 }
 
 #[test]
+fn conversations_without_a_target_are_left_out_and_none_left_is_an_error() {
+    let folder = Folder::new();
+    for (method, words) in [
+        ("full", "no conversation has a target within 4 tokens"),
+        ("dpo", "no answers of a pair have a target within 4 tokens"),
+    ] {
+        let rows = folder.path("few.jsonl");
+        let row = "{\"messages\": [{\"role\": \"user\", \"content\": \"What comes after three?\"}, \
+                   {\"role\": \"assistant\", \"content\": \"Four.\"}], \"prompt\": \"What comes after three?\", \
+                   \"chosen\": \"Four.\", \"rejected\": \"No.\"}\n";
+        std::fs::write(&rows, row).unwrap();
+        let yaml = format!(
+            "train: {{max_seq_length: 4, global_batch_size: 1, micro_batch_size: 1, max_steps: 1}}\n\
+             finetune: {{method: {method}, data: {{train: {rows}, template: guanaco}}}}\n"
+        );
+        let output = folder.finetune(&yaml, &[]);
+        let told = text(&output);
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert!(told.contains(words) && told.contains("raise `train.max_seq_length`"), "{told}");
+        assert!(!Path::new(&folder.path("out")).exists());
+    }
+}
+
+#[test]
 fn rows_that_hold_no_conversation_are_counted_and_the_first_shown() {
     let folder = Folder::new();
     let bad = folder.path("bad.jsonl");
