@@ -57,27 +57,45 @@ pub(super) fn is_one(dir: &Path) -> bool {
 
 /// Opened adapters.
 pub struct Adapter {
-    path: PathBuf,
-    /// The checkpoint that they are of.
+    /// Their folder.
+    pub path: PathBuf,
+    /// The checkpoint that they are of; as their configuration names it, before [`Adapter::chain`] finds it.
     pub base: PathBuf,
     scale: f64,
     file: TensorFile,
 }
 
 impl Adapter {
-    /// Opens a folder of adapters.
+    /// The adapters in `path` and those that its base consists of, the innermost first; none where `path` is another
+    /// checkpoint.
     ///
     /// # Errors
-    /// No such files, damaged ones; another kind of adapters; a base that is not there.
+    /// As [`Adapter::open`]; a base that is not there; adapters that are their own base.
+    pub fn chain(path: &Path) -> Result<Vec<Self>> {
+        let (mut chain, mut dir) = (Vec::<Self>::new(), path.to_owned());
+        while is_one(&dir) && !dir.join("config.json").is_file() {
+            let mut adapter = Self::open(&dir)?;
+            let base = find_base(&dir, &adapter.base)?;
+            if is_same(&dir, &base) || chain.iter().any(|outer| is_same(&outer.path, &base)) {
+                bail_hint!(
+                    "set `base_model_name_or_path` in `adapter_config.json` to the model that they were trained with";
+                    "the adapters in `{}` are their own base", dir.display()
+                );
+            }
+            adapter.base.clone_from(&base);
+            chain.push(adapter);
+            dir = base;
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    /// Opens a folder of adapters, wherever their base may be.
+    ///
+    /// # Errors
+    /// No such files, damaged ones; another kind of adapters.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join(CONFIG);
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("cannot read `{}`", path.display()))
-            .hint(
-                "a folder of adapters holds `adapter_config.json` and `adapter_model.safetensors`",
-            )?;
-        let config: PeftConfig = serde_json::from_str(&text)
-            .with_context(|| format!("`{}` is no configuration of adapters", path.display()))?;
+        let config = PeftConfig::read(dir)?;
         if let Some(what) = config.unknown() {
             bail_hint!(
                 "merge them with PEFT (`merge_and_unload()`) and save the whole model";
@@ -89,8 +107,8 @@ impl Adapter {
                 true => (config.r as f64).sqrt(),
                 false => config.r as f64,
             };
-        let base = find_base(dir, config.base_model_name_or_path.as_deref())?;
         let file = TensorFile::open(&dir.join(WEIGHTS)).hint("copy the file again")?;
+        let base = config.base_model_name_or_path.unwrap_or_default().into();
         Ok(Self { path: dir.to_owned(), base, scale, file })
     }
 
@@ -216,6 +234,17 @@ impl Adapter {
 }
 
 impl PeftConfig {
+    fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read `{}`", path.display()))
+            .hint(
+                "a folder of adapters holds `adapter_config.json` and `adapter_model.safetensors`",
+            )?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("`{}` is no configuration of adapters", path.display()))
+    }
+
     /// What of it is not computed here.
     fn unknown(&self) -> Option<String> {
         let saved = self.modules_to_save.as_deref().unwrap_or_default();
@@ -236,19 +265,26 @@ impl PeftConfig {
     }
 }
 
-fn find_base(dir: &Path, name: Option<&str>) -> Result<PathBuf> {
-    let name = name.filter(|name| !name.is_empty()).ok_or_else(|| {
-        anyhow!("`{}` names no `base_model_name_or_path`", dir.join(CONFIG).display())
-    });
-    let name =
-        name.hint("write the folder of the model there that the adapters were trained with")?;
-    for path in [PathBuf::from(name), dir.join(name)] {
+fn is_same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+fn find_base(dir: &Path, name: &Path) -> Result<PathBuf> {
+    if name.as_os_str().is_empty() {
+        bail_hint!(
+            "write the folder of the model there that the adapters were trained with";
+            "`{}` names no `base_model_name_or_path`", dir.join(CONFIG).display()
+        );
+    }
+    for path in [name.to_owned(), dir.join(name)] {
         if path.exists() {
             return super::resolve(&path);
         }
     }
-    Err(anyhow!("the adapters in `{}` are of `{name}`, which is no folder here", dir.display()))
-        .hint("set `base_model_name_or_path` in `adapter_config.json` to where that model is")
+    bail_hint!(
+        "set `base_model_name_or_path` in `adapter_config.json` to where that model is";
+        "the adapters in `{}` are of `{}`, which is no folder here", dir.display(), name.display()
+    )
 }
 
 /// Hugging Face's name of the matrix that a target is in a layer (lit-gpt's name).

@@ -1,6 +1,6 @@
 //! Reading checkpoints: an opened one gives its architecture and each parameter, one at a time.
 
-use super::adapter::{self, Adapter};
+use super::adapter::Adapter;
 use super::formats::{self, Training};
 use super::gguf::Type;
 use super::names::{self, Layout, Naming, Part, presets_that_fit};
@@ -69,7 +69,8 @@ pub struct Source {
     weights: Weights,
     tokenizer: Vec<(&'static str, Vec<u8>)>,
     pub(super) training: Option<Training>,
-    adapter: Option<Adapter>,
+    /// The ones that others were trained on come first.
+    adapters: Vec<Adapter>,
 }
 
 impl Source {
@@ -78,24 +79,38 @@ impl Source {
     /// # Errors
     /// No format that is known; no configuration, or one of another architecture; a damaged file; a missing shard.
     pub fn open(path: &Path) -> Result<Self> {
-        let adapter = match adapter::is_one(path) && !path.join("config.json").is_file() {
-            true => Some(Adapter::open(path)?),
-            false => None,
-        };
-        let base = adapter.as_ref().map_or(path, |adapter| adapter.base.as_path());
+        let adapters = Adapter::chain(path)?;
+        let base = adapters.first().map_or(path, |adapter| adapter.base.as_path());
         let opened = formats::open(base)?;
         let formats::Opened { format, config, naming, weights, mut tokenizer, training } = opened;
-        if let Some(adapter) = &adapter {
+        for adapter in &adapters {
             adapter.check(&config)?;
         }
         // Adapters without a tokenizer are used with their base's.
-        let own = adapter.is_none() || Tokenizer::is_in(path);
-        let path = if own { path } else { base }.to_owned();
-        if adapter.is_some() && own {
+        let own = adapters.iter().rev().find(|adapter| Tokenizer::is_in(&adapter.path));
+        if own.is_some() {
             tokenizer.clear();
         }
-        let training = training.filter(|_| adapter.is_none());
-        Ok(Self { path, config, format, naming, weights, tokenizer, training, adapter })
+        let path = own.map_or(base, |adapter| &adapter.path).to_owned();
+        let training = training.filter(|_| adapters.is_empty());
+        Ok(Self { path, config, format, naming, weights, tokenizer, training, adapters })
+    }
+
+    /// Adds adapters to those of this checkpoint, whatever base their configuration names.
+    ///
+    /// # Errors
+    /// No adapters, or such of other matrices.
+    pub fn merge(&mut self, dir: &Path) -> Result<()> {
+        let mut adapter = Adapter::open(dir)?;
+        adapter.base.clone_from(&self.path);
+        adapter.check(&self.config)?;
+        if Tokenizer::is_in(dir) {
+            self.tokenizer.clear();
+            self.path = dir.to_owned();
+        }
+        self.adapters.push(adapter);
+        self.training = None;
+        Ok(())
     }
 
     /// Name of the format, for people.
@@ -184,7 +199,7 @@ impl Source {
     /// # Errors
     /// A name that is no parameter's, a damaged file.
     pub fn blocks(&self, name: &str) -> Result<Option<Vec<Blocks>>> {
-        if self.adapter.as_ref().is_some_and(|adapter| adapter.changes(name, &self.config)) {
+        if self.adapters.iter().any(|adapter| adapter.changes(name, &self.config)) {
             return Ok(None);
         }
         let plan = self.plan();
@@ -215,7 +230,7 @@ impl Source {
 
     /// Whether any matrix is stored in blocks of quantised values.
     pub fn is_quantised(&self) -> bool {
-        self.adapter.is_none() && self.weights.names().any(|name| self.weights.is_quantised(name))
+        self.adapters.is_empty() && self.weights.names().any(|name| self.weights.is_quantised(name))
     }
 
     /// Whether the tensors are those of the architecture, before any is read.
@@ -278,7 +293,7 @@ impl Source {
             assert_eq!(*name, planned, "outline and model differ");
             ffi::want_huge_pages(ours);
             fill(ours, &self.weights, &parts, &self.config)?;
-            if let Some(adapter) = &self.adapter {
+            for adapter in &self.adapters {
                 adapter.add_to(name, ours, &self.config)?;
             }
         }
@@ -302,7 +317,7 @@ impl Source {
             let Entry { name, kind, shape } = &all[i];
             let ours = Tensor::empty(shape, (*kind, Device::Cpu));
             fill(&ours, &self.weights, &places[i], &self.config)?;
-            if let Some(adapter) = &self.adapter {
+            for adapter in &self.adapters {
                 tch::no_grad(|| adapter.add_to(name, &ours, &self.config))?;
             }
             Ok(ours)

@@ -20,6 +20,10 @@ pub struct Args {
     /// Format to write
     #[arg(long = "to", value_enum)]
     target: Format,
+    /// Folder of LoRA adapters, as PEFT saves them, to add to the weights; a folder of adapters given as FROM is merged
+    /// with the base that it names
+    #[arg(long, value_name = "ADAPTERS")]
+    merge: Option<PathBuf>,
     /// Dtype of the weights; default: what they have
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
@@ -52,13 +56,17 @@ enum Dtype {
 /// Runs `convert`.
 pub fn run(args: Args) -> Result<u8> {
     let target = target(&args)?;
-    let source = Source::open(&checkpoint::resolve(&args.from)?)?;
+    let mut source = Source::open(&checkpoint::resolve(&args.from)?)?;
     let kind = args.dtype.map(|dtype| match dtype {
         Dtype::Fp32 => Kind::Float,
         Dtype::Bf16 => Kind::BFloat16,
         Dtype::Fp16 => Kind::Half,
     });
     eprintln!("from        {}, {}", source.path.display(), source.format());
+    if let Some(adapters) = &args.merge {
+        source.merge(&checkpoint::resolve(adapters)?)?;
+        eprintln!("adapters    {}", adapters.display());
+    }
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template(
         "{bar:30} {bytes} of {total_bytes}, {bytes_per_sec}",

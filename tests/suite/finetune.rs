@@ -164,6 +164,35 @@ fn merged_adapters_compute_what_they_compute_beside_the_weights() {
     assert!(largest(&(merged.unwrap().forward(&ids, None) - &beside)) < 1e-5);
 }
 
+#[test]
+fn adapters_of_adapters_are_all_added() {
+    let _alone = alone();
+    let (base, end) = (format!("{LORA}/base"), format!("{LORA}/end"));
+    let weight = |dir: &Path| {
+        let model = checkpoint::load_model(dir, Kind::Float, Device::Cpu).unwrap();
+        model.h[1].attn.qkv.weight.shallow_clone()
+    };
+    let delta = weight(end.as_ref()) - weight(base.as_ref());
+    assert!(largest(&delta) > 1e-3);
+    // The same adapters once more, of the model that they make.
+    let dir = copied_adapters();
+    set_base(dir.path(), &Path::new(&end).canonicalize().unwrap().to_string_lossy());
+    let want = weight(base.as_ref()) + delta * 2.0;
+    assert!(largest(&(weight(dir.path()) - &want)) < 1e-5);
+    let merged = dir.path().join("merged");
+    // `convert` adds to any checkpoint, whatever base the adapters name.
+    set_base(dir.path(), "gone");
+    let adapters = dir.path().to_string_lossy();
+    let mut convert = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
+    convert.args(["convert", &end, &merged.to_string_lossy(), "--to", "hf", "--merge", &adapters]);
+    convert.assert().success();
+    assert!(largest(&(weight(&merged) - &want)) < 1e-5);
+    let own = dir.path().to_string_lossy();
+    set_base(dir.path(), &own);
+    let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
+    assert!(error.contains("are their own base"), "{error}");
+}
+
 #[derive(Deserialize)]
 struct GoldenDpo {
     beta: f64,
@@ -280,10 +309,7 @@ fn adapters_are_written_as_they_were_read() {
 
 #[test]
 fn adapters_of_another_model_are_refused_with_names_and_shapes() {
-    let dir = tempfile::tempdir().unwrap();
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        std::fs::copy(format!("{LORA}/end/{file}"), dir.path().join(file)).unwrap();
-    }
+    let dir = copied_adapters();
     let other = dir.path().join("other");
     let mut config = tinyllama::model::ModelConfig::preset("tiny-llama-1.1b").unwrap();
     (config.n_layer, config.n_embd, config.n_head, config.n_query_groups) = (1, 48, 6, 2);
@@ -297,6 +323,14 @@ fn adapters_of_another_model_are_refused_with_names_and_shapes() {
     set_base(dir.path(), "nowhere");
     let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
     assert!(error.contains("are of `nowhere`, which is no folder here"), "{error}");
+}
+
+fn copied_adapters() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(format!("{LORA}/end/{file}"), dir.path().join(file)).unwrap();
+    }
+    dir
 }
 
 fn set_base(dir: &Path, base: &str) {
