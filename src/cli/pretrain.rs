@@ -102,9 +102,9 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     let share = Share::of(strategy, config.ranks(), devices, &model);
     let memory_plan =
         MemoryPlan::new(&model, precision, optimizer, again, share, micro, sequence as u64);
-    let Some(memory_plan) = memory_plan.filter(|_| config.fused) else {
+    let Some(memory_plan) = memory_plan.filter(|_| config.fused && config.lora().is_none()) else {
         println!(
-            "memory    no plan: it knows bf16-mixed and bf16-true with fused kernels and head sizes 64 and 128"
+            "memory    no plan: it knows all weights trained, in bf16-mixed and bf16-true, with fused kernels and head sizes 64 and 128"
         );
         return Ok(exit::OK);
     };

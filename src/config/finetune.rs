@@ -166,6 +166,7 @@ pub(super) fn defaults(method: Method, ends: bool) -> Value {
             "save_interval": null,
         },
         "eval": {"interval": null, "max_iters": null, "initial_validation": true},
+        "distributed": if method == Method::Full { json!({}) } else { json!({"strategy": "ddp"}) },
         "optimizer": {
             "lr": match method {
                 Method::Full => 2e-5,

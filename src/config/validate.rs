@@ -151,7 +151,8 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     if config.deterministic && config.attention == AttentionBackend::Cudnn {
         problems.push("`attention`: cuDNN's is not deterministic; use `auto` or `flash`".into());
     }
-    if config.initial_checkpoint_dir.is_some()
+    if config.finetune.is_none() // which takes the model, and adapters their base, from there
+        && config.initial_checkpoint_dir.is_some()
         && matches!(&config.resume, Resume::Text(path) if path != "auto")
     {
         problems.push(

@@ -45,13 +45,15 @@ pub struct Plan<'a> {
 /// 4. AdamW gets this rank's parts of weights and gradients;
 /// 5. hooks on the passes bring weights and send off gradients ([`Fsdp`]).
 ///
+/// Of adapters each rank has all, beside all weights: their gradients, one buffer, travel once a step.
+///
 /// Activation checkpointing, attention and fused kernels are the model's own and know nothing of this.
 ///
 /// # Sync
 /// With Gloo the CPU waits for the other ranks.
 ///
 /// # Errors
-/// `fp8-mixed` with a strategy other than `ddp`; the optimizer's own.
+/// `fp8-mixed` or adapters with a strategy other than `ddp`; the optimizer's own.
 pub fn parallelize(
     model: &mut GPT,
     groups: Groups,
@@ -63,6 +65,13 @@ pub fn parallelize(
             "set `distributed.strategy: ddp`, or `precision: bf16-mixed`";
             "`fp8-mixed` needs whole weights on each rank for its casts; `distributed.strategy` is `{}`",
             serde_json::to_value(plan.strategy)?.as_str().unwrap_or_default()
+        );
+    }
+    let adapted = !model.adapters().is_empty();
+    if adapted && plan.strategy != Strategy::Ddp {
+        bail_hint!(
+            "set `distributed.strategy: ddp`";
+            "adapters are trained beside whole weights on each rank"
         );
     }
     let _guard = tch::no_grad_guard();
@@ -101,6 +110,9 @@ pub fn parallelize(
 
     // 3. Buffers, and the parameters as views of them.
     let kinds = [weight_kind(precision), gradient_kind(precision)];
+    if adapted {
+        model.to_kind(kinds[0]); // the weights beside them, which have no place in a buffer
+    }
     let tied = model.lm_head.is_none();
     let cuts = matches!(plan.strategy, Strategy::FullShard | Strategy::HybridShard);
     let shares = cuts && groups.shard.is_some();
@@ -147,8 +159,10 @@ pub fn parallelize(
         ReduceDtype::Fp32 => Kind::Float,
     };
     let fsdp = Fsdp::new(groups.clone(), units, reduce_kind, tied);
-    let hooks = fsdp.clone();
-    model.at_unit = Some(AtUnit(Arc::new(move |pass, unit| hooks.enter(pass, unit))));
+    if !adapted {
+        let hooks = fsdp.clone();
+        model.at_unit = Some(AtUnit(Arc::new(move |pass, unit| hooks.enter(pass, unit))));
+    }
     fsdp.weights_changed()?;
     Ok((Ranks { fsdp, layouts, groups, world }, optimizer))
 }
@@ -232,6 +246,16 @@ impl Ranks {
         self.fsdp.check()?;
         let groups = [Some(&self.world), self.groups.shard.as_ref(), self.groups.replica.as_ref()];
         groups.into_iter().flatten().try_for_each(|group| group.check())
+    }
+
+    /// Replaces a tensor by its mean over all ranks.
+    ///
+    /// # Sync
+    /// As [`Ranks::sum`].
+    pub fn mean(&self, x: &Tensor) -> Result<()> {
+        self.sum(x)?;
+        let _ = tch::no_grad(|| x.shallow_clone().g_div_scalar_(self.size() as f64));
+        Ok(())
     }
 
     /// Replaces a tensor by its sum over all ranks.

@@ -29,9 +29,13 @@ impl fmt::Debug for AtUnit {
 }
 
 impl GPT {
-    /// Parameters by unit, under their names: 0 the embedding, 1 to L the blocks, L + 1 the final norm with its head. A
-    /// head that is tied to the embedding has its weight there.
+    /// The trained parameters by unit, under their names: 0 the embedding, 1 to L the blocks, L + 1 the final norm with its
+    /// head. A head that is tied to the embedding has its weight there. Adapters are few: they are one unit.
     pub fn units(&self) -> Vec<Vec<(String, Tensor)>> {
+        let adapters = self.adapters();
+        if !adapters.is_empty() {
+            return vec![adapters];
+        }
         let last = self.h.len() + 1;
         let mut units: Vec<_> = (0..=last).map(|_| Vec::new()).collect();
         for (name, parameter) in self.named_parameters() {

@@ -127,7 +127,7 @@ fn check_finite(run: &Run, taken: &TakenStep) -> Result<()> {
 /// Several ranks write it beside training, which waits for copies in host memory alone.
 fn save_periodic(run: &mut Run, step: u64) -> Result<()> {
     let name = format!("step-{step:08}");
-    if run.ranks.is_none() {
+    if run.saver.is_none() {
         let saved = saver::save(run, &name);
         return told_save(run, saved.map(Some), &format!("of step {step} "));
     }

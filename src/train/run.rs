@@ -253,7 +253,9 @@ impl<'j> Run<'j> {
             None => (None, AdamW::new(&mut model, config.precision, &config.optimizer)?),
         };
         let saver = match (job, &ranks) {
-            (Some(job), Some(ranks)) => Some(ranks::new_saver(job, ranks, &optimizer, config)?),
+            (Some(job), Some(ranks)) if lora.is_none() => {
+                Some(ranks::new_saver(job, ranks, &optimizer, config)?)
+            }
             _ => None,
         };
         optimizer.seed = config.seed;
@@ -266,6 +268,12 @@ impl<'j> Run<'j> {
             Some(dir) => saver::restore(dir, config, &model, &mut optimizer, &mut loader, device)?,
             None => (Progress::default(), false),
         };
+        if let (Some(job), Some(_)) = (job.filter(|job| job.rank() > 0), lora) {
+            // Not what rank 0 drops out of other rows.
+            tch::manual_seed(
+                config.seed as i64 + progress.step as i64 + ((job.rank() as i64) << 32),
+            );
+        }
 
         // 5. The run's folder and its log.
         let log = match job {

@@ -14,18 +14,24 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 
 /// Writes `out_dir/name` as a whole or not at all: a Hugging Face folder with the exact weights, and
-/// `train_state/` with moments, random generators, data cursor and counters. Several ranks write theirs together; a
-/// save that was begun beside training must have been waited for.
+/// `train_state/` with moments, random generators, data cursor and counters. Several ranks write theirs together, of
+/// adapters rank 0 alone; a save that was begun beside training must have been waited for.
 ///
 /// # Sync
 /// The CPU waits for the GPU and copies one tensor at a time; with several ranks until all is written.
 pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
-    if run.ranks.is_some() {
+    if run.saver.is_some() {
         ranks::begin_save(run, name)?;
         return ranks::finish_save(run)?.context("a checkpoint that was begun is nowhere");
     }
+    if run.job.is_some_and(|job| job.rank() > 0) {
+        return Ok(run.config.out_dir.join(name));
+    }
     let config = &run.model.config;
-    let masters = run.optimizer.masters();
+    let mut masters = run.optimizer.masters();
+    for ((_, exact), (_, parameter)) in masters.iter_mut().zip(run.model.trained_parameters()) {
+        *exact = exact.view_(parameter.size()); // of one rank of several it was flat
+    }
     let mut moments = run.optimizer.state();
     moments.extend(run.model.fp8.iter().flat_map(Fp8::state));
 

@@ -44,9 +44,10 @@ pub fn train_step(
     ranks: Option<&Ranks>,
 ) -> Result<StepOutput> {
     let n_targets: i64 = batches.iter().map(|batch| batch.n_targets).sum();
-    // Other ranks' targets are not known yet: as if every token were one, and put right at the end.
-    let n_tokens: i64 = batches.iter().map(|batch| batch.target.numel() as i64).sum();
-    let expected = ranks.map_or(n_targets, |ranks| n_tokens * ranks.size() as i64).max(1) as f64;
+    // Other ranks' targets are not known yet, nor how long their rows are: as if each were full of them, and put right at
+    // the end.
+    let full = batches.len() as i64 * train.micro_batch_size as i64 * model.config.block_size;
+    let expected = ranks.map_or(n_targets, |ranks| full * ranks.size() as i64).max(1) as f64;
     let scalars = LossScalars {
         scale: 1.0 / expected,
         label_smoothing: train.label_smoothing,
@@ -88,7 +89,11 @@ pub fn train_step(
         }
     };
     model.refresh_fp8_weights()?;
-    Ok(StepOutput { loss, grad_norm, rewards: micro.objective.take() })
+    let rewards = micro.objective.take();
+    if let (Some(ranks), Some(rewards)) = (ranks, &rewards) {
+        ranks.mean(rewards)?;
+    }
+    Ok(StepOutput { loss, grad_norm, rewards })
 }
 
 /// Forward, loss and backward of one micro-batch; gradients are added to the weights' `.grad`, or overwrite it

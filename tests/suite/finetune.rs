@@ -522,6 +522,93 @@ fn new_tokens_get_rows_and_are_saved_with_the_checkpoint() {
 }
 
 #[test]
+fn two_ranks_finetune_as_one() {
+    let folder = Folder::new();
+    let pairs = folder.path("pairs.jsonl");
+    let row = |i: usize| {
+        format!(
+            "{{\"prompt\": \"After {i}?\", \"chosen\": \"{}\", \"rejected\": \"No, no.\"}}\n",
+            i + 1
+        )
+    };
+    std::fs::write(&pairs, (0..40).map(row).collect::<String>()).unwrap();
+    let rows = folder.path("rows.jsonl");
+    let runs = [
+        (
+            "tokens",
+            format!(
+                "method: full, data: {{train: {rows}, template: chatml, special_tokens: [\"<|im_end|>\"]}}"
+            ),
+        ),
+        (
+            "apart",
+            format!("method: full, data: {{train: {rows}, template: guanaco, packing: false}}"),
+        ),
+        (
+            "lora",
+            format!(
+                "method: lora, lora: {{targets: [all], dropout: 0.0}}, data: {{train: {rows}, template: guanaco}}"
+            ),
+        ),
+        (
+            "dpo",
+            format!(
+                "method: dpo, lora: {{targets: [all], dropout: 0.0}}, data: {{train: {pairs}, template: guanaco}}"
+            ),
+        ),
+        (
+            "copy",
+            format!(
+                "method: dpo, dpo: {{reference: copy}}, data: {{train: {pairs}, template: guanaco}}"
+            ),
+        ),
+    ];
+    for (name, finetune) in &runs {
+        let yaml = format!(
+            "train: {{max_seq_length: 96, global_batch_size: 8, micro_batch_size: 2, max_steps: 6, save_interval: 3}}\n\
+             optimizer: {{lr: 1e-3}}\nfinetune: {{{finetune}}}\n"
+        );
+        let run = |ranks: &str, more: &[&str]| {
+            let out = folder.path(&format!("{name}-{ranks}"));
+            let set = format!("out_dir={out}");
+            let output =
+                folder.finetune(&yaml, &[&["--set", &set, "--devices", ranks], more].concat());
+            assert!(output.status.success(), "{name}, {ranks}: {}", text(&output));
+            let lines = std::fs::read_to_string(format!("{out}/metrics.jsonl")).unwrap();
+            let objects = lines.lines().map(|line| serde_json::from_str(line).unwrap());
+            let numbers = |object: serde_json::Value| {
+                let number = |key: &str| object.get(key).and_then(|n| n.as_f64());
+                Some([
+                    number("loss")?,
+                    number("grad_norm")?,
+                    number("reward_margin").unwrap_or(0.0),
+                ])
+            };
+            objects.filter_map(numbers).collect::<Vec<[f64; 3]>>()
+        };
+        let (one, two) = (run("1", &[]), run("2", &[]));
+        let alike = |one: &[[f64; 3]], two: &[[f64; 3]]| {
+            let close = |(a, b): (&f64, &f64)| (a - b).abs() < 1e-5 * a.abs() + 1e-7;
+            one.len() == 6 && one.iter().flatten().zip(two.iter().flatten()).all(close)
+        };
+        assert!(alike(&one, &two), "{name}: {one:?} {two:?}");
+        if *name == "lora" {
+            // What two ranks saved, one goes on with.
+            let from = folder.path("lora-2/step-00000003");
+            let set = format!("out_dir={}", folder.path("lora-3"));
+            let output = folder.finetune(&yaml, &["--set", &set, "--resume", &from]);
+            assert!(output.status.success(), "{}", text(&output));
+            let resumed = losses(&folder.path("lora-3"));
+            assert_eq!(resumed.len(), 3);
+            assert!(resumed.iter().zip(&one[3..]).all(|(a, b)| (a / b[0] - 1.0).abs() < 1e-5));
+        }
+    }
+    let yaml = format!("{STEPS}finetune: {{{}}}\n", runs[2].1);
+    let output = folder.finetune(&yaml, &["--set", "distributed.strategy=full_shard"]);
+    assert!(text(&output).contains("take `ddp`"), "{}", text(&output));
+}
+
+#[test]
 fn margins_rise_where_preferences_are_learned() {
     let folder = Folder::new();
     let row = |i: usize| {

@@ -3,7 +3,7 @@
 use crate::checkpoint::adapter;
 use crate::config::{
     ActivationCheckpointing, AttentionBackend, DataConfig, DpoConfig, FinetuneConfig, Precision,
-    RunConfig,
+    RunConfig, Strategy,
 };
 use crate::model::{GPT, ModelConfig};
 
@@ -42,6 +42,10 @@ pub(super) fn check(
             "`attention`: cuDNN's knows no documents; with `finetune.data.packing` say `auto` or `flash`",
         );
     }
+    let whole = config.lora().is_some() || config.dpo().is_some();
+    if whole && config.distributed.strategy != Strategy::Ddp {
+        add("`distributed.strategy`: adapters and `finetune.method: dpo` take `ddp`");
+    }
     if config.lora().is_some() {
         check_lora(config, finetune, model, problems);
     }
@@ -54,9 +58,6 @@ fn check_dpo(config: &RunConfig, dpo: &DpoConfig, problems: &mut Vec<String>) {
     let mut add = |problem: String| problems.push(problem);
     if !(dpo.beta > 0.0 && dpo.beta.is_finite()) {
         add(format!("`finetune.dpo.beta`: must be above 0, got {}", dpo.beta));
-    }
-    if config.ranks() > 1 {
-        add("`devices`: `finetune.method: dpo` runs on one".into());
     }
     if config.precision == Precision::Fp8Mixed {
         add("`precision`: `finetune.method: dpo` takes bf16-mixed, bf16-true or 32-true".into());
@@ -94,9 +95,6 @@ fn check_lora(
     }
     if !finetune.data.special_tokens.is_empty() {
         add("`finetune.data.special_tokens`: new rows of the embedding need `finetune.method: full`".into());
-    }
-    if config.ranks() > 1 {
-        add("`devices`: adapters are trained on one".into());
     }
     if config.precision == Precision::Fp8Mixed {
         add("`precision`: adapters take bf16-mixed, bf16-true or 32-true".into());

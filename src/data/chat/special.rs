@@ -38,13 +38,15 @@ pub fn with_special_tokens(config: &RunConfig) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// The tokenizer of `dir` with more tokens, as a `tokenizer.json`.
+/// The tokenizer of `dir` with more tokens, as a `tokenizer.json`. Each file comes whole: other ranks may be reading.
 fn write(tokenizer: &Tokenizer, dir: &Path, out: &Path, tokens: &[&String]) -> Result<()> {
     std::fs::create_dir_all(out).with_context(|| format!("cannot create `{}`", out.display()))?;
-    let path = out.join("tokenizer.json");
+    let made = tempfile::tempdir_in(out)
+        .with_context(|| format!("cannot create a folder in `{}`", out.display()))?;
+    let path = made.path().join("tokenizer.json");
     match dir.join("tokenizer.json").is_file() {
-        true => checkpoint::copy_files(&Tokenizer::files(dir), out)?,
-        false => tokenizer.write_hf(out)?,
+        true => checkpoint::copy_files(&Tokenizer::files(dir), made.path())?,
+        false => tokenizer.write_hf(made.path())?,
     }
     let text = std::fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
     let mut json: Value = serde_json::from_slice(&text)?;
@@ -57,5 +59,11 @@ fn write(tokenizer: &Tokenizer, dir: &Path, out: &Path, tokens: &[&String]) -> R
             "normalized": false, "special": true,
         }));
     }
-    write_json(&path, &json)
+    write_json(&path, &json)?;
+    for file in Tokenizer::files(made.path()) {
+        let target = out.join(file.file_name().unwrap_or_default());
+        std::fs::rename(&file, &target)
+            .with_context(|| format!("cannot write `{}`", target.display()))?;
+    }
+    Ok(())
 }
