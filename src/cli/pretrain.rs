@@ -1,6 +1,6 @@
 //! `tinyllama pretrain CONFIG` and `tinyllama finetune CONFIG`.
 
-use crate::config::{BatchPlan, RunConfig};
+use crate::config::{BatchPlan, Method, RunConfig};
 use crate::device;
 use crate::distributed::{self, World, rendezvous};
 use crate::error::exit;
@@ -102,7 +102,9 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     let share = Share::of(strategy, config.ranks(), devices, &model);
     let memory_plan =
         MemoryPlan::new(&model, precision, optimizer, again, share, micro, sequence as u64);
-    let Some(memory_plan) = memory_plan.filter(|_| config.fused && config.lora().is_none()) else {
+    let Some(memory_plan) = memory_plan.filter(|_| {
+        config.fused && config.finetune.as_ref().is_none_or(|f| f.method == Method::Full)
+    }) else {
         println!(
             "memory    no plan: it knows all weights trained, in bf16-mixed and bf16-true, with fused kernels and head sizes 64 and 128"
         );

@@ -610,6 +610,28 @@ fn two_ranks_finetune_as_one() {
 
 #[test]
 fn margins_rise_where_preferences_are_learned() {
+    preferences_are_learned(
+        &["lora: {targets: [all], dropout: 0.0}", "dpo: {reference: copy}"],
+        &[],
+        1e-6,
+    );
+}
+
+#[test]
+fn on_the_card_margins_rise() {
+    let Some(_card) = card("on_the_card_margins_rise") else { return };
+    let sets = [
+        "device=cuda",
+        "precision=bf16-mixed",
+        "optimizer.state=int8",
+        "optimizer.cpu_offload=true",
+    ];
+    preferences_are_learned(&["lora: {targets: [all], dropout: 0.0}"], &sets, 1e-2);
+    preferences_are_learned(&["dpo: {reference: copy}"], &sets[..2], 1e-2);
+}
+
+/// `off`: how far from nothing the first margin may be.
+fn preferences_are_learned(methods: &[&str], sets: &[&str], off: f64) {
     let folder = Folder::new();
     let row = |i: usize| {
         format!(
@@ -619,12 +641,13 @@ fn margins_rise_where_preferences_are_learned() {
     };
     let rows = folder.path("pairs.jsonl");
     std::fs::write(&rows, (0..40).map(row).collect::<String>() + "{\"prompt\": \"x\"}\n").unwrap();
-    for method in ["lora: {targets: [all], dropout: 0.0}", "dpo: {reference: copy}"] {
+    for method in methods {
         let yaml = format!(
             "{STEPS}finetune:\n  method: dpo\n  {method}\n  data: {{train: {rows}, template: guanaco, val_fraction: 0.1}}\n"
         );
-        let args =
-            ["--resume", "false", "--set", &format!("out_dir={}", folder.path(&method[..3]))];
+        let out = format!("out_dir={}", folder.path(&method[..3]));
+        let sets = sets.iter().copied().chain([out.as_str()]);
+        let args: Vec<&str> = sets.flat_map(|set| ["--set", set]).collect();
         let output = folder.finetune(&yaml, &args);
         let told = text(&output);
         assert!(output.status.success(), "{told}");
@@ -637,13 +660,13 @@ fn margins_rise_where_preferences_are_learned() {
         };
         let (margins, right) = (of("reward_margin"), of("reward_accuracy"));
         assert!(
-            margins[0].abs() < 1e-6 && margins[11] > margins[3] && margins[11] > 0.1,
+            margins[0].abs() < off && margins[11] > margins[3] && margins[11] > 0.1,
             "{margins:?}"
         );
         assert_eq!(right[11], 1.0, "{right:?}");
         let val = of("val_loss");
         assert!(
-            (val[0] - std::f64::consts::LN_2).abs() < 1e-5 && val[val.len() - 1] < val[0],
+            (val[0] - std::f64::consts::LN_2).abs() < 10.0 * off && val[val.len() - 1] < val[0],
             "{val:?}"
         );
     }
