@@ -9,7 +9,8 @@
 //!   leaves, which is what a causal kernel computes.
 //!
 //! 6 = 2 FLOP a multiply-add, times forward (1) plus backward (2). Recomputation counts for nothing
-//! in either: MFU is about the model's work, not the hardware's.
+//! in either: MFU is about the model's work, not the hardware's. Weights that are not trained, beside
+//! adapters, have no gradient and count 4; nor does the pass of a reference model count.
 
 /// Model FLOPs of one token, forward and backward.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,17 +26,19 @@ pub struct FlopsPerToken {
 /// - `n_matmul_params`: weights that multiply activations: the blocks' linear layers and the head.
 ///   The input embedding is a look-up and does not count; the head counts once, also where the two
 ///   are tied. Norms and biases do not count.
+/// - `n_trained`: those of them that get a gradient, adapters among both.
 /// - `attention_width`: `n_head * head_size`, the C of the attention term. Grouped queries do not
 ///   lower it: every query head still meets T keys.
 ///
 /// TinyLlama 1.1B at T = 2048: 7.314 and 6.760 GFLOP.
 pub fn flops_per_token(
     n_matmul_params: u64,
+    n_trained: u64,
     n_layer: u64,
     attention_width: u64,
     t: u64,
 ) -> FlopsPerToken {
-    let matmul = 6.0 * n_matmul_params as f64;
+    let matmul = 4.0 * n_matmul_params as f64 + 2.0 * n_trained as f64;
     let scores = n_layer as f64 * attention_width as f64 * t as f64; // L*C*T
     FlopsPerToken { full: matmul + 12.0 * scores, causal: matmul + 6.0 * scores }
 }
@@ -140,14 +143,16 @@ mod tests {
     fn tinyllama_at_2048_costs_7_314_and_6_760_gflop_a_token() {
         // 1,100,048,384 parameters less the input embedding and 45 norms.
         assert_eq!(tinyllama_matmul_params(), 1_100_048_384 - 32000 * 2048 - 45 * 2048);
-        let flops = flops_per_token(tinyllama_matmul_params(), 22, 2048, 2048);
+        let flops =
+            flops_per_token(tinyllama_matmul_params(), tinyllama_matmul_params(), 22, 2048, 2048);
         assert_eq!((flops.full / 1e6).round(), 7314.0);
         assert_eq!((flops.causal / 1e6).round(), 6760.0);
     }
 
     #[test]
     fn the_original_run_at_24k_tokens_a_second_on_an_a100_is_56_percent() {
-        let flops = flops_per_token(tinyllama_matmul_params(), 22, 2048, 2048);
+        let flops =
+            flops_per_token(tinyllama_matmul_params(), tinyllama_matmul_params(), 22, 2048, 2048);
         let peak = peak_bf16_flops("NVIDIA A100-SXM4-40GB").unwrap();
         assert_eq!((mfu(24_000.0, flops.full, peak) * 1000.0).round(), 563.0);
         assert_eq!((mfu(24_000.0, flops.causal, peak) * 1000.0).round(), 520.0);

@@ -305,8 +305,12 @@ impl<'j> Run<'j> {
         }
         micro.find_scales = model.fp8.is_some() && !has_scales;
         let width = model_config.n_head * model_config.head_size;
+        let adapters = model.adapters().iter().map(|(_, t)| t.numel() as u64).sum::<u64>();
+        let frozen = if lora.is_some() { model_config.n_matmul_params() } else { 0 };
+        let n_matmul = model_config.n_matmul_params() + adapters;
         let flops = flops::flops_per_token(
-            model_config.n_matmul_params(),
+            n_matmul,
+            n_matmul - frozen,
             model_config.n_layer as u64,
             width as u64,
             sequence as u64,
