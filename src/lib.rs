@@ -3,7 +3,7 @@
 //!
 //! Read first: [`model`] (the network), [`train`] (the visible loop), `configs/tinyllama.yaml` (every
 //! setting explained), `docs/pytorch-to-rust.md` (idioms). Arrows point one way:
-//! `cli -> train | serve -> generate -> quant | model -> ops -> ffi`, with `config`, `data`, `checkpoint`, `tokenizer` beside.
+//! `cli -> train | serve | eval -> generate -> quant | model -> ops -> ffi`, with `config`, `data`, `checkpoint`, `tokenizer` beside.
 //!
 //! Shape letters in comments: B batch, T query length, S key length, C width (`n_embd`), H query heads,
 //! G query groups (key/value heads), D head size, F MLP width, V vocabulary, L layers, W world size,
@@ -21,6 +21,7 @@ pub mod device;
 pub mod distributed;
 pub mod doctor;
 pub mod error;
+pub mod eval;
 #[allow(unsafe_code)]
 #[allow(missing_docs)]
 pub mod ffi;

@@ -8,6 +8,7 @@ mod chat;
 mod config;
 mod convert;
 mod doctor;
+mod evaluate;
 mod finetune;
 mod generate;
 mod inspect;
@@ -54,6 +55,8 @@ pub enum Verb {
     Serve(serve::Args),
     /// Log-probability of each token of a text under a model
     Score(score::Args),
+    /// Scores of benchmarks, as lm-evaluation-harness finds them
+    Evaluate(evaluate::Args),
     /// Measure kernels against their peers and the card's own limits
     Bench(bench::Args),
     /// Explain configuration keys, or check and print a resolved configuration
@@ -75,6 +78,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Verb::Chat(args) => chat::run(args),
         Verb::Serve(args) => serve::run(args),
         Verb::Score(args) => score::run(args),
+        Verb::Evaluate(args) => evaluate::run(args),
         Verb::Bench(args) => bench::run(args),
         Verb::Config(args) => config::run(args),
         Verb::Doctor(args) => doctor::run(args),

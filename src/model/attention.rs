@@ -15,6 +15,8 @@ pub struct Positions {
     pub sin: Tensor,
     /// Where documents lie in the rows; `None`: each row is one.
     pub documents: Option<Documents>,
+    /// Added to the scores in place of what `documents` says, 0 or -inf: (1, 1, T, T).
+    pub bias: Option<Tensor>,
     /// How things are computed.
     pub kernels: Kernels,
 }
@@ -50,6 +52,7 @@ impl Positions {
             cos: self.cos.shallow_clone(),
             sin: self.sin.shallow_clone(),
             documents: self.documents.as_ref().map(Documents::shallow_clone),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
             kernels: self.kernels,
         }
     }
@@ -100,7 +103,10 @@ impl CausalSelfAttention {
             None => {
                 let mask = Mask { causal: true, documents: at.documents.as_ref() };
                 let (backend, angles) = (with.attention, (&at.cos, &at.sin));
-                let y = ops::rope_attention_qkv(qkv, angles, (h, g), mask, backend, with.fused); // (B, H, T, D)
+                let y = match &at.bias {
+                    Some(bias) => ops::rope_attention_bias(qkv, angles, (h, g), bias, with.fused),
+                    None => ops::rope_attention_qkv(qkv, angles, (h, g), mask, backend, with.fused),
+                }; // (B, H, T, D)
                 y.transpose(1, 2).reshape([b, t, h * d]) // (B, T, H*D)
             }
         };

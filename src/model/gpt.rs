@@ -57,6 +57,16 @@ pub struct GPT {
     pub rope: Rope,
 }
 
+/// What a token sees of the others in its row.
+enum Sees<'a> {
+    /// Those before it.
+    Before,
+    /// Of those, the ones of its document.
+    Documents(&'a Documents),
+    /// Those where a matrix has 0, and not -inf.
+    Branches(&'a Tensor),
+}
+
 impl GPT {
     /// An fp32 model with random weights (formulas in [`init`]) from libtorch's current generator.
     pub fn new(config: &ModelConfig, device: Device) -> Self {
@@ -110,7 +120,20 @@ impl GPT {
         let (_, t) = idx.size2().expect("idx is (B, T)");
         let past = cache.as_ref().map_or(0, |cache| cache.len());
         let angles = self.rope.cos_sin(past, t); // (T, n_elem) x2
-        self.run(idx, angles, documents, cache.map(Cache::Whole))
+        let sees = documents.map_or(Sees::Before, Sees::Documents);
+        self.run(idx, angles, sees, cache.map(Cache::Whole))
+    }
+
+    /// [`GPT::hidden`] of texts that share their beginnings: a token sees those that `bias` says, and stands at a position of
+    /// its own.
+    ///
+    /// # Shapes
+    /// idx (1, T) of i64; positions (T,) of i64, below `block_size`; bias (1, 1, T, T) in the dtype of the weights, added to
+    /// the scores: 0 or -inf -> (1, T, C).
+    pub fn hidden_branches(&self, idx: &Tensor, positions: &Tensor, bias: &Tensor) -> Tensor {
+        let (cos, sin) = self.rope.tables();
+        let angles = [cos, sin].map(|table| table.index_select(0, positions)); // (T, n_elem) x2
+        self.run(idx, angles.into(), Sees::Branches(bias), None)
     }
 
     /// [`GPT::hidden`] of the new tokens of several sequences, which `batch` holds behind each other.
@@ -119,7 +142,7 @@ impl GPT {
     /// -> (N, C), N tokens in all.
     pub fn hidden_paged(&self, batch: &Batch, cache: &mut PagedCache) -> Tensor {
         let angles = self.rope.of_batch(batch); // (N, n_elem) x2
-        self.run(&batch.ids, angles, None, Some(Cache::Paged(cache, batch))).squeeze_dim(0)
+        self.run(&batch.ids, angles, Sees::Before, Some(Cache::Paged(cache, batch))).squeeze_dim(0)
     }
 
     /// [`GPT::hidden`] of one new token of each of N sequences, by the decode kernels; nothing waits, so that a CUDA
@@ -130,7 +153,8 @@ impl GPT {
     pub fn hidden_step(&self, ids: &Tensor, cache: &mut PagedCache, state: &DecodeState) -> Tensor {
         let (cos, sin) = self.rope.tables();
         let angles = (cos.shallow_clone(), sin.shallow_clone()); // the kernels take each row's own
-        self.run(&ids.unsqueeze(0), angles, None, Some(Cache::Step(cache, state))).squeeze_dim(0)
+        self.run(&ids.unsqueeze(0), angles, Sees::Before, Some(Cache::Step(cache, state)))
+            .squeeze_dim(0)
     }
 
     /// # Shapes
@@ -139,7 +163,7 @@ impl GPT {
         &self,
         idx: &Tensor,
         (cos, sin): (Tensor, Tensor),
-        documents: Option<&Documents>,
+        sees: Sees,
         mut cache: Option<Cache>,
     ) -> Tensor {
         let kernels = Kernels {
@@ -158,8 +182,12 @@ impl GPT {
         }
         self.leave(0, &x);
         let d = self.config.head_size;
-        let documents = documents.map(|documents| documents.ready_for(&x, d, self.attention));
-        let at = Positions { cos, sin, documents, kernels };
+        let (documents, bias) = match sees {
+            Sees::Before => (None, None),
+            Sees::Documents(some) => (Some(some.ready_for(&x, d, self.attention)), None),
+            Sees::Branches(bias) => (None, Some(bias.shallow_clone())),
+        };
+        let at = Positions { cos, sin, documents, bias, kernels };
         let mut delta = None; // what the last block adds to x
         for (i, block) in self.h.iter().enumerate() {
             self.enter(i + 1);

@@ -181,6 +181,26 @@ pub fn rope_attention_qkv(
     attention_qkv(&heads(&qkv), h, g, mask, backend)
 }
 
+/// [`rope_attention_qkv`] by libtorch's kernels, where a matrix says what each query sees.
+///
+/// # Shapes
+/// qkv (B, T, (H+2G)*D); cos, sin (T, n) fp32; bias (B or 1, 1, T, T), added to the scores -> (B, H, T, D).
+pub fn rope_attention_bias(
+    qkv: &Tensor,
+    (cos, sin): (&Tensor, &Tensor),
+    (n_head, n_query_groups): (i64, i64),
+    bias: &Tensor,
+    fused: bool,
+) -> Tensor {
+    let (h, g) = (n_head, n_query_groups);
+    let (b, t, width) = qkv.size3().expect("qkv is (B, T, (H+2G)*D)");
+    let d = width / (h + 2 * g);
+    let qkv = super::rope_qkv(qkv, cos, sin, h + g, d, fused).view([b, t, h + 2 * g, d]);
+    let (q, k, v) = split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
+    let (k, v) = (repeat_heads(&k, h), repeat_heads(&v, h)); // (B, H, T, D); kernels with a matrix know no groups
+    Tensor::scaled_dot_product_attention(&q, &k, &v, Some(bias), 0.0, false, None, false)
+}
+
 /// Views of a packed projection.
 ///
 /// # Shapes

@@ -13,6 +13,7 @@ use anyhow::Result;
 pub use global::Global;
 pub use lit_gpt::LitGpt;
 pub use mixture::Mixture;
+pub use python_random::PythonRng;
 
 /// What `data.order` says, for the sets that are there.
 #[derive(Debug)]

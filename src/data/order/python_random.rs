@@ -1,4 +1,4 @@
-//! Python's `random.Random(seed)`: `shuffle` and weighted `choices`, number for number.
+//! Python's `random.Random(seed)`: `shuffle`, `sample` and weighted `choices`, number for number.
 //!
 //! The generator is MT19937, seeded with the 32-bit words of the seed.
 
@@ -35,6 +35,32 @@ impl PythonRng {
             let j = self.below(i as u32 + 1);
             items.swap(i, j as usize);
         }
+    }
+
+    /// Positions that `sample(items, k)` takes, of `n` items, k at most n: from a pool of those that are left, or where that
+    /// would be larger than a set of those taken, again until one is new.
+    pub fn sample(&mut self, n: usize, k: usize) -> Vec<usize> {
+        let set_size = match k > 5 {
+            true => 21 + 4usize.pow((3.0 * k as f64).log(4.0).ceil() as u32),
+            false => 21,
+        };
+        let mut taken = Vec::with_capacity(k);
+        if n <= set_size {
+            let mut pool: Vec<usize> = (0..n).collect();
+            for i in 0..k {
+                let j = self.below((n - i) as u32) as usize;
+                taken.push(pool[j]);
+                pool[j] = pool[n - i - 1];
+            }
+            return taken;
+        }
+        while taken.len() < k {
+            let j = self.below(n as u32) as usize;
+            if !taken.contains(&j) {
+                taken.push(j);
+            }
+        }
+        taken
     }
 
     /// Position that `choices(items, weights)` takes, from the running sums of the weights.
@@ -82,6 +108,15 @@ mod tests {
         let chosen: String =
             (0..64).map(|_| ['S', 'C'][rng.choice(&[0.693584, 0.693584 + 0.306416])]).collect();
         assert_eq!(chosen, "SSSSCSCCSSSSCSCSSSSCCSCCSSCCCSSSSSSSSSSCCCSSSSSSSCSCSSSSSCSSCSSC");
+    }
+
+    #[test]
+    fn samples_are_pythons() {
+        let mut rng = PythonRng::new(1234);
+        assert_eq!(rng.sample(10, 3), [7, 1, 0]);
+        assert_eq!(rng.sample(1000, 6), [92, 932, 965, 961, 826, 596]);
+        assert_eq!(rng.sample(22, 6), [1, 2, 3, 11, 7, 0]);
+        assert_eq!(rng.sample(100, 6), [3, 2, 44, 82, 79, 61]);
     }
 
     #[test]

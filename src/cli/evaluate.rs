@@ -1,0 +1,113 @@
+//! `tinyllama evaluate`.
+
+use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
+use crate::error::exit;
+use crate::eval::results::Results;
+use crate::eval::{self, Options, task};
+use crate::{device, guard};
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+use std::path::PathBuf;
+use tch::Device;
+
+/// Arguments of `evaluate`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tasks, groups (`commonsense`, `mmlu`) and files of tasks of your own (`mine.yaml`)
+    #[arg(long, value_delimiter = ',', required = true, value_name = "TASKS")]
+    tasks: Vec<String>,
+    /// Examples before each question [default: what the task says]
+    #[arg(long, value_name = "N")]
+    num_fewshot: Option<usize>,
+    /// Take the first N samples of each task
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// Folder of the sets
+    #[arg(long, value_name = "DIR", default_value = "data/eval")]
+    data: PathBuf,
+    /// Folder for `results.json`, or that file
+    #[arg(long, value_name = "PATH", default_value = "out/evaluate")]
+    out: PathBuf,
+    /// Write over results that are there
+    #[arg(long)]
+    overwrite: bool,
+    /// Write each sample, with prompts and log-likelihoods, to `samples_TASK.jsonl`
+    #[arg(long)]
+    log_samples: bool,
+    /// Seed of the choice of examples
+    #[arg(long, default_value_t = 1234)]
+    seed: u64,
+}
+
+/// Runs `evaluate`.
+pub fn run(args: Args) -> Result<u8> {
+    let device = device::resolve(&args.model.load.device)?;
+    let lower = "use `--precision bf16-true` or `--device cpu`";
+    guard::catch("evaluation", device, lower, || evaluate(&args, device))
+}
+
+fn evaluate(args: &Args, device: Device) -> Result<u8> {
+    let tasks = task::find(&args.tasks)?;
+    let config = json!({
+        "model": "tinyllama",
+        "model_args": args.model.path(),
+        "limit": args.limit,
+        "num_fewshot": args.num_fewshot,
+        "fewshot_seed": args.seed,
+    });
+    let mut results = Results::create(&args.out, args.overwrite, config)?;
+    let loaded = args.model.load(device, true)?;
+    let tokenizer = loaded.tokenizer.as_ref().context("the checkpoint has no tokenizer")?;
+    let options = Options {
+        data: &args.data,
+        num_fewshot: args.num_fewshot,
+        limit: args.limit.map(|n| n as usize),
+        seed: args.seed,
+    };
+    for (i, task) in tasks.iter().enumerate() {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        bar.set_style(ProgressStyle::with_template(&format!(
+            "{} ({} of {})  {{bar:30}} {{pos}} of {{len}} requests, {{eta}}",
+            task.name,
+            i + 1,
+            tasks.len()
+        ))?);
+        let tick = |done: usize, all: usize| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        };
+        let outcome = eval::evaluate(loaded.network.borrow(), tokenizer, task, options, tick)
+            .with_context(|| kept(i, &results))?;
+        bar.finish_and_clear();
+        if outcome.cut > 0 {
+            eprintln!(
+                "cut         {} contexts of `{}` from the left, to the model's length",
+                outcome.cut, task.name
+            );
+        }
+        results.add(task, &outcome, args.log_samples)?;
+        eprintln!(
+            "{:<40} {} samples of `{}`, {:.1} a second",
+            task.name,
+            outcome.samples.len(),
+            outcome.split,
+            outcome.samples.len() as f64 / outcome.seconds
+        );
+    }
+    eprintln!("results     {}", results.path().display());
+    match write_stdout(&results.table()) {
+        Err(e) if !is_broken_pipe(&e) => Err(e),
+        _ => Ok(exit::OK),
+    }
+}
+
+/// What is not lost by a failure.
+fn kept(through: usize, results: &Results) -> String {
+    match through {
+        0 => "no task was finished".into(),
+        n => format!("{n} task(s) were finished and are in `{}`", results.path().display()),
+    }
+}

@@ -1,0 +1,196 @@
+//! `results.json` and `samples_TASK.jsonl`, in lm-evaluation-harness's shape.
+
+use super::task::Task;
+use super::{Outcome, Score};
+use crate::error::WithHint;
+use anyhow::{Context, Result, anyhow};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// The tasks that are through, and where they are written.
+pub struct Results {
+    path: PathBuf,
+    /// What was evaluated, and how.
+    config: Value,
+    tasks: Vec<(String, Option<String>, Map<String, Value>, Value)>,
+}
+
+/// The files of an evaluation.
+const FILE: &str = "results.json";
+
+impl Results {
+    /// In a folder, or in a file that ends with `.json`.
+    ///
+    /// # Errors
+    /// Results that are there already, unless they are to be overwritten.
+    pub fn create(out: &Path, overwrite: bool, config: Value) -> Result<Self> {
+        let path = match out.extension().is_some_and(|extension| extension == "json") {
+            true => out.to_owned(),
+            false => out.join(FILE),
+        };
+        if path.exists() && !overwrite {
+            return Err(anyhow!("`{}` exists", path.display()))
+                .usage("choose another `--out`, or say `--overwrite`");
+        }
+        let dir = path.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(dir)
+            .with_context(|| format!("cannot create `{}`", dir.display()))?;
+        Ok(Self { path, config, tasks: Vec::new() })
+    }
+
+    /// Where `results.json` is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Adds a task and writes what there is by now, so that a later failure loses nothing.
+    pub fn add(&mut self, task: &Task, outcome: &Outcome, samples: bool) -> Result<()> {
+        let mut scores = Map::new();
+        scores.insert("alias".into(), task.name.clone().into());
+        for (metric, Score { mean, stderr }) in &outcome.scores {
+            scores.insert(format!("{},none", metric.name()), json!(mean));
+            scores.insert(format!("{}_stderr,none", metric.name()), or_na(*stderr));
+        }
+        let about = json!({
+            "version": task.file.version,
+            "n-shot": outcome.num_fewshot,
+            "n-samples": {"original": outcome.rows, "effective": outcome.samples.len()},
+            "split": outcome.split,
+            "cut": outcome.cut,
+            "seconds": outcome.seconds,
+            "config": task.file,
+        });
+        self.tasks.push((task.name.clone(), task.group.clone(), scores, about));
+        if samples {
+            let path = self.path.with_file_name(format!("samples_{}.jsonl", task.name));
+            write(&path, &lines(task, outcome)?)?;
+        }
+        write(&self.path, &(serde_json::to_string_pretty(&self.json())? + "\n"))
+    }
+
+    fn json(&self) -> Value {
+        let mut all = Map::new();
+        let (mut results, mut groups) = (Map::new(), Map::new());
+        for (name, _, scores, _) in &self.tasks {
+            results.insert(name.clone(), Value::Object(scores.clone()));
+        }
+        let mut members: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for (i, (_, group, ..)) in self.tasks.iter().enumerate() {
+            if let Some(group) = group {
+                members.entry(group).or_default().push(i);
+            }
+        }
+        let mut subtasks = Map::new();
+        for (group, tasks) in members {
+            let names: Vec<&String> = tasks.iter().map(|&i| &self.tasks[i].0).collect();
+            subtasks.insert(group.to_owned(), json!(names));
+            let mean = self.group(&tasks);
+            groups.insert(group.to_owned(), mean.clone());
+            results.insert(group.to_owned(), mean);
+        }
+        all.insert("results".into(), Value::Object(results));
+        if !groups.is_empty() {
+            all.insert("groups".into(), Value::Object(groups));
+        }
+        all.insert("group_subtasks".into(), Value::Object(subtasks));
+        for (key, from) in [
+            ("configs", "config"),
+            ("versions", "version"),
+            ("n-shot", "n-shot"),
+            ("n-samples", "n-samples"),
+            ("cut_contexts", "cut"),
+            ("evaluation_seconds", "seconds"),
+        ] {
+            let of =
+                |(name, _, _, about): &(String, _, _, Value)| (name.clone(), about[from].clone());
+            all.insert(key.into(), Value::Object(self.tasks.iter().map(of).collect()));
+        }
+        all.insert("config".into(), self.config.clone());
+        Value::Object(all)
+    }
+
+    /// Scores of a group: means over all samples of its tasks, and the error of such a pool.
+    fn group(&self, tasks: &[usize]) -> Value {
+        let size = |i: usize| self.tasks[i].3["n-samples"]["effective"].as_f64().unwrap_or(0.0);
+        let total: f64 = tasks.iter().map(|&i| size(i)).sum();
+        let mut out = Map::new();
+        let keys = self.tasks[tasks[0]].2.keys().filter(|key| key.ends_with(",none"));
+        for key in keys.filter(|key| !key.contains("_stderr")) {
+            let number = |i: usize, key: &str| self.tasks[i].2[key].as_f64();
+            let mean =
+                tasks.iter().filter_map(|&i| Some(number(i, key)? * size(i))).sum::<f64>() / total;
+            let error = key.replace(",none", "_stderr,none");
+            // Each task's variance of a sample is its squared error times its size.
+            let pooled = tasks
+                .iter()
+                .map(|&i| number(i, &error).map(|e| (size(i) - 1.0) * e * e * size(i)))
+                .sum::<Option<f64>>()
+                .map(|sum| (sum / (total - tasks.len() as f64) / total).sqrt());
+            out.insert(key.clone(), json!(mean));
+            out.insert(error, pooled.map_or_else(|| "N/A".into(), |e| or_na(e)));
+        }
+        Value::Object(out)
+    }
+
+    /// A line for each task and group: samples, examples, and scores in per cent.
+    pub fn table(&self) -> String {
+        let mut out = String::new();
+        let json = self.json();
+        let line = |out: &mut String, name: &str, about: String, scores: &Value| {
+            let of = |metric: &str| -> Option<String> {
+                let mean = scores[format!("{metric},none")].as_f64()? * 100.0;
+                let error = scores[format!("{metric}_stderr,none")].as_f64();
+                let error = error.map_or(String::new(), |e| format!(" ± {:.2}", e * 100.0));
+                Some(format!("{metric} {mean:.2}{error}"))
+            };
+            let scores: Vec<String> = ["acc", "acc_norm"].into_iter().filter_map(of).collect();
+            let _ = writeln!(out, "{name:<40} {about:<22} {}", scores.join("   "));
+        };
+        for (name, _, scores, about) in &self.tasks {
+            let (shots, n) = (&about["n-shot"], &about["n-samples"]["effective"]);
+            let about = format!("{n} samples, {shots}-shot");
+            line(&mut out, name, about, &Value::Object(scores.clone()));
+        }
+        for (name, scores) in json["groups"].as_object().into_iter().flatten() {
+            line(&mut out, name, "all of them".into(), scores);
+        }
+        out
+    }
+}
+
+fn or_na(x: f64) -> Value {
+    if x.is_finite() { json!(x) } else { "N/A".into() }
+}
+
+/// A line a sample.
+fn lines(task: &Task, outcome: &Outcome) -> Result<String> {
+    let mut out = String::new();
+    for (i, judged) in outcome.samples.iter().enumerate() {
+        let resps: Vec<Value> =
+            judged.likelihoods.iter().map(|l| json!([[l.log_likelihood, l.is_greedy]])).collect();
+        let mut line = json!({
+            "doc_id": i,
+            "doc": judged.sample.row,
+            "target": judged.sample.question.target,
+            "arguments": judged.sample.requests,
+            "resps": resps,
+            "filter": "none",
+            "metrics": task.file.metrics.iter().map(|m| m.name()).collect::<Vec<_>>(),
+        });
+        for (metric, value) in task.file.metrics.iter().zip(&judged.values) {
+            line[metric.name()] = json!(value);
+        }
+        out += &(serde_json::to_string(&line)? + "\n");
+    }
+    Ok(out)
+}
+
+/// Writes a file as a whole or not at all.
+fn write(path: &Path, text: &str) -> Result<()> {
+    let cannot = || format!("cannot write `{}`", path.display());
+    let beside = path.with_extension("tmp");
+    std::fs::write(&beside, text).with_context(cannot)?;
+    std::fs::rename(&beside, path).with_context(cannot)
+}

@@ -1,0 +1,122 @@
+//! The rows of an evaluation set: JSON lines, Parquet or Arrow, below the data folder.
+
+use crate::data::documents::objects;
+use crate::error::WithHint;
+use anyhow::{Context, Result, anyhow};
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type};
+use arrow_array::{Array, RecordBatch};
+use arrow_ipc::reader::{FileReader, StreamReader};
+use arrow_schema::DataType;
+use serde_json::{Map, Value};
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+/// A row.
+pub type Row = Map<String, Value>;
+
+/// All rows of a split: of the files in `DIR/SPLIT/`, or of those beside it whose names begin so (`DIR/SPLIT.jsonl.gz`,
+/// `DIR/SPLIT-00000-of-00002.parquet`), in the order of their names. `None` where there are no such files.
+///
+/// # Errors
+/// A file that cannot be read, or that holds something else than rows.
+pub fn read(dir: &Path, split: &str) -> Result<Option<Vec<Row>>> {
+    let files = files(dir, split)?;
+    if files.is_empty() {
+        return Ok(None);
+    }
+    let mut rows = Vec::new();
+    for file in files {
+        match file.extension().is_some_and(|extension| extension == "arrow") {
+            true => rows.extend(of_arrow(&file)?),
+            false => {
+                for object in objects(&file)? {
+                    let row = object.map_err(|skipped| {
+                        anyhow!("row {} of `{}`: {}", skipped.row, file.display(), skipped.why)
+                    });
+                    rows.push(row?);
+                }
+            }
+        }
+    }
+    Ok(Some(rows))
+}
+
+fn files(dir: &Path, split: &str) -> Result<Vec<PathBuf>> {
+    let inside = dir.join(split);
+    let (folder, begins) = match inside.is_dir() {
+        true => (inside.as_path(), ""),
+        false => (dir, split),
+    };
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let cannot = || format!("cannot list `{}`", folder.display());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).with_context(cannot)? {
+        let path = entry.with_context(cannot)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let rest = name.strip_prefix(begins);
+        let is_split = rest.is_some_and(|r| begins.is_empty() || r.starts_with(['.', '-']));
+        let kinds = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow"];
+        if is_split && kinds.iter().any(|kind| name.ends_with(kind)) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Rows of an Arrow IPC file, of the stream that `datasets` saves or of the random-access kind.
+fn of_arrow(path: &Path) -> Result<Vec<Row>> {
+    let open = || File::open(path).map(BufReader::new);
+    let cannot = || format!("cannot read `{}` as Arrow", path.display());
+    let batches: Vec<RecordBatch> = match FileReader::try_new(open().with_context(cannot)?, None) {
+        Ok(reader) => reader.collect::<Result<_, _>>(),
+        Err(_) => StreamReader::try_new(open().with_context(cannot)?, None)
+            .and_then(|reader| reader.collect()),
+    }
+    .with_context(cannot)
+    .hint("copy the file again")?;
+    let mut rows = Vec::new();
+    for batch in &batches {
+        let schema = batch.schema();
+        for i in 0..batch.num_rows() {
+            let fields = schema.fields().iter().zip(batch.columns());
+            rows.push(
+                fields.map(|(field, column)| (field.name().clone(), value(column, i))).collect(),
+            );
+        }
+    }
+    Ok(rows)
+}
+
+/// Value `i` of a column; of a type that no set here has, null.
+fn value(column: &dyn Array, i: usize) -> Value {
+    if column.is_null(i) {
+        return Value::Null;
+    }
+    let list = |items: &dyn Array| (0..items.len()).map(|i| value(items, i)).collect();
+    match column.data_type() {
+        DataType::Boolean => column.as_boolean().value(i).into(),
+        DataType::Int8 => column.as_primitive::<Int8Type>().value(i).into(),
+        DataType::Int16 => column.as_primitive::<Int16Type>().value(i).into(),
+        DataType::Int32 => column.as_primitive::<Int32Type>().value(i).into(),
+        DataType::Int64 => column.as_primitive::<Int64Type>().value(i).into(),
+        DataType::Float32 => column.as_primitive::<Float32Type>().value(i).into(),
+        DataType::Float64 => column.as_primitive::<Float64Type>().value(i).into(),
+        DataType::Utf8 => column.as_string::<i32>().value(i).into(),
+        DataType::LargeUtf8 => column.as_string::<i64>().value(i).into(),
+        DataType::List(_) => list(&column.as_list::<i32>().value(i)),
+        DataType::LargeList(_) => list(&column.as_list::<i64>().value(i)),
+        DataType::Struct(fields) => {
+            let columns = column.as_struct().columns();
+            let pair = |(field, column): (&arrow_schema::FieldRef, &arrow_array::ArrayRef)| {
+                (field.name().clone(), value(column, i))
+            };
+            Value::Object(fields.iter().zip(columns).map(pair).collect())
+        }
+        _ => Value::Null,
+    }
+}
