@@ -11,6 +11,7 @@ mod distributed;
 mod doctor;
 mod document_mask;
 mod engine;
+mod eval;
 mod finetune;
 mod foreign;
 mod fsdp;
