@@ -17,7 +17,7 @@ use crate::generate::NetworkRef;
 use crate::generate::score::score_tokens;
 use crate::model::GPT;
 use anyhow::Result;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// What is known of a continuation.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -39,8 +39,9 @@ struct Row {
     reads: Vec<(i64, i64, usize)>,
 }
 
-/// Rows of at most so many tokens, unless one request alone is longer. Attention of a row costs its square.
-const TOKENS: usize = 1024;
+/// Rows of at most so many tokens, unless one request alone is longer: on the CPU, on a GPU. Attention of a row costs its
+/// square, and a GPU wants many at a time.
+const TOKENS: [usize; 2] = [1024, 4096];
 
 /// Logits that exist at a time, in rows of the vocabulary.
 const LOGITS: i64 = 256;
@@ -81,13 +82,14 @@ pub fn log_likelihoods(
     let mut order: Vec<usize> = (0..pairs.len()).collect();
     order.sort_by(|&a, &b| inputs[a].cmp(&inputs[b]));
 
+    let most = TOKENS[usize::from(model.device().is_cuda())];
     let mut all = vec![Likelihood { log_likelihood: 0.0, is_greedy: Some(true) }; pairs.len()];
     let (mut row, mut path, mut last): (Row, Vec<usize>, &[u32]) = (Row::default(), vec![], &[]);
     let mut through = 0;
     for &i in &order {
         let input = &inputs[i];
         let mut shared = last.iter().zip(input).take_while(|(a, b)| a == b).count();
-        if !row.ids.is_empty() && row.ids.len() + input.len() - shared > TOKENS {
+        if !row.ids.is_empty() && row.ids.len() + input.len() - shared > most {
             through += run(model, &std::mem::take(&mut row), &mut all)?;
             done(through);
             (path, shared) = (Vec::new(), 0);
@@ -125,15 +127,15 @@ impl Row {
     }
 
     /// 0 where a token sees another, else -inf.
-    fn bias(&self, kind: Kind) -> Tensor {
-        let t = self.ids.len();
+    fn bias(&self, kind: Kind, device: Device) -> Tensor {
+        let (t, n) = (self.ids.len(), self.ids.len() as i64);
         let mut seen = vec![false; t * t];
         for (whole, sees) in seen.chunks_exact_mut(t).zip(&self.sees) {
             whole[..sees.len()].copy_from_slice(sees);
         }
-        let hidden = Tensor::from_slice(&seen).logical_not().view([1, 1, t as i64, t as i64]);
-        Tensor::zeros([1, 1, t as i64, t as i64], (kind, tch::Device::Cpu))
-            .masked_fill(&hidden, f64::NEG_INFINITY)
+        let seen = Tensor::from_slice(&seen).to_device(device).view([1, 1, n, n]);
+        Tensor::zeros([1, 1, n, n], (kind, device))
+            .masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
     }
 }
 
@@ -161,7 +163,7 @@ fn run(model: &GPT, row: &Row, all: &mut [Likelihood]) -> Result<usize> {
     let device = model.device();
     let ids = Tensor::from_slice(&row.ids).unsqueeze(0).to_device(device); // (1, T)
     let positions = Tensor::from_slice(&row.positions).to_device(device); // (T,)
-    let bias = row.bias(model.kind()).to_device(device); // (1, 1, T, T)
+    let bias = row.bias(model.kind(), device); // (1, 1, T, T)
     let x = model.hidden_branches(&ids, &positions, &bias).squeeze_dim(0); // (T, C)
     let places: Vec<i64> = row.reads.iter().map(|(at, ..)| *at).collect();
     let targets: Vec<i64> = row.reads.iter().map(|(_, target, _)| *target).collect();

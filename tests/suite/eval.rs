@@ -1,6 +1,6 @@
 //! Evaluation: prompts are the harness's, likelihoods those of plain passes, and nothing that was computed is lost.
 
-use crate::common::{alone, tiny_llama, tiny_neox};
+use crate::common::{alone, card, tiny_llama, tiny_neox};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Output;
@@ -87,6 +87,37 @@ fn texts_with_one_beginning_have_the_likelihoods_that_each_has_alone() {
         let too_long = Pair { context: vec![1], continuation: text(1, limit + 1) };
         let error = log_likelihoods(NetworkRef::Dense(&model), &[too_long], |_| {}).unwrap_err();
         assert!(error.to_string().contains("does not fit the model's context"), "{error}");
+    }
+}
+
+#[test]
+fn on_the_card_likelihoods_are_those_of_the_cpu() {
+    let Some((device, _card)) = card("on_the_card_likelihoods_are_those_of_the_cpu") else {
+        return;
+    };
+    tch::manual_seed(3);
+    let (config, dir) = (tiny_llama(), tempfile::tempdir().unwrap());
+    let model = GPT::new(&config, Device::Cpu);
+    checkpoint::save(dir.path(), &model).unwrap();
+    let v = config.vocab_size as u32;
+    let text = |seed: u32, n: u32| {
+        (0..n).map(|j| (seed * 7919 + j * 104_729 + seed * j) % v).collect::<Vec<u32>>()
+    };
+    let pair = |i: u32| Pair {
+        context: [text(1, 5), text(i / 4 + 2, 1 + i % 9)].concat(),
+        continuation: text(i + 50, 1 + i % 5),
+    };
+    let pairs: Vec<Pair> = (0..200).map(pair).collect();
+    let of = |model: &GPT| log_likelihoods(NetworkRef::Dense(model), &pairs, |_| {}).unwrap().0;
+    let want = of(&model);
+    for (kind, off) in [(tch::Kind::Float, 1e-3), (tch::Kind::BFloat16, 0.2)] {
+        let there = checkpoint::load_model(dir.path(), kind, device).unwrap();
+        for (got, want) in of(&there).iter().zip(&want) {
+            assert!(
+                (got.log_likelihood - want.log_likelihood).abs() < off,
+                "{kind:?}: {got:?} {want:?}"
+            );
+        }
     }
 }
 
