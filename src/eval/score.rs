@@ -39,12 +39,16 @@ struct Row {
     reads: Vec<(i64, i64, usize)>,
 }
 
-/// Rows of at most so many tokens, unless one request alone is longer: on the CPU, on a GPU. Attention of a row costs its
-/// square, and a GPU wants many at a time.
-const TOKENS: [usize; 2] = [1024, 4096];
+/// Tokens of a row, unless one request alone is longer: on the CPU, on a GPU, which wants many at a time. Attention of a row
+/// costs its square.
+const TOKENS: [usize; 2] = [512, 4096];
+
+/// Rows are longer where the next request shares much with them, which another row would compute again: up to so many
+/// times what it shares, and no longer than this.
+const SHARED: (usize, usize) = (4, 2048);
 
 /// Logits that exist at a time, in rows of the vocabulary.
-const LOGITS: i64 = 256;
+const LOGITS: i64 = 512;
 
 /// The likelihood of each pair's continuation, in the order of `pairs`, and how many contexts were cut from the left to fit
 /// the model's. `done` is called with the number of requests that are through.
@@ -89,6 +93,7 @@ pub fn log_likelihoods(
     for &i in &order {
         let input = &inputs[i];
         let mut shared = last.iter().zip(input).take_while(|(a, b)| a == b).count();
+        let most = most.max((SHARED.0 * shared).min(SHARED.1));
         if !row.ids.is_empty() && row.ids.len() + input.len() - shared > most {
             through += run(model, &std::mem::take(&mut row), &mut all)?;
             done(through);
@@ -172,8 +177,9 @@ fn run(model: &GPT, row: &Row, all: &mut [Likelihood]) -> Result<usize> {
     let (mut logprobs, mut greedy) = (Vec::new(), Vec::new());
     for (x, targets) in x.split(LOGITS, 0).iter().zip(targets.split(LOGITS, 0)) {
         let logits = model.head(x).to_kind(Kind::Float); // (n, V)
-        let of_target = logits.gather(1, &targets.unsqueeze(1), false).squeeze_dim(1); // (n,)
-        logprobs.push(of_target - logits.logsumexp([1], false));
+        // Six times as fast on the CPU as libtorch's logsumexp, which makes one value a row.
+        let all = logits.log_softmax(1, Kind::Float); // (n, V)
+        logprobs.push(all.gather(1, &targets.unsqueeze(1), false).squeeze_dim(1)); // (n,)
         greedy.push(logits.argmax(1, false).eq_tensor(&targets));
     }
     let logprobs = Vec::<f64>::try_from(Tensor::cat(&logprobs, 0).to_kind(Kind::Double))?;

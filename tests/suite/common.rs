@@ -1,11 +1,14 @@
 //! Small models and helpers shared by the tests.
 
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tch::{Cuda, Device, Kind, Tensor};
+use tinyllama::checkpoint;
 use tinyllama::config::TrainConfig;
 use tinyllama::data::Batch;
 use tinyllama::ffi::{self, Matmul, SdpBackends};
 use tinyllama::model::{GPT, ModelConfig};
+use tinyllama::tokenizer::Tokenizer;
 use tinyllama::train::optimizer::AdamW;
 use tinyllama::train::step::{MicroStep, StepOutput, train_step};
 
@@ -91,4 +94,20 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 pub fn one_step(model: &GPT, optimizer: &mut AdamW, batches: &[Batch], lr: f64) -> StepOutput {
     let train = TrainConfig::default();
     train_step(model, optimizer, &mut MicroStep::default(), batches, lr, &train, None).unwrap()
+}
+
+/// Writes a checkpoint of random weights, the same each time, with the quickstart's tokenizer.
+pub fn quickstart_like(dir: &Path) {
+    let from = Path::new("data/quickstart/tokenizer");
+    let mut config = ModelConfig::preset("tiny-llama-1.1b").unwrap();
+    (config.n_layer, config.n_embd, config.n_head, config.n_query_groups) = (2, 64, 4, 2);
+    (config.head_size, config.intermediate_size, config.block_size) = (16, 128, 128);
+    config.padded_vocab_size = Tokenizer::load(from).unwrap().vocab_size() as i64;
+    config.vocab_size = config.padded_vocab_size;
+    {
+        let _alone = alone();
+        tch::manual_seed(3);
+        checkpoint::save(dir, &GPT::new(&config, Device::Cpu)).unwrap();
+    }
+    checkpoint::copy_files(&Tokenizer::files(from), dir).unwrap();
 }

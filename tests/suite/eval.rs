@@ -1,6 +1,6 @@
 //! Evaluation: prompts are the harness's, likelihoods those of plain passes, and nothing that was computed is lost.
 
-use crate::common::{alone, card, tiny_llama, tiny_neox};
+use crate::common::{alone, card, quickstart_like, tiny_llama, tiny_neox};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Output;
@@ -11,7 +11,7 @@ use tinyllama::eval::score::log_likelihoods;
 use tinyllama::eval::{Score, task};
 use tinyllama::generate::NetworkRef;
 use tinyllama::generate::score::score_tokens;
-use tinyllama::model::{GPT, ModelConfig};
+use tinyllama::model::GPT;
 use tinyllama::tokenizer::Tokenizer;
 
 const GOLDEN: &str = "tests/golden/eval";
@@ -146,20 +146,7 @@ struct Folder(tempfile::TempDir);
 impl Folder {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let base = dir.path().join("model");
-        let mut config = ModelConfig::preset("tiny-llama-1.1b").unwrap();
-        (config.n_layer, config.n_embd, config.n_head, config.n_query_groups) = (2, 64, 4, 2);
-        (config.head_size, config.intermediate_size, config.block_size) = (16, 128, 128);
-        let tokenizer = Tokenizer::load("data/quickstart/tokenizer".as_ref()).unwrap();
-        config.padded_vocab_size = tokenizer.vocab_size() as i64;
-        config.vocab_size = config.padded_vocab_size;
-        {
-            let _alone = alone();
-            tch::manual_seed(3);
-            checkpoint::save(&base, &GPT::new(&config, Device::Cpu)).unwrap();
-        }
-        let files = Tokenizer::files("data/quickstart/tokenizer".as_ref());
-        checkpoint::copy_files(&files, &base).unwrap();
+        quickstart_like(&dir.path().join("model"));
         Self(dir)
     }
 

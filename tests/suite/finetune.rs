@@ -1,6 +1,6 @@
 //! Finetuning: conversations as tokens, adapters as PEFT's, and the verb itself.
 
-use crate::common::{alone, card};
+use crate::common::{alone, card, quickstart_like};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -350,19 +350,7 @@ impl Folder {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().join("base/final"); // a run's folder, as people name it
-        let mut config = tinyllama::model::ModelConfig::preset("tiny-llama-1.1b").unwrap();
-        (config.n_layer, config.n_embd, config.n_head, config.n_query_groups) = (2, 64, 4, 2);
-        (config.head_size, config.intermediate_size, config.block_size) = (16, 128, 128);
-        let tokenizer = Tokenizer::load("data/quickstart/tokenizer".as_ref()).unwrap();
-        config.padded_vocab_size = tokenizer.vocab_size() as i64;
-        config.vocab_size = config.padded_vocab_size;
-        {
-            let _alone = alone();
-            tch::manual_seed(3);
-            checkpoint::save(&base, &GPT::new(&config, Device::Cpu)).unwrap();
-        }
-        checkpoint::copy_files(&Tokenizer::files("data/quickstart/tokenizer".as_ref()), &base)
-            .unwrap();
+        quickstart_like(&base);
         let row = |i: usize| {
             let (question, answer) =
                 (format!("What comes after {i}?"), format!("After it comes {}.", i + 1));
