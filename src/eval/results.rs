@@ -14,7 +14,17 @@ pub struct Results {
     path: PathBuf,
     /// What was evaluated, and how.
     config: Value,
-    tasks: Vec<(String, Option<String>, Map<String, Value>, Value)>,
+    tasks: Vec<Entry>,
+}
+
+/// A task that is through.
+struct Entry {
+    name: String,
+    group: Option<String>,
+    /// `METRIC,none` and `METRIC_stderr,none`.
+    scores: Map<String, Value>,
+    /// How they came about, under the names that [`Results::json`] takes from here.
+    about: Value,
 }
 
 /// The files of an evaluation.
@@ -62,7 +72,8 @@ impl Results {
             "seconds": outcome.seconds,
             "config": task.file,
         });
-        self.tasks.push((task.name.clone(), task.group.clone(), scores, about));
+        let (name, group) = (task.name.clone(), task.group.clone());
+        self.tasks.push(Entry { name, group, scores, about });
         if samples {
             let path = self.path.with_file_name(format!("samples_{}.jsonl", task.name));
             write(&path, &lines(task, outcome)?)?;
@@ -73,18 +84,18 @@ impl Results {
     fn json(&self) -> Value {
         let mut all = Map::new();
         let (mut results, mut groups) = (Map::new(), Map::new());
-        for (name, _, scores, _) in &self.tasks {
-            results.insert(name.clone(), Value::Object(scores.clone()));
+        for task in &self.tasks {
+            results.insert(task.name.clone(), Value::Object(task.scores.clone()));
         }
         let mut members: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
-        for (i, (_, group, ..)) in self.tasks.iter().enumerate() {
-            if let Some(group) = group {
+        for (i, task) in self.tasks.iter().enumerate() {
+            if let Some(group) = &task.group {
                 members.entry(group).or_default().push(i);
             }
         }
         let mut subtasks = Map::new();
         for (group, tasks) in members {
-            let names: Vec<&String> = tasks.iter().map(|&i| &self.tasks[i].0).collect();
+            let names: Vec<&String> = tasks.iter().map(|&i| &self.tasks[i].name).collect();
             subtasks.insert(group.to_owned(), json!(names));
             let mean = self.group(&tasks);
             groups.insert(group.to_owned(), mean.clone());
@@ -103,8 +114,7 @@ impl Results {
             ("cut_contexts", "cut"),
             ("evaluation_seconds", "seconds"),
         ] {
-            let of =
-                |(name, _, _, about): &(String, _, _, Value)| (name.clone(), about[from].clone());
+            let of = |task: &Entry| (task.name.clone(), task.about[from].clone());
             all.insert(key.into(), Value::Object(self.tasks.iter().map(of).collect()));
         }
         all.insert("config".into(), self.config.clone());
@@ -113,12 +123,12 @@ impl Results {
 
     /// Scores of a group: means over all samples of its tasks, and the error of such a pool.
     fn group(&self, tasks: &[usize]) -> Value {
-        let size = |i: usize| self.tasks[i].3["n-samples"]["effective"].as_f64().unwrap_or(0.0);
+        let size = |i: usize| self.tasks[i].about["n-samples"]["effective"].as_f64().unwrap_or(0.0);
         let total: f64 = tasks.iter().map(|&i| size(i)).sum();
         let mut out = Map::new();
-        let keys = self.tasks[tasks[0]].2.keys().filter(|key| key.ends_with(",none"));
+        let keys = self.tasks[tasks[0]].scores.keys().filter(|key| key.ends_with(",none"));
         for key in keys.filter(|key| !key.contains("_stderr")) {
-            let number = |i: usize, key: &str| self.tasks[i].2[key].as_f64();
+            let number = |i: usize, key: &str| self.tasks[i].scores[key].as_f64();
             let mean =
                 tasks.iter().filter_map(|&i| Some(number(i, key)? * size(i))).sum::<f64>() / total;
             let error = key.replace(",none", "_stderr,none");
@@ -129,7 +139,7 @@ impl Results {
                 .sum::<Option<f64>>()
                 .map(|sum| (sum / (total - tasks.len() as f64) / total).sqrt());
             out.insert(key.clone(), json!(mean));
-            out.insert(error, pooled.map_or_else(|| "N/A".into(), |e| or_na(e)));
+            out.insert(error, pooled.map_or_else(|| "N/A".into(), or_na));
         }
         Value::Object(out)
     }
@@ -148,10 +158,10 @@ impl Results {
             let scores: Vec<String> = ["acc", "acc_norm"].into_iter().filter_map(of).collect();
             let _ = writeln!(out, "{name:<40} {about:<22} {}", scores.join("   "));
         };
-        for (name, _, scores, about) in &self.tasks {
-            let (shots, n) = (&about["n-shot"], &about["n-samples"]["effective"]);
+        for task in &self.tasks {
+            let (shots, n) = (&task.about["n-shot"], &task.about["n-samples"]["effective"]);
             let about = format!("{n} samples, {shots}-shot");
-            line(&mut out, name, about, &Value::Object(scores.clone()));
+            line(&mut out, &task.name, about, &Value::Object(task.scores.clone()));
         }
         for (name, scores) in json["groups"].as_object().into_iter().flatten() {
             line(&mut out, name, "all of them".into(), scores);

@@ -16,11 +16,13 @@ use tinyllama::tokenizer::Tokenizer;
 
 const GOLDEN: &str = "tests/golden/eval";
 
+/// Row, context, continuation.
+type Asked = Vec<(usize, String, String)>;
+
 #[test]
 fn prompts_are_those_of_the_harness() {
     let text = std::fs::read_to_string(format!("{GOLDEN}/requests.json")).unwrap();
-    let all: BTreeMap<String, BTreeMap<usize, Vec<(usize, String, String)>>> =
-        serde_json::from_str(&text).unwrap();
+    let all: BTreeMap<String, BTreeMap<usize, Asked>> = serde_json::from_str(&text).unwrap();
     assert_eq!(all.len(), 7);
     for (name, of_shots) in all {
         let task = task::find(std::slice::from_ref(&name)).unwrap().remove(0);
@@ -29,7 +31,7 @@ fn prompts_are_those_of_the_harness() {
             let got = found.samples.iter().enumerate().flat_map(|(i, sample)| {
                 sample.requests.iter().map(move |(a, b)| (i, a.clone(), b.clone()))
             });
-            let got: Vec<(usize, String, String)> = got.collect();
+            let got: Asked = got.collect();
             assert_eq!(got, want, "{name}, {shots} examples");
         }
     }
