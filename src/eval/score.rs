@@ -144,7 +144,8 @@ impl Row {
     }
 }
 
-/// By a network that knows no branches: each text alone.
+/// By a network that knows no branches: each text alone. It scores as many tokens as its context has, one less than fit
+/// before and in an answer, so that a text that was cut loses one more of its beginning.
 fn one_by_one(
     network: NetworkRef,
     pairs: &[Pair],
@@ -154,7 +155,15 @@ fn one_by_one(
     let mut all = Vec::with_capacity(pairs.len());
     for (i, (pair, input)) in pairs.iter().zip(inputs).enumerate() {
         let whole: Vec<u32> = input.iter().chain(pair.continuation.last()).copied().collect();
-        let logprobs = score_tokens(network, &whole)?;
+        let most = network.config().block_size as usize;
+        let whole = &whole[whole.len().saturating_sub(most)..];
+        if pair.continuation.len() >= whole.len() {
+            bail_hint!(
+                "evaluate a model with a longer context, or leave the sample out";
+                "an answer of {} tokens leaves no room for its question in a context of {most}", pair.continuation.len()
+            );
+        }
+        let logprobs = score_tokens(network, whole)?;
         let of_answer = &logprobs[whole.len() - pair.continuation.len()..];
         let log_likelihood = of_answer.iter().flatten().sum();
         all.push(Likelihood { log_likelihood, is_greedy: None });

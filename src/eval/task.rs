@@ -209,26 +209,22 @@ pub fn find(names: &[String]) -> Result<Vec<Task>> {
                 let file = TaskFile { subjects: vec![subject], ..file.clone() };
                 tasks.extend(file.into_tasks()?);
             } else {
-                return Err(unknown(name, &own));
+                return unknown(name, &own);
             }
         }
     }
     Ok(tasks)
 }
 
-fn unknown(name: &str, own: &[TaskFile]) -> anyhow::Error {
+fn unknown(name: &str, own: &[TaskFile]) -> Result<Vec<Task>> {
     let all = own.iter().flat_map(|file| {
         let subjects = file.subjects.iter().map(|subject| format!("{}_{subject}", file.task));
         std::iter::once(file.task.clone()).chain(subjects)
     });
     let mut near: Vec<String> = all.chain(["commonsense".to_owned()]).collect();
     near.sort_by(|a, b| strsim::jaro(b, name).total_cmp(&strsim::jaro(a, name)));
-    let error = anyhow!("`{name}` is no task; near are `{}`", near[..3].join("`, `"));
-    let hint = "a task of your own is a file: name one that ends with `.yaml`";
-    match Err::<(), _>(error).usage(hint) {
-        Err(error) => error,
-        Ok(()) => unreachable!("it was an error"),
-    }
+    Err(anyhow!("`{name}` is no task; near are `{}`", near[..3].join("`, `")))
+        .usage("a task of your own is a file: name one that ends with `.yaml`")
 }
 
 /// Reads a task's file.

@@ -161,7 +161,8 @@ impl Folder {
         let mut command = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
         command.args(["evaluate", "--checkpoint", &model, "--device", "cpu", "--tasks", tasks]);
         let data: &[&str] = if more.contains(&"--data") { &[] } else { &["--data", GOLDEN] };
-        command.args(["--out", &out]).args(data).args(more).output().unwrap()
+        let out: &[&str] = if more.contains(&"--out") { &[] } else { &["--out", &out] };
+        command.args(out).args(data).args(more).output().unwrap()
     }
 
     fn results(&self) -> serde_json::Value {
@@ -195,6 +196,21 @@ fn results_have_the_harness_shape_and_are_kept() {
     assert_eq!(samples[3]["arguments"].as_array().unwrap().len(), 4);
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(table.contains("hellaswag") && table.contains("4 samples, 1-shot"), "{table}");
+
+    // Weights in 8 bits on the CPU know no branches; five examples are longer than the context.
+    let out = format!("{}/quantised", folder.path("out"));
+    let more = ["--quantize", "int8:32", "--num-fewshot", "5", "--log-samples", "--out", &out];
+    let output = folder.evaluate("mmlu_elementary_mathematics", &more);
+    assert!(output.status.success(), "{}", told(&output));
+    assert!(
+        told(&output).contains("contexts of `mmlu_elementary_mathematics` from the left"),
+        "{}",
+        told(&output)
+    );
+    let samples =
+        std::fs::read_to_string(format!("{out}/samples_mmlu_elementary_mathematics.jsonl"))
+            .unwrap();
+    assert!(samples.lines().count() == 2 && samples.contains(",null]]"), "greedy is not known");
 
     // They are not written over, unless asked for; what was through before a failure is kept.
     let again = folder.evaluate("piqa", &[]);
