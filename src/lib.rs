@@ -29,6 +29,7 @@ pub mod generate;
 pub mod guard;
 pub mod model;
 pub mod ops;
+mod picture;
 pub mod quant;
 pub mod serve;
 pub mod tokenizer;

@@ -1,34 +1,23 @@
-//! `loss.png`: the loss curve of a run, drawn from `metrics.jsonl`.
-//!
-//! Everything is drawn at twice the size and averaged down (`SCALE`), which smooths lines, circles
-//! and letters alike: plotters' bitmap backend smooths only the thinnest lines.
+//! `loss.png`: the loss curve of a run, drawn from `metrics.jsonl` on the canvas of `picture.rs`.
 
 use super::progress::count;
-use anyhow::{Context, Result, anyhow};
-use flate2::write::ZlibEncoder;
-use flate2::{Compression, Crc};
-use plotters::coord::Shift;
+use crate::picture::{self, BLUE, DrawResult, FAINT, GRID, INK, ORANGE, Root};
+use crate::picture::{bold, px, segments, text, trim_zeros};
+use anyhow::{Context, Result};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{FontStyle, register_font};
 use serde::Deserialize;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 /// Size of the picture in pixels.
 const SIZE: (usize, usize) = (1600, 1000);
-/// Drawn pixels per pixel of the picture, in each direction.
-const SCALE: usize = 2;
 
-const FONT: &str = "sans-serif";
 const RAW: RGBColor = RGBColor(168, 203, 233);
-const SMOOTH: RGBColor = RGBColor(23, 92, 163);
-const VALIDATION: RGBColor = RGBColor(214, 84, 22);
-const INK: RGBColor = RGBColor(40, 40, 46);
-const FAINT: RGBColor = RGBColor(112, 112, 122);
-const GRID: RGBColor = RGBColor(228, 228, 233);
+const SMOOTH: RGBColor = BLUE;
+const VALIDATION: RGBColor = ORANGE;
 
 /// Draws training loss (each logged step, and smoothed) and validation loss over tokens as a PNG.
 ///
@@ -49,13 +38,7 @@ pub fn loss_curve(metrics_jsonl: &Path, out_png: &Path) -> Result<()> {
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default();
 
-    register_font(FONT, FontStyle::Normal, dejavu::sans::regular())
-        .and_then(|()| register_font(FONT, FontStyle::Bold, dejavu::sans::bold()))
-        .map_err(|_| anyhow!("cannot load the built-in font"))?;
-    let mut pixels = vec![0; SIZE.0 * SIZE.1 * SCALE * SCALE * 3];
-    draw(&curve, &title, &mut pixels).map_err(|e| anyhow!("cannot draw the loss curve: {e}"))?;
-    write_png(&averaged(&pixels), out_png)
-        .with_context(|| format!("cannot write {}", out_png.display()))
+    picture::write(SIZE, out_png, |root| draw(root, &curve, &title))
 }
 
 /// What is drawn: (tokens, loss) in the order of the file.
@@ -183,17 +166,11 @@ fn pieces_below(points: &[(f64, f64)], top: f64) -> Vec<Vec<(f64, f64)>> {
     pieces
 }
 
-type DrawResult<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
-type Root<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 type Chart<'a> = ChartContext<'a, BitMapBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
-/// Draws at `SCALE` times the size into RGB bytes.
-fn draw(curve: &Curve, title: &str, pixels: &mut [u8]) -> DrawResult {
-    let size = ((SIZE.0 * SCALE) as u32, (SIZE.1 * SCALE) as u32);
-    let root = BitMapBackend::with_buffer(pixels, size).into_drawing_area();
-    root.fill(&WHITE)?;
+fn draw(root: &Root, curve: &Curve, title: &str) -> DrawResult {
     let (low, high) = curve.loss_range();
-    let mut chart = ChartBuilder::on(&root)
+    let mut chart = ChartBuilder::on(root)
         .margin_top(px(118))
         .margin_right(px(44))
         .margin_bottom(px(20))
@@ -223,11 +200,9 @@ fn draw(curve: &Curve, title: &str, pixels: &mut [u8]) -> DrawResult {
     let few = half_window(smooth.len()) == 0; // nothing was smoothed
     draw_training(&mut chart, curve, &smooth, few, high)?;
     draw_validation(&mut chart, &val, high)?;
-    draw_header(&root, curve, title)?;
-    draw_legend(&root, few, smooth.last(), val.last())?;
-    draw_notes(&root, curve, high)?;
-    root.present()?;
-    Ok(())
+    draw_header(root, curve, title)?;
+    draw_legend(root, few, smooth.last(), val.last())?;
+    draw_notes(root, curve, high)
 }
 
 /// Each logged step thin and pale, the smoothed curve over it; a few steps as dots.
@@ -240,13 +215,13 @@ fn draw_training(
 ) -> DrawResult {
     if !few {
         for piece in pieces_below(&curve.train, top) {
-            chart.draw_series(segments(&thinned(&piece, SIZE.0), &RAW, 1))?;
+            chart.draw_series(segments(&thinned(&piece, SIZE.0), RAW, 1))?;
         }
     }
     let stride = smooth.len().div_ceil(SIZE.0).max(1);
     let strided: Vec<_> = smooth.iter().step_by(stride).chain(smooth.last()).copied().collect();
     for piece in pieces_below(&strided, top) {
-        chart.draw_series(segments(&piece, &SMOOTH, 3))?;
+        chart.draw_series(segments(&piece, SMOOTH, 3))?;
     }
     for point in smooth.iter().filter(|_| few) {
         chart.draw_series([Circle::new(*point, px(5), SMOOTH.filled())])?;
@@ -257,7 +232,7 @@ fn draw_training(
 /// A line with a dot at each validation; of many the line says it all.
 fn draw_validation(chart: &mut Chart, val: &[(f64, f64)], top: f64) -> DrawResult {
     for piece in pieces_below(val, top) {
-        chart.draw_series(segments(&piece, &VALIDATION, 2))?;
+        chart.draw_series(segments(&piece, VALIDATION, 2))?;
     }
     for point in val.iter().filter(|p| val.len() <= 60 && p.1 <= top) {
         chart.draw_series([Circle::new(*point, px(7), WHITE.filled())])?;
@@ -266,20 +241,9 @@ fn draw_validation(chart: &mut Chart, val: &[(f64, f64)], top: f64) -> DrawResul
     Ok(())
 }
 
-/// A line, segment by segment: plotters' polylines grow long spikes where a line turns sharply.
-fn segments(
-    points: &[(f64, f64)],
-    colour: &'static RGBColor,
-    thickness: u32,
-) -> impl Iterator<Item = PathElement<(f64, f64)>> {
-    let style = colour.stroke_width(px(thickness));
-    points.windows(2).map(move |pair| PathElement::new(pair, style))
-}
-
 /// The run's name at the left, its length at the right.
 fn draw_header(root: &Root, curve: &Curve, title: &str) -> DrawResult {
-    let bold = (FONT, px(30), FontStyle::Bold).into_font().color(&INK);
-    root.draw(&Text::new(title.to_owned(), (px(112), px(28)), bold))?;
+    root.draw(&Text::new(title.to_owned(), (px(112), px(28)), bold(30, &INK)))?;
     let length = match curve.last_step {
         0 => "no steps logged yet".into(),
         1 => format!("1 step, {} tokens", count(curve.last_tokens())),
@@ -343,18 +307,9 @@ fn draw_notes(root: &Root, curve: &Curve, top_of_frame: f64) -> DrawResult {
     Ok(())
 }
 
-/// Pixels of the picture -> drawn pixels.
-fn px<T: From<u8> + std::ops::Mul<Output = T>>(n: T) -> T {
-    n * T::from(SCALE as u8)
-}
-
 /// Where right-aligned text ends: the right edge of the frame.
 fn right_edge() -> i32 {
     px(SIZE.0 as i32 - 44)
-}
-
-fn text(size: i32, colour: &'static RGBColor) -> TextStyle<'static> {
-    TextStyle::from((FONT, px(size)).into_font()).color(colour)
 }
 
 /// `715256` -> `715,256`.
@@ -366,70 +321,7 @@ fn grouped(n: u64) -> String {
 
 /// A tick on the token axis: `0`, `2.5M`, `10M`, `1B`.
 fn tick(tokens: f64) -> String {
-    let text = count(tokens);
-    let digits = text.trim_end_matches(char::is_alphabetic);
-    let unit = &text[digits.len()..];
-    format!("{}{unit}", trim_zeros(digits))
-}
-
-/// `2.50` -> `2.5`, `10.0` -> `10`.
-fn trim_zeros(number: &str) -> String {
-    if number.contains('.') {
-        number.trim_end_matches('0').trim_end_matches('.').into()
-    } else {
-        number.into()
-    }
-}
-
-/// Averages squares of `SCALE * SCALE` drawn pixels.
-fn averaged(pixels: &[u8]) -> Vec<u8> {
-    let (width, height) = SIZE;
-    let stride = width * SCALE * 3;
-    let mut out = Vec::with_capacity(width * height * 3);
-    for y in 0..height {
-        for x in 0..width {
-            for channel in 0..3 {
-                let mut sum = 0;
-                for dy in 0..SCALE {
-                    let start = (y * SCALE + dy) * stride + x * SCALE * 3 + channel;
-                    sum += (0..SCALE).map(|dx| u32::from(pixels[start + 3 * dx])).sum::<u32>();
-                }
-                out.push((sum / (SCALE * SCALE) as u32) as u8);
-            }
-        }
-    }
-    out
-}
-
-/// Writes RGB bytes as a PNG, beside its place first.
-fn write_png(rgb: &[u8], path: &Path) -> std::io::Result<()> {
-    let mut header = Vec::new();
-    header.extend((SIZE.0 as u32).to_be_bytes());
-    header.extend((SIZE.1 as u32).to_be_bytes());
-    header.extend([8, 2, 0, 0, 0]); // bits a channel, RGB, deflate, filters by row, not interlaced
-    let mut rows = ZlibEncoder::new(Vec::new(), Compression::default());
-    for row in rgb.chunks(SIZE.0 * 3) {
-        rows.write_all(&[0])?; // unfiltered
-        rows.write_all(row)?;
-    }
-    let mut out = b"\x89PNG\r\n\x1a\n".to_vec();
-    put_chunk(&mut out, b"IHDR", &header);
-    put_chunk(&mut out, b"IDAT", &rows.finish()?);
-    put_chunk(&mut out, b"IEND", &[]);
-    let temporary = path.with_extension("png.tmp");
-    fs::write(&temporary, out)?;
-    fs::rename(temporary, path)
-}
-
-/// Length, name, data, CRC-32 of name and data.
-fn put_chunk(out: &mut Vec<u8>, name: &[u8; 4], data: &[u8]) {
-    let mut crc = Crc::new();
-    crc.update(name);
-    crc.update(data);
-    out.extend((data.len() as u32).to_be_bytes());
-    out.extend(name);
-    out.extend(data);
-    out.extend(crc.sum().to_be_bytes());
+    trim_zeros(&count(tokens))
 }
 
 #[cfg(test)]
