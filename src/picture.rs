@@ -34,14 +34,18 @@ pub(crate) fn write(
     out_png: &Path,
     draw: impl FnOnce(&Root) -> DrawResult,
 ) -> Result<()> {
-    register_font(FONT, FontStyle::Normal, dejavu::sans::regular())
-        .and_then(|()| register_font(FONT, FontStyle::Bold, dejavu::sans::bold()))
-        .map_err(|_| anyhow!("cannot load the built-in font"))?;
+    load_fonts()?;
     let mut pixels = vec![0; size.0 * size.1 * SCALE * SCALE * 3];
     draw_into(&mut pixels, size, draw)
         .map_err(|e| anyhow!("cannot draw {}: {e}", out_png.display()))?;
     write_png(&averaged(&pixels, size), size, out_png)
         .with_context(|| format!("cannot write {}", out_png.display()))
+}
+
+fn load_fonts() -> Result<()> {
+    register_font(FONT, FontStyle::Normal, dejavu::sans::regular())
+        .and_then(|()| register_font(FONT, FontStyle::Bold, dejavu::sans::bold()))
+        .map_err(|_| anyhow!("cannot load the built-in font"))
 }
 
 /// Draws at `SCALE` times the size into RGB bytes.
@@ -69,6 +73,14 @@ pub(crate) fn text(size: i32, colour: &'static RGBColor) -> TextStyle<'static> {
 
 pub(crate) fn bold(size: i32, colour: &'static RGBColor) -> TextStyle<'static> {
     (FONT, px(size), FontStyle::Bold).into_font().color(colour)
+}
+
+/// How wide a text of this weight and size will be, in pixels of the picture.
+pub(crate) fn width(words: &str, weight: FontStyle, size: i32) -> Result<i32> {
+    load_fonts()?; // before the style, which looks the font up
+    let font = (FONT, px(size), weight).into_font();
+    let (width, _) = font.box_size(words).map_err(|e| anyhow!("cannot measure `{words}`: {e}"))?;
+    Ok((width as usize).div_ceil(SCALE) as i32)
 }
 
 /// A line, segment by segment: plotters' polylines grow long spikes where a line turns sharply.

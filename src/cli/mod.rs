@@ -15,6 +15,7 @@ mod inspect;
 mod inspect_checkpoint;
 mod prepare;
 mod pretrain;
+mod report;
 mod score;
 mod serve;
 mod tokenizer;
@@ -57,6 +58,8 @@ pub enum Verb {
     Score(score::Args),
     /// Scores of benchmarks, as lm-evaluation-harness finds them
     Evaluate(evaluate::Args),
+    /// Draw the scores of a run's checkpoints over tokens, beside the published ones
+    Report(report::Args),
     /// Measure kernels against their peers and the card's own limits
     Bench(bench::Args),
     /// Explain configuration keys, or check and print a resolved configuration
@@ -79,6 +82,7 @@ pub fn run(cli: Cli) -> Result<u8> {
         Verb::Serve(args) => serve::run(args),
         Verb::Score(args) => score::run(args),
         Verb::Evaluate(args) => evaluate::run(args),
+        Verb::Report(args) => report::run(args),
         Verb::Bench(args) => bench::run(args),
         Verb::Config(args) => config::run(args),
         Verb::Doctor(args) => doctor::run(args),

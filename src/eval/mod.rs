@@ -1,12 +1,15 @@
 //! Evaluation: the tasks that the original published scores of, as lm-evaluation-harness asks and judges them.
 //!
 //! A [`task`] is a file that makes a question of a row; [`prompt`] puts examples before it; [`score`] finds the
-//! log-likelihoods of the answers; this module judges them and writes [`results`].
+//! log-likelihoods of the answers; this module judges them and writes [`results`]. [`report`] draws those
+//! of many checkpoints over tokens.
 //!
 //! # Source
 //! lm-evaluation-harness 0.4.13: prompts, choice of examples, metrics and standard errors are its, so that scores compare.
 
 pub mod prompt;
+pub mod published;
+pub mod report;
 pub mod results;
 pub mod rows;
 pub mod score;

@@ -43,6 +43,7 @@ mod quant;
 mod quant_cache;
 mod quant_folder;
 mod recompute;
+mod report;
 mod serve;
 mod small_models;
 mod speculative;
