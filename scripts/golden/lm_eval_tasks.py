@@ -26,7 +26,11 @@ HARNESS = {
     "arc_challenge": "arc/arc_easy.yaml",
     "boolq": "super_glue/boolq/default.yaml",
     "piqa": "piqa/piqa.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "drop": "drop/default.yaml",
+    "wikitext": "wikitext/wikitext.yaml",
 }
+CHOICES = ["hellaswag", "openbookqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "piqa"]
 
 
 def local_task(name, data, folder):
@@ -35,18 +39,21 @@ def local_task(name, data, folder):
     import lm_eval
 
     tasks = Path(lm_eval.__file__).parent / "tasks"
+    include, rows = HARNESS.get(name), data / name
     if name.startswith("mmlu_"):
         subject = name.removeprefix("mmlu_")
         include, rows = f"mmlu/default/{name}.yaml", data / "mmlu" / subject
-        splits, judged = {split: rows / split for split in ("dev", "test")}, "test"
-    else:
-        include, rows = HARNESS[name], data / name
-        splits, judged = {"validation": rows / "validation"}, "validation"
-    files = {split: sorted(map(str, path.glob("*.arrow"))) for split, path in splits.items()}
+    elif name.startswith("bbh_"):
+        subject = name.removeprefix("bbh_")
+        include, rows = f"bbh/cot_fewshot/{subject}.yaml", data / "bbh" / subject
+    files = {split: files_of(rows, split) for split in ("dev", "test", "validation")}
+    files = {split: found for split, found in files.items() if found}
+    judged = "test" if "test" in files else "validation"
+    files = {split: found for split, found in files.items() if split in ("dev", judged)}
     task = {
         "include": str(tasks / include),
         "task": f"local_{name}",
-        "dataset_path": "arrow",
+        "dataset_path": "arrow" if files[judged][0].endswith(".arrow") else "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": files},
         "training_split": None,
@@ -56,7 +63,16 @@ def local_task(name, data, folder):
     }
     if name == "boolq":
         task["doc_to_target"] = "{{answer|int}}"
+    if name == "drop":  # the rows have `answers`, which the harness makes of two other fields
+        task |= {"process_docs": None, "doc_to_target": "{{ answers[0]|join(',') }}"}
+    if name.startswith("bbh_"):
+        del task["fewshot_split"]  # its examples are in its own file
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def files_of(rows, split):
+    found = sorted((rows / split).glob("*.arrow")) or sorted(rows.glob(f"{split}.jsonl*"))
+    return [str(path) for path in found]
 
 
 def harness(model, names, args, folder):
@@ -82,7 +98,8 @@ def harness(model, names, args, folder):
 def ours(model, names, args, folder):
     out, seconds = {}, {}
     for name in names:
-        command = [PROGRAM, "evaluate", "--checkpoint", model, "--tasks", name, "--num-fewshot", str(args.shots)]
+        command = [PROGRAM, "evaluate", "--checkpoint", model, "--tasks", name]
+        command += ["--num-fewshot", args.shots] if args.shots is not None else []
         command += ["--data", args.data, "--out", folder / name, "--log-samples", "--device", args.device]
         command += ["--precision", "32-true" if args.dtype == "float32" else "bf16-true"]
         command += ["--limit", str(args.limit)] if args.limit else []
@@ -93,12 +110,23 @@ def ours(model, names, args, folder):
     return out, seconds
 
 
+def by_doc(samples):
+    return {(sample["doc_id"], sample["filter"]): sample for sample in samples}
+
+
+def arguments(sample):
+    """Texts that the model got."""
+    all = sample["arguments"]
+    pairs = [list(pair.values()) if isinstance(pair, dict) else list(pair) for pair in (all.values() if isinstance(all, dict) else all)]
+    return [[part for part in pair if isinstance(part, str)] for pair in pairs]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--tasks", default=",".join(HARNESS))
+    parser.add_argument("--tasks", default=",".join(CHOICES))
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--shots", type=int, default=0)
+    parser.add_argument("--shots", type=int, help="examples; each task's own number if not given")
     parser.add_argument("--data", type=Path, default=Path("data/eval"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -112,19 +140,22 @@ def main():
         mine, my_seconds = ours(args.model, names, args, folder)
     for name in names:
         (their_scores, their_samples), (my_scores, my_samples) = theirs[name], mine[name]
-        their_samples.sort(key=lambda sample: sample["doc_id"])
-        assert len(their_samples) == len(my_samples), (len(their_samples), len(my_samples))
+        their_samples, my_samples = by_doc(their_samples), by_doc(my_samples)
+        assert their_samples.keys() == my_samples.keys(), (their_samples.keys(), my_samples.keys())
         same, worst, prompts = 0, 0.0, 0
-        for their, my in zip(their_samples, my_samples):
-            their_lls = [float(response[0][0]) for response in their["resps"]]
-            my_lls = [response[0][0] for response in my["resps"]]
+        for key, their in their_samples.items():
+            my = my_samples[key]
+            prompts += arguments(their) == arguments(my)
+            if isinstance(my["resps"][0][0], str):
+                same += their["filtered_resps"] == my["filtered_resps"]
+                continue
+            their_lls = [float(response[0][0] if isinstance(response, (list, tuple)) and isinstance(response[0], (list, tuple)) else response[0]) for response in their["resps"]]
+            my_lls = [float(response[0][0] if isinstance(response[0], list) else response[0]) for response in my["resps"]]
             same += max(range(len(their_lls)), key=their_lls.__getitem__) == max(range(len(my_lls)), key=my_lls.__getitem__)
-            worst = max(worst, *(abs(a - b) for a, b in zip(their_lls, my_lls)))
-            their_arguments = [list(pair.values()) if isinstance(pair, dict) else list(pair) for pair in (their["arguments"].values() if isinstance(their["arguments"], dict) else their["arguments"])]
-            prompts += their_arguments == [list(pair) for pair in my["arguments"]]
+            worst = max(worst, *(abs(a - b) for a, b in zip(their_lls, my_lls)), 0.0)
         scores = {key: (value, my_scores[key]) for key, value in their_scores.items() if key in my_scores and "," in key}
         print(
-            f"{name}, {args.shots}-shot: {same} of {len(my_samples)} chose the same, {prompts} had the same prompts; log-likelihoods "
+            f"{name}, {'its own' if args.shots is None else args.shots}-shot: {same} of {len(my_samples)} answered the same, {prompts} had the same prompts; log-likelihoods "
             f"within {worst:.1e}; {their_seconds[name]:.1f} s and {my_seconds[name]:.1f} s; "
             + ", ".join(f"{key} {a if isinstance(a, str) else round(a, 4)} {b if isinstance(b, str) else round(b, 4)}" for key, (a, b) in scores.items())
         )

@@ -1,14 +1,16 @@
 //! `tinyllama evaluate`.
 
 use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
+use crate::checkpoint::{self, TrainState};
 use crate::error::exit;
 use crate::eval::results::Results;
-use crate::eval::{self, Options, task};
+use crate::eval::sandbox::{Limits, Sandbox};
+use crate::eval::{self, Model, Options, task};
 use crate::{device, guard};
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tch::Device;
 
 /// Arguments of `evaluate`.
@@ -40,6 +42,24 @@ pub struct Args {
     /// Seed of the choice of examples
     #[arg(long, default_value_t = 1234)]
     seed: u64,
+    /// Requests at a time: `auto` fills rows with as many as run well
+    #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = batch_size)]
+    batch_size: BatchSize,
+    /// Run programs that the model writes (`humaneval`): without network, in an empty folder, with limits
+    #[arg(long)]
+    allow_code_execution: bool,
+}
+
+/// `None`: as many as run well.
+#[derive(Clone, Copy)]
+struct BatchSize(Option<usize>);
+
+fn batch_size(text: &str) -> Result<BatchSize, String> {
+    match text.parse() {
+        Ok(n) if n > 0 => Ok(BatchSize(Some(n))),
+        _ if text == "auto" => Ok(BatchSize(None)),
+        _ => Err("expected `auto` or a number from 1".into()),
+    }
 }
 
 /// Runs `evaluate`.
@@ -51,14 +71,22 @@ pub fn run(args: Args) -> Result<u8> {
 
 fn evaluate(args: &Args, device: Device) -> Result<u8> {
     let tasks = task::find(&args.tasks)?;
+    eval::check_programs(&tasks, args.allow_code_execution)?;
+    let trained = trained(args.model.path());
     let config = json!({
         "model": "tinyllama",
         "model_args": args.model.path(),
+        "tokens": trained.as_ref().map(|state| state.tokens),
+        "step": trained.as_ref().map(|state| state.step),
         "limit": args.limit,
         "num_fewshot": args.num_fewshot,
         "fewshot_seed": args.seed,
     });
     let mut results = Results::create(&args.out, args.overwrite, config)?;
+    let sandbox = match tasks.iter().any(|task| !task.file.program.is_empty()) {
+        true => Some(open_sandbox()?),
+        false => None,
+    };
     let loaded = args.model.load(device, true)?;
     let tokenizer = loaded.tokenizer.as_ref().context("the checkpoint has no tokenizer")?;
     let options = Options {
@@ -66,7 +94,10 @@ fn evaluate(args: &Args, device: Device) -> Result<u8> {
         num_fewshot: args.num_fewshot,
         limit: args.limit.map(|n| n as usize),
         seed: args.seed,
+        batch_size: args.batch_size.0,
+        sandbox: sandbox.as_ref(),
     };
+    let model = Model { network: loaded.network.borrow(), tokenizer, eos: &loaded.eos };
     for (i, task) in tasks.iter().enumerate() {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         bar.set_style(ProgressStyle::with_template(&format!(
@@ -79,8 +110,8 @@ fn evaluate(args: &Args, device: Device) -> Result<u8> {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         };
-        let outcome = eval::evaluate(loaded.network.borrow(), tokenizer, task, options, tick)
-            .with_context(|| kept(i, &results))?;
+        let outcome =
+            eval::evaluate(model, task, options, tick).with_context(|| kept(i, &results))?;
         bar.finish_and_clear();
         if outcome.cut > 0 {
             eprintln!(
@@ -102,6 +133,23 @@ fn evaluate(args: &Args, device: Device) -> Result<u8> {
         Err(e) if !is_broken_pipe(&e) => Err(e),
         _ => Ok(exit::OK),
     }
+}
+
+/// How far a checkpoint of a training run is; `None` of other checkpoints.
+fn trained(checkpoint: &Path) -> Option<TrainState> {
+    checkpoint::load_counters(&checkpoint::resolve(checkpoint).ok()?).ok()
+}
+
+/// Where programs that the model writes run.
+fn open_sandbox() -> Result<Sandbox> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let sandbox = Sandbox::new(program, "python3", Limits::default())?;
+    if !sandbox.landlock {
+        eprintln!(
+            "sandbox     this kernel has no Landlock of Linux 6.2: programs may read what you may read, and write nothing"
+        );
+    }
+    Ok(sandbox)
 }
 
 /// What is not lost by a failure.

@@ -21,6 +21,7 @@ mod serve;
 mod tokenizer;
 
 use crate::config as run_config;
+use crate::eval::sandbox;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -66,6 +67,12 @@ pub enum Verb {
     Config(config::Args),
     /// Print versions and cards, and say what is wrong with this installation
     Doctor(doctor::Args),
+    /// Become a program that a model wrote: `evaluate` starts this
+    #[command(name = sandbox::VERB, hide = true)]
+    RunSandboxed {
+        /// Folder, interpreter and limits as JSON
+        order: String,
+    },
 }
 
 /// Runs one command line; the returned code is the process's exit code (see [`crate::error::exit`]).
@@ -86,5 +93,6 @@ pub fn run(cli: Cli) -> Result<u8> {
         Verb::Bench(args) => bench::run(args),
         Verb::Config(args) => config::run(args),
         Verb::Doctor(args) => doctor::run(args),
+        Verb::RunSandboxed { order } => match sandbox::enter(&order)? {},
     }
 }

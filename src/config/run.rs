@@ -290,6 +290,22 @@ pub struct EvalConfig {
     pub initial_validation: bool,
     /// Validate over the whole set at the end.
     pub final_validation: bool,
+    /// Tasks of `evaluate` that are run with each validation, also where there is no validation set: names, groups and
+    /// files of your own, judged by likelihoods, and in a single process also by what the model writes.
+    pub tasks: Vec<String>,
+    /// The first so many samples of each task; `null`: all.
+    pub limit: Option<u64>,
+    /// Examples before each question of a task; `null`: what the task says.
+    pub num_fewshot: Option<u64>,
+    /// The folder of the tasks' sets.
+    pub data: PathBuf,
+}
+
+impl EvalConfig {
+    /// `limit` as a number of rows.
+    pub fn limit(&self) -> Option<usize> {
+        self.limit.map(|n| n as usize)
+    }
 }
 
 /// The optimizer.
@@ -569,6 +585,10 @@ impl Default for EvalConfig {
             max_iters: Some(100),
             initial_validation: false,
             final_validation: true,
+            tasks: Vec::new(),
+            limit: Some(100),
+            num_fewshot: None,
+            data: "data/eval".into(),
         }
     }
 }

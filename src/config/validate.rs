@@ -233,6 +233,7 @@ fn check_batch(config: &RunConfig, problems: &mut Vec<String>) {
         ("train.keep_last", t.keep_last),
         ("eval.interval", config.eval.interval),
         ("eval.max_iters", config.eval.max_iters),
+        ("eval.limit", config.eval.limit),
     ] {
         if value == Some(0) {
             problems.push(format!("`{key}`: must be at least 1, or null, got 0"));

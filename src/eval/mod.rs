@@ -1,28 +1,46 @@
 //! Evaluation: the tasks that the original published scores of, as lm-evaluation-harness asks and judges them.
 //!
-//! A [`task`] is a file that makes a question of a row; [`prompt`] puts examples before it; [`score`] finds the
-//! log-likelihoods of the answers; this module judges them and writes [`results`]. [`report`] draws those
-//! of many checkpoints over tokens.
+//! A [`task`] is a file that makes a [`question`] of a row; [`prompt`] puts examples before it; [`score`] finds the
+//! log-likelihoods of given answers, [`written`] has the model write them; [`judge`] says what they are worth; this module
+//! makes a run of it and writes [`results`].
 //!
 //! # Source
 //! lm-evaluation-harness 0.4.13: prompts, choice of examples, metrics and standard errors are its, so that scores compare.
 
+pub mod judge;
 pub mod prompt;
 pub mod published;
+pub mod question;
 pub mod report;
 pub mod results;
 pub mod rows;
+pub mod sandbox;
 pub mod score;
 pub mod task;
+pub mod written;
 
+use crate::error::WithHint;
 use crate::generate::NetworkRef;
 use crate::tokenizer::Tokenizer;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use prompt::{Pair, Sample};
+use question::{Question, Request, Task};
 use rayon::prelude::*;
+use sandbox::{Sandbox, Verdict};
 use score::Likelihood;
 use std::path::Path;
-use task::{Metric, Task};
+use task::{Form, Metric};
+
+/// What is evaluated.
+#[derive(Clone, Copy)]
+pub struct Model<'a> {
+    /// Weights.
+    pub network: NetworkRef<'a>,
+    /// Text to ids.
+    pub tokenizer: &'a Tokenizer,
+    /// Ids that end a text.
+    pub eos: &'a [u32],
+}
 
 /// What is asked of all tasks.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +53,26 @@ pub struct Options<'a> {
     pub limit: Option<usize>,
     /// Seed of the choice of examples.
     pub seed: u64,
+    /// Requests at a time; `None`: as many as run well.
+    pub batch_size: Option<usize>,
+    /// Where programs that the model wrote may run.
+    pub sandbox: Option<&'a Sandbox>,
+}
+
+/// What the model made of a sample.
+#[derive(Clone, Debug)]
+pub enum Response {
+    /// Of each request.
+    Likelihoods(Vec<Likelihood>),
+    /// What it wrote, what each filter took of it, and what became of the program that it is.
+    Written {
+        /// As it came.
+        text: String,
+        /// One a filter.
+        taken: Vec<String>,
+        /// Where the task has programs.
+        verdict: Option<Verdict>,
+    },
 }
 
 /// A judged sample.
@@ -42,9 +80,9 @@ pub struct Options<'a> {
 pub struct Judged {
     /// What was asked.
     pub sample: Sample,
-    /// What the model made of each request.
-    pub likelihoods: Vec<Likelihood>,
-    /// A value for each of the task's metrics.
+    /// What came.
+    pub response: Response,
+    /// A value for each of [`Outcome::scores`]; none in tasks of texts, where only all of them have one.
     pub values: Vec<f64>,
 }
 
@@ -61,18 +99,28 @@ pub struct Outcome {
     pub samples: Vec<Judged>,
     /// Contexts that were cut from the left to fit the model's.
     pub cut: usize,
-    /// Means and their standard errors, for each of the task's metrics.
-    pub scores: Vec<(Metric, Score)>,
+    /// For each filter, each of the task's metrics.
+    pub scores: Vec<(Key, Score)>,
     /// Seconds that it took, data and tokens included.
     pub seconds: f64,
 }
 
-/// A mean.
+/// Names a score: `exact_match,strict-match` in results.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Key {
+    /// What is measured ..
+    pub metric: Metric,
+    /// .. of what this filter took; `none` where there is no filter.
+    pub filter: String,
+}
+
+/// A mean, or a perplexity.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Score {
     /// Of the samples' values.
     pub mean: f64,
-    /// Its standard error: the samples' standard deviation over the root of their number; not a number for one sample.
+    /// Its standard error: the samples' standard deviation over the root of their number; not a number for one sample and for
+    /// a perplexity.
     pub stderr: f64,
 }
 
@@ -86,13 +134,27 @@ impl Score {
     }
 }
 
+/// Refuses tasks that run programs of the model's where that was not allowed.
+///
+/// # Errors
+/// Such a task.
+pub fn check_programs(tasks: &[Task], allowed: bool) -> Result<()> {
+    match tasks.iter().find(|task| !task.file.program.is_empty()) {
+        Some(task) if !allowed => Err(anyhow!(
+            "`{}` runs programs that the model writes",
+            task.name
+        ))
+        .usage("say `--allow-code-execution`: they run without network, in an empty folder, with limits (docs/EVAL.md)"),
+        _ => Ok(()),
+    }
+}
+
 /// Runs one task. `done` is called with requests that are through, and all.
 ///
 /// # Errors
 /// No such set; rows of another schema; a failure of the tokenizer or the model.
 pub fn evaluate(
-    network: NetworkRef,
-    tokenizer: &Tokenizer,
+    model: Model,
     task: &Task,
     options: Options,
     mut done: impl FnMut(usize, usize),
@@ -100,47 +162,152 @@ pub fn evaluate(
     let started = std::time::Instant::now();
     let num_fewshot = options.num_fewshot.unwrap_or(task.file.num_fewshot);
     let found = prompt::samples(task, options.data, num_fewshot, options.limit, options.seed)?;
-    let requests: Vec<&(String, String)> =
-        found.samples.iter().flat_map(|sample| &sample.requests).collect();
-    let encode = |(context, continuation): &&(String, String)| {
-        prompt::encode(tokenizer, context, continuation)
-            .with_context(|| format!("in the task `{}`", task.name))
+    let requests: Vec<&Request> = found.samples.iter().flat_map(|s| &s.requests).collect();
+    let (responses, cut) = match task.form {
+        Form::Choices | Form::Queries => {
+            let (likelihoods, cut) = choices(model, task, &requests, options, &mut done)?;
+            let mut rest = likelihoods.into_iter();
+            let of = |sample: &Sample| rest.by_ref().take(sample.requests.len()).collect();
+            (found.samples.iter().map(of).map(Response::Likelihoods).collect(), cut)
+        }
+        Form::Text => (texts(model, &requests, options, &mut done)?, 0),
+        Form::Written => written(model, task, &found.samples, options, &mut done)?,
     };
-    let pairs: Vec<Pair> = requests.par_iter().map(encode).collect::<Result<_>>()?;
-    let all = pairs.len();
-    let (likelihoods, cut) = score::log_likelihoods(network, &pairs, |n| done(n, all))?;
 
-    let mut likelihoods = likelihoods.into_iter();
-    let mut samples = Vec::with_capacity(found.samples.len());
-    for sample in found.samples {
-        let likelihoods: Vec<Likelihood> =
-            likelihoods.by_ref().take(sample.requests.len()).collect();
-        let values = task.file.metrics.iter().map(|m| judge(*m, &sample, &likelihoods)).collect();
-        samples.push(Judged { sample, likelihoods, values });
-    }
-    let score = |(i, metric): (usize, &Metric)| {
-        let values: Vec<f64> = samples.iter().map(|sample| sample.values[i]).collect();
-        (*metric, Score::of(&values))
-    };
-    let scores = task.file.metrics.iter().enumerate().map(score).collect();
+    let samples: Vec<Judged> = found
+        .samples
+        .into_iter()
+        .zip(responses)
+        .map(|(sample, response)| {
+            let values = values(task, &sample, &response);
+            Judged { sample, response, values }
+        })
+        .collect();
+    let scores = scores(task, &samples);
     let seconds = started.elapsed().as_secs_f64();
     Ok(Outcome { num_fewshot, split: found.split, rows: found.rows, samples, cut, scores, seconds })
 }
 
-/// 1 where the choice is right, else 0.
-fn judge(metric: Metric, sample: &Sample, likelihoods: &[Likelihood]) -> f64 {
-    let of = |(i, l): (usize, &Likelihood)| match metric {
-        Metric::Acc => l.log_likelihood,
-        Metric::AccNorm => {
-            l.log_likelihood / sample.question.choices[i].chars().count().max(1) as f64
-        }
+/// Likelihoods of given answers.
+fn choices(
+    model: Model,
+    task: &Task,
+    requests: &[&Request],
+    options: Options,
+    done: &mut impl FnMut(usize, usize),
+) -> Result<(Vec<Likelihood>, usize)> {
+    let encode = |(context, continuation): &&Request| {
+        prompt::encode(model.tokenizer, context, continuation)
+            .with_context(|| format!("in the task `{}`", task.name))
     };
-    let scores: Vec<f64> = likelihoods.iter().enumerate().map(of).collect();
-    f64::from(u8::from(first_largest(&scores) == sample.question.target))
+    let pairs: Vec<Pair> = requests.par_iter().map(encode).collect::<Result<_>>()?;
+    let all = pairs.len();
+    score::log_likelihoods(model.network, &pairs, options.batch_size, |n| done(n, all))
 }
 
-/// Where the largest value is; of equal ones the first.
-fn first_largest(values: &[f64]) -> usize {
-    let larger = |best: usize, i: usize| if values[i] > values[best] { i } else { best };
-    (0..values.len()).reduce(larger).unwrap_or(0)
+/// Likelihoods of whole texts, from window to window.
+fn texts(
+    model: Model,
+    requests: &[&Request],
+    options: Options,
+    done: &mut impl FnMut(usize, usize),
+) -> Result<Vec<Response>> {
+    // A quantised network scores as many tokens as it reads, the first of which is given.
+    let whole = usize::from(matches!(model.network, NetworkRef::Quantised(_)));
+    let context = model.network.config().block_size as usize - whole;
+    let windows = |(_, text): &&Request| prompt::windows(model.tokenizer, text, context);
+    let windows: Vec<Vec<Pair>> = requests.par_iter().map(windows).collect::<Result<_>>()?;
+    let pairs: Vec<Pair> = windows.iter().flatten().cloned().collect();
+    let all = pairs.len();
+    let (likelihoods, _) =
+        score::log_likelihoods(model.network, &pairs, options.batch_size, |n| done(n, all))?;
+    let mut rest = likelihoods.into_iter();
+    let of =
+        |windows: &Vec<Pair>| Response::Likelihoods(rest.by_ref().take(windows.len()).collect());
+    Ok(windows.iter().map(of).collect())
+}
+
+/// Answers that the model writes, and programs that they are.
+fn written(
+    model: Model,
+    task: &Task,
+    samples: &[Sample],
+    options: Options,
+    done: &mut impl FnMut(usize, usize),
+) -> Result<(Vec<Response>, usize)> {
+    let generate = task.file.generate.as_ref().context("the task says not how to generate")?;
+    let prompts: Vec<&str> = samples.iter().map(|s| s.requests[0].0.as_str()).collect();
+    let all = prompts.len();
+    let (texts, cut) =
+        written::answers(model, &prompts, generate, options.batch_size, |n| done(n, all))?;
+    let respond = |(sample, text): (&Sample, String)| -> Result<Response> {
+        let filters = task.file.filters.iter();
+        let taken = filters.map(|filter| judge::extract(filter, &text)).collect();
+        let verdict = match (task.file.program.is_empty(), options.sandbox) {
+            (true, _) => None,
+            (false, Some(sandbox)) => Some(sandbox.run(&task.program(&sample.row, &text)?)?),
+            (false, None) => anyhow::bail!("programs of the task `{}` may not run", task.name),
+        };
+        Ok(Response::Written { text, taken, verdict })
+    };
+    let responses = samples.par_iter().zip(texts).map(respond).collect::<Result<_>>()?;
+    Ok((responses, cut))
+}
+
+/// Of each filter, each metric of a sample.
+fn values(task: &Task, sample: &Sample, response: &Response) -> Vec<f64> {
+    let metrics = &task.file.metrics;
+    match (&sample.question, response) {
+        (Question::Choice(choice), Response::Likelihoods(likelihoods)) => {
+            metrics.iter().map(|metric| judge::choice(*metric, choice, likelihoods)).collect()
+        }
+        (Question::Written { answers, .. }, Response::Written { text, taken, verdict }) => {
+            let passed = f64::from(u8::from(*verdict == Some(Verdict::Passed)));
+            let whole = [text.clone()];
+            let texts = if taken.is_empty() { &whole[..] } else { taken.as_slice() };
+            let of = |text: &String| -> Vec<f64> {
+                let (em, f1) = judge::drop_scores(text, answers);
+                let rules = &task.file.exact_match;
+                let value = |metric: &Metric| match metric {
+                    Metric::Em => em,
+                    Metric::F1 => f1,
+                    Metric::PassAt1 => passed,
+                    _ => judge::exact_match(rules, text, answers),
+                };
+                metrics.iter().map(value).collect()
+            };
+            texts.iter().flat_map(of).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Means of all values, or perplexities.
+fn scores(task: &Task, samples: &[Judged]) -> Vec<(Key, Score)> {
+    let filters: Vec<&str> = match task.file.filters.is_empty() {
+        true => vec!["none"],
+        false => task.file.filters.iter().map(|filter| filter.name.as_str()).collect(),
+    };
+    let keys = filters.iter().flat_map(|filter| {
+        task.file.metrics.iter().map(|&metric| Key { metric, filter: filter.to_string() })
+    });
+    let score = |(i, key): (usize, Key)| {
+        if key.metric.is_share() {
+            let values: Vec<f64> = samples.iter().map(|sample| sample.values[i]).collect();
+            return (key, Score::of(&values));
+        }
+        let log_likelihood = samples.iter().map(|sample| sum(&sample.response)).sum();
+        let questions: Vec<&Question> = samples.iter().map(|s| &s.sample.question).collect();
+        let mean = judge::perplexity(key.metric, log_likelihood, &questions);
+        (key, Score { mean, stderr: f64::NAN })
+    };
+    keys.enumerate().map(score).collect()
+}
+
+/// Log-likelihood of a text, over its windows.
+pub fn sum(response: &Response) -> f64 {
+    match response {
+        Response::Likelihoods(of_windows) => of_windows.iter().map(|l| l.log_likelihood).sum(),
+        Response::Written { .. } => 0.0,
+    }
 }

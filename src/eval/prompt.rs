@@ -1,7 +1,8 @@
 //! Questions with examples before them, as tokens.
 
+use super::question::{Question, Request, Task};
 use super::rows::{self, Row};
-use super::task::{Question, Shots, Task};
+use super::task::Shots;
 use crate::data::order::PythonRng;
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
@@ -16,8 +17,8 @@ pub struct Sample {
     pub row: Row,
     /// What it asks.
     pub question: Question,
-    /// Pairs of context and continuation.
-    pub requests: Vec<(String, String)>,
+    /// What is asked of the model.
+    pub requests: Vec<Request>,
 }
 
 /// Samples of a task, and what is to be told of where they are from.
@@ -62,7 +63,7 @@ pub fn samples(
     let questions: Vec<Question> = questions.collect::<Result<_>>()?;
 
     let mut examples = Examples { rows: Vec::new(), apart: true, rng: PythonRng::new(seed) };
-    if shots > 0 {
+    if shots > 0 || task.wants_examples() {
         let apart = match read(&splits.fewshot)? {
             Some(found) => Some(found),
             None => read(&splits.train)?,
@@ -72,13 +73,14 @@ pub fn samples(
             None => (judged.clone(), false),
         };
     }
-    let description = task.description()?;
+    let description = task.description(&examples.rows)?;
+    let delimiter = &task.file.delimiter;
     let mut samples = Vec::with_capacity(n);
     for (row, question) in judged[..n].iter().zip(questions) {
         let chosen = examples.draw(task, row, shots)?;
-        let texts = chosen.iter().map(|row| Ok(task.question(row)?.shot()));
+        let texts = chosen.iter().map(|row| Ok(task.question(row)?.shot(delimiter)));
         let before = description.clone() + &texts.collect::<Result<String>>()?;
-        let requests = question.requests(&before);
+        let requests = question.requests(&before, delimiter);
         samples.push(Sample { row: row.clone(), question, requests });
     }
     Ok(Samples { samples, split, rows: judged.len() })
@@ -148,11 +150,8 @@ pub struct Pair {
 /// The tokenizer's; a continuation of no tokens.
 pub fn encode(tokenizer: &Tokenizer, context: &str, continuation: &str) -> Result<Pair> {
     if context.is_empty() {
-        let first = tokenizer.bos_id().or(tokenizer.eos_id());
-        let first =
-            first.context("a tokenizer with neither `bos` nor `eos` cannot begin a text")?;
         let continuation = tokenizer.encode(continuation, false, false)?;
-        return Ok(Pair { context: vec![first], continuation });
+        return Ok(Pair { context: vec![beginning(tokenizer)?], continuation });
     }
     let trimmed = context.trim_end();
     let whole = tokenizer.encode_default(&format!("{context}{continuation}"))?;
@@ -163,4 +162,31 @@ pub fn encode(tokenizer: &Tokenizer, context: &str, continuation: &str) -> Resul
             .hint("the tokenizer joins it with the question; the task's `query` may end with a space too many");
     }
     Ok(Pair { context, continuation: tokens })
+}
+
+/// A text in windows that fit the model's context, each token predicted once: the first window begins with the beginning of a
+/// text, the others with as many tokens before them as fit. A text of no tokens has no windows.
+///
+/// # Errors
+/// The tokenizer's.
+pub fn windows(tokenizer: &Tokenizer, text: &str, context: usize) -> Result<Vec<Pair>> {
+    let mut ids = vec![beginning(tokenizer)?];
+    ids.extend(tokenizer.encode_default(text)?);
+    let mut windows = Vec::new();
+    let mut predicted = 1; // the beginning is given
+    while predicted < ids.len() {
+        let end = (predicted + context).min(ids.len());
+        // The last token is no input, so that one more than the context takes part.
+        let from = end.saturating_sub(context + 1);
+        let (context, continuation) = (ids[from..predicted].to_vec(), ids[predicted..end].to_vec());
+        windows.push(Pair { context, continuation });
+        predicted = end;
+    }
+    Ok(windows)
+}
+
+/// What a text begins with: the beginning of a text, or its end where the tokenizer has no beginning.
+fn beginning(tokenizer: &Tokenizer) -> Result<u32> {
+    let first = tokenizer.bos_id().or(tokenizer.eos_id());
+    first.context("a tokenizer with neither `bos` nor `eos` cannot begin a text")
 }

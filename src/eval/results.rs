@@ -1,7 +1,7 @@
 //! `results.json` and `samples_TASK.jsonl`, in lm-evaluation-harness's shape.
 
-use super::task::Task;
-use super::{Outcome, Score};
+use super::question::{Question, Task};
+use super::{Judged, Key, Outcome, Response, Score, sum};
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Map, Value, json};
@@ -21,7 +21,7 @@ pub struct Results {
 struct Entry {
     name: String,
     group: Option<String>,
-    /// `METRIC,none` and `METRIC_stderr,none`.
+    /// `METRIC,FILTER` and `METRIC_stderr,FILTER`.
     scores: Map<String, Value>,
     /// How they came about, under the names that [`Results::json`] takes from here.
     about: Value,
@@ -59,9 +59,9 @@ impl Results {
     pub fn add(&mut self, task: &Task, outcome: &Outcome, samples: bool) -> Result<()> {
         let mut scores = Map::new();
         scores.insert("alias".into(), task.name.clone().into());
-        for (metric, Score { mean, stderr }) in &outcome.scores {
-            scores.insert(format!("{},none", metric.name()), json!(mean));
-            scores.insert(format!("{}_stderr,none", metric.name()), or_na(*stderr));
+        for (Key { metric, filter }, Score { mean, stderr }) in &outcome.scores {
+            scores.insert(format!("{},{filter}", metric.name()), json!(mean));
+            scores.insert(format!("{}_stderr,{filter}", metric.name()), or_na(*stderr));
         }
         let about = json!({
             "version": task.file.version,
@@ -126,12 +126,12 @@ impl Results {
         let size = |i: usize| self.tasks[i].about["n-samples"]["effective"].as_f64().unwrap_or(0.0);
         let total: f64 = tasks.iter().map(|&i| size(i)).sum();
         let mut out = Map::new();
-        let keys = self.tasks[tasks[0]].scores.keys().filter(|key| key.ends_with(",none"));
-        for key in keys.filter(|key| !key.contains("_stderr")) {
+        let keys = self.tasks[tasks[0]].scores.keys().filter(|key| key.contains(','));
+        for key in keys.filter(|key| !key.contains("_stderr,")) {
             let number = |i: usize, key: &str| self.tasks[i].scores[key].as_f64();
             let mean =
                 tasks.iter().filter_map(|&i| Some(number(i, key)? * size(i))).sum::<f64>() / total;
-            let error = key.replace(",none", "_stderr,none");
+            let error = key.replace(',', "_stderr,");
             // Each task's variance of a sample is its squared error times its size.
             let pooled = tasks
                 .iter()
@@ -149,13 +149,19 @@ impl Results {
         let mut out = String::new();
         let json = self.json();
         let line = |out: &mut String, name: &str, about: String, scores: &Value| {
-            let of = |metric: &str| -> Option<String> {
-                let mean = scores[format!("{metric},none")].as_f64()? * 100.0;
-                let error = scores[format!("{metric}_stderr,none")].as_f64();
-                let error = error.map_or(String::new(), |e| format!(" ± {:.2}", e * 100.0));
-                Some(format!("{metric} {mean:.2}{error}"))
+            let of = |(key, value): (&String, &Value)| -> Option<String> {
+                let (metric, filter) =
+                    key.split_once(',').filter(|(m, _)| !m.ends_with("_stderr"))?;
+                let error = scores[format!("{metric}_stderr,{filter}")].as_f64();
+                let (x, metric) = (value.as_f64()?, metric_of(metric, filter));
+                Some(match error {
+                    Some(e) => format!("{metric} {:.2} ± {:.2}", x * 100.0, e * 100.0),
+                    None if key.contains("per") => format!("{metric} {x:.4}"),
+                    None => format!("{metric} {:.2}", x * 100.0),
+                })
             };
-            let scores: Vec<String> = ["acc", "acc_norm"].into_iter().filter_map(of).collect();
+            let scores: Vec<String> =
+                scores.as_object().into_iter().flatten().filter_map(of).collect();
             let _ = writeln!(out, "{name:<40} {about:<22} {}", scores.join("   "));
         };
         for task in &self.tasks {
@@ -170,31 +176,79 @@ impl Results {
     }
 }
 
+/// A score's name for people.
+fn metric_of(metric: &str, filter: &str) -> String {
+    match filter {
+        "none" => metric.to_owned(),
+        filter => format!("{metric} ({filter})"),
+    }
+}
+
 fn or_na(x: f64) -> Value {
     if x.is_finite() { json!(x) } else { "N/A".into() }
 }
 
-/// A line a sample.
+/// A line a sample and filter.
 fn lines(task: &Task, outcome: &Outcome) -> Result<String> {
     let mut out = String::new();
     for (i, judged) in outcome.samples.iter().enumerate() {
-        let resps: Vec<Value> =
-            judged.likelihoods.iter().map(|l| json!([[l.log_likelihood, l.is_greedy]])).collect();
-        let mut line = json!({
-            "doc_id": i,
-            "doc": judged.sample.row,
-            "target": judged.sample.question.target,
-            "arguments": judged.sample.requests,
-            "resps": resps,
-            "filter": "none",
-            "metrics": task.file.metrics.iter().map(|m| m.name()).collect::<Vec<_>>(),
-        });
-        for (metric, value) in task.file.metrics.iter().zip(&judged.values) {
-            line[metric.name()] = json!(value);
+        let n = task.file.metrics.len();
+        let filters: Vec<&str> = match task.file.filters.is_empty() {
+            true => vec!["none"],
+            false => task.file.filters.iter().map(|filter| filter.name.as_str()).collect(),
+        };
+        for (at, filter) in filters.into_iter().enumerate() {
+            let mut line = line(task, i, judged, at);
+            line["filter"] = json!(filter);
+            line["metrics"] = task.file.metrics.iter().map(|m| m.name()).collect();
+            for (metric, value) in task.file.metrics.iter().zip(judged.values.iter().skip(at * n)) {
+                line[metric.name()] = json!(value);
+            }
+            if let Question::Text { words, bytes, .. } = &judged.sample.question {
+                for metric in &task.file.metrics {
+                    let count = if metric.name() == "word_perplexity" { words } else { bytes };
+                    line[metric.name()] = json!([sum(&judged.response), count]);
+                }
+            }
+            out += &(serde_json::to_string(&line)? + "\n");
         }
-        out += &(serde_json::to_string(&line)? + "\n");
     }
     Ok(out)
+}
+
+/// What was asked and what came, as filter number `at` took it.
+fn line(task: &Task, doc_id: usize, judged: &Judged, at: usize) -> Value {
+    let sample = &judged.sample;
+    let generate = task.file.generate.as_ref();
+    let until = generate.map(|g| json!({"until": g.until, "max_gen_toks": g.max_tokens}));
+    let arguments: Value = match (&sample.question, until) {
+        (Question::Written { .. }, Some(until)) => json!([[sample.requests[0].0, until]]),
+        (Question::Text { text, .. }, _) => json!([[text]]),
+        _ => json!(sample.requests),
+    };
+    let mut line = json!({
+        "doc_id": doc_id,
+        "doc": sample.row,
+        "target": sample.question.target(),
+        "arguments": arguments,
+    });
+    match &judged.response {
+        Response::Likelihoods(_) if matches!(sample.question, Question::Text { .. }) => {
+            line["resps"] = json!([[sum(&judged.response)]]);
+        }
+        Response::Likelihoods(all) => {
+            let pairs = all.iter().map(|l| json!([[l.log_likelihood, l.is_greedy]]));
+            line["resps"] = pairs.collect();
+        }
+        Response::Written { text, taken, verdict } => {
+            line["resps"] = json!([[text]]);
+            line["filtered_resps"] = json!([taken.get(at).unwrap_or(text)]);
+            if let Some(verdict) = verdict {
+                line["verdict"] = verdict.to_string().into();
+            }
+        }
+    }
+    line
 }
 
 /// Writes a file as a whole or not at all.

@@ -51,7 +51,7 @@ const SHARED: (usize, usize) = (4, 2048);
 const LOGITS: i64 = 512;
 
 /// The likelihood of each pair's continuation, in the order of `pairs`, and how many contexts were cut from the left to fit
-/// the model's. `done` is called with the number of requests that are through.
+/// the model's. `batch_size`: requests of a row at most. `done` is called with the number of requests that are through.
 ///
 /// # Sync
 /// The CPU waits once a row.
@@ -61,6 +61,7 @@ const LOGITS: i64 = 512;
 pub fn log_likelihoods(
     network: NetworkRef,
     pairs: &[Pair],
+    batch_size: Option<usize>,
     mut done: impl FnMut(usize),
 ) -> Result<(Vec<Likelihood>, usize)> {
     let _guard = tch::no_grad_guard();
@@ -89,16 +90,19 @@ pub fn log_likelihoods(
     let most = TOKENS[usize::from(model.device().is_cuda())];
     let mut all = vec![Likelihood { log_likelihood: 0.0, is_greedy: Some(true) }; pairs.len()];
     let (mut row, mut path, mut last): (Row, Vec<usize>, &[u32]) = (Row::default(), vec![], &[]);
-    let mut through = 0;
+    let (mut through, mut in_row) = (0, 0);
     for &i in &order {
         let input = &inputs[i];
         let mut shared = last.iter().zip(input).take_while(|(a, b)| a == b).count();
         let most = most.max((SHARED.0 * shared).min(SHARED.1));
-        if !row.ids.is_empty() && row.ids.len() + input.len() - shared > most {
+        let full = in_row >= batch_size.unwrap_or(usize::MAX);
+        if !row.ids.is_empty() && (full || row.ids.len() + input.len() - shared > most) {
+            in_row = 0;
             through += run(model, &std::mem::take(&mut row), &mut all)?;
             done(through);
             (path, shared) = (Vec::new(), 0);
         }
+        in_row += 1;
         path.truncate(shared);
         for &id in &input[shared..] {
             path.push(row.add(id, path.last().copied()));

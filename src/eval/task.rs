@@ -1,16 +1,14 @@
 //! Tasks: what is asked of a row of a set, and how answers are judged. A task is a YAML file, of `tasks/` or a user's.
 
+use super::question::Task;
 use crate::bail_hint;
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Serde, ValueKind};
-use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// The tasks of this crate, one file each.
-const OWN: [&str; 8] = [
+const OWN: [&str; 13] = [
     include_str!("tasks/hellaswag.yaml"),
     include_str!("tasks/openbookqa.yaml"),
     include_str!("tasks/winogrande.yaml"),
@@ -19,14 +17,27 @@ const OWN: [&str; 8] = [
     include_str!("tasks/boolq.yaml"),
     include_str!("tasks/piqa.yaml"),
     include_str!("tasks/mmlu.yaml"),
+    include_str!("tasks/gsm8k.yaml"),
+    include_str!("tasks/drop.yaml"),
+    include_str!("tasks/bbh.yaml"),
+    include_str!("tasks/humaneval.yaml"),
+    include_str!("tasks/wikitext.yaml"),
 ];
 
 /// The suite of the original's EVAL.md.
-const COMMONSENSE: [&str; 7] =
+pub const COMMONSENSE: [&str; 7] =
     ["hellaswag", "openbookqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "piqa"];
 
+/// Where the fields are described.
+const DESCRIBED: &str = "docs/EVAL.md describes the fields of a task";
+
 /// A task as its file says it. Templates are minijinja's and see a row's fields as variables; so do expressions, which are
-/// templates without braces.
+/// templates without braces. What is asked is one of four:
+///
+/// - `query`, `choices`, `target`: which of several texts follows a question;
+/// - `queries`, `continuation`, `target`: after which of several questions a text follows;
+/// - `query`, `answers`, `generate`: the model writes what follows;
+/// - `text`: how likely a whole text is.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TaskFile {
@@ -37,10 +48,10 @@ pub struct TaskFile {
     pub version: f64,
     /// Where the rows are.
     pub data: Data,
-    /// As many tasks as names, each on a folder of its own; templates see the variable `subject`.
+    /// As many tasks as names, each on a folder of its own; templates of `description` see the variable `subject`.
     #[serde(default)]
     pub subjects: Vec<String>,
-    /// Template: what stands before everything.
+    /// Template: what stands before everything. It sees the list `examples` of the rows that examples come from.
     #[serde(default)]
     pub description: String,
     /// Template of the question.
@@ -59,7 +70,32 @@ pub struct TaskFile {
     #[serde(default)]
     pub clean: String,
     /// Expression: which of the list is right, from 0.
+    #[serde(default)]
     pub target: String,
+    /// Expression: a list of right answers, each a text or a list of texts; examples show the first.
+    #[serde(default)]
+    pub answers: String,
+    /// How the model writes.
+    #[serde(default)]
+    pub generate: Option<Generate>,
+    /// What is taken of what it wrote, one score each.
+    #[serde(default)]
+    pub filters: Vec<Filter>,
+    /// How texts are compared.
+    #[serde(default)]
+    pub exact_match: ExactMatch,
+    /// Template of a Python program that passes or not; what was written is the variable `written`.
+    #[serde(default)]
+    pub program: String,
+    /// Template of a text that is predicted as a whole.
+    #[serde(default)]
+    pub text: String,
+    /// Template of the text whose words and bytes are counted, if not those of `text`.
+    #[serde(default)]
+    pub counted: String,
+    /// Between a question and its answer.
+    #[serde(default = "space")]
+    pub delimiter: String,
     /// Which rows are shown as examples.
     #[serde(default)]
     pub sampler: Shots,
@@ -68,6 +104,10 @@ pub struct TaskFile {
     pub num_fewshot: usize,
     /// What is reported.
     pub metrics: Vec<Metric>,
+}
+
+fn space() -> String {
+    " ".into()
 }
 
 /// The folder of a set in the data folder, and its splits by use.
@@ -96,6 +136,60 @@ pub struct Data {
     pub fewshot: Option<String>,
 }
 
+/// How the model writes: greedily, up to one of some texts.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Generate {
+    /// Texts that end an answer and are no part of it; the model's own end does, too.
+    pub until: Vec<String>,
+    /// Tokens at most.
+    #[serde(default = "harness_tokens")]
+    pub max_tokens: usize,
+}
+
+/// What the harness allows where a task says nothing.
+fn harness_tokens() -> usize {
+    256
+}
+
+/// What is taken of a text.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Filter {
+    /// As in results.
+    pub name: String,
+    /// Where it matches: its first group that holds something, or all of it where there are none. No match gives `[invalid]`, no
+    /// expression the whole text.
+    #[serde(default)]
+    pub regex: Option<String>,
+    /// Which match.
+    #[serde(default)]
+    pub take: Take,
+}
+
+/// Which of several matches.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Take {
+    /// The first.
+    #[default]
+    First,
+    /// The last.
+    Last,
+}
+
+/// How texts are compared.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExactMatch {
+    /// Small and capital letters are equal.
+    #[serde(default)]
+    pub ignore_case: bool,
+    /// Regular expressions: what they match counts as nothing, one after the other.
+    #[serde(default)]
+    pub ignore: Vec<String>,
+}
+
 /// Which rows are shown as examples.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -115,6 +209,21 @@ pub enum Metric {
     Acc,
     /// It is by log-likelihood a character.
     AccNorm,
+    /// What was written is one of the answers.
+    ExactMatch,
+    /// The same by DROP's rules: no case, no articles, no punctuation, numbers as numbers.
+    Em,
+    /// By these rules, how many words are the same.
+    F1,
+    /// A program passes its tests.
+    #[serde(rename = "pass@1")]
+    PassAt1,
+    /// exp(-log-likelihood / words) of all texts.
+    WordPerplexity,
+    /// exp(-log-likelihood / bytes) of all texts.
+    BytePerplexity,
+    /// log2 of that.
+    BitsPerByte,
 }
 
 impl Metric {
@@ -123,62 +232,45 @@ impl Metric {
         match self {
             Self::Acc => "acc",
             Self::AccNorm => "acc_norm",
-        }
-    }
-}
-
-/// A task with its templates compiled.
-pub struct Task {
-    /// Name; of a subject, with it behind.
-    pub name: String,
-    /// Its file.
-    pub file: TaskFile,
-    /// The folder of its rows in the data folder.
-    pub folder: String,
-    /// The task whose subject it is.
-    pub group: Option<String>,
-    subject: Option<String>,
-    environment: Environment<'static>,
-}
-
-/// A question, in texts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Question {
-    /// What may stand before the answer: one, or as many as there are choices.
-    pub queries: Vec<String>,
-    /// What is to be chosen among: answers, or where the queries differ, those.
-    pub choices: Vec<String>,
-    /// What follows each query, where the queries differ.
-    pub continuation: Option<String>,
-    /// Which is right.
-    pub target: usize,
-}
-
-impl Question {
-    /// Pairs of context and continuation to be judged, behind `before`.
-    pub fn requests(&self, before: &str) -> Vec<(String, String)> {
-        match &self.continuation {
-            Some(text) => {
-                let pair = |query: &String| (format!("{before}{query}"), format!(" {text}"));
-                self.queries.iter().map(pair).collect()
-            }
-            None => {
-                let pair = |c: &String| (format!("{before}{}", self.queries[0]), format!(" {c}"));
-                self.choices.iter().map(pair).collect()
-            }
+            Self::ExactMatch => "exact_match",
+            Self::Em => "em",
+            Self::F1 => "f1",
+            Self::PassAt1 => "pass@1",
+            Self::WordPerplexity => "word_perplexity",
+            Self::BytePerplexity => "byte_perplexity",
+            Self::BitsPerByte => "bits_per_byte",
         }
     }
 
-    /// The question with its answer, as an example.
-    pub fn shot(&self) -> String {
-        let (query, answer) = match &self.continuation {
-            Some(text) => (&self.queries[self.target], text),
-            None => (&self.queries[0], &self.choices[self.target]),
-        };
-        format!("{query} {answer}\n\n")
+    /// Whether it is a share of the samples, and not a perplexity.
+    pub fn is_share(self) -> bool {
+        !matches!(self, Self::WordPerplexity | Self::BytePerplexity | Self::BitsPerByte)
     }
 }
 
+/// Which of the four kinds of [`TaskFile`] it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `query` and `choices`.
+    Choices,
+    /// `queries` and `continuation`.
+    Queries,
+    /// `query`, `answers` and `generate`.
+    Written,
+    /// `text`.
+    Text,
+}
+
+impl Form {
+    fn metrics(self) -> &'static [Metric] {
+        use Metric::*;
+        match self {
+            Self::Choices | Self::Queries => &[Acc, AccNorm],
+            Self::Written => &[ExactMatch, Em, F1, PassAt1],
+            Self::Text => &[WordPerplexity, BytePerplexity, BitsPerByte],
+        }
+    }
+}
 /// The tasks of a list of names, groups (`commonsense`, `mmlu`), and files.
 ///
 /// # Errors
@@ -245,27 +337,69 @@ pub fn read(path: &Path) -> Result<TaskFile> {
 }
 
 fn parse(text: &str) -> Result<TaskFile> {
-    let file: TaskFile =
-        serde_saphyr::from_str(text).hint("docs/EVAL.md describes the fields of a task")?;
-    let (one, other) = (!file.query.is_empty(), !file.queries.is_empty());
-    let fits =
-        one != other && one != file.choices.is_empty() && other != file.continuation.is_empty();
-    if !fits {
-        bail_hint!(
-            "docs/EVAL.md describes the fields of a task";
-            "expected `query` and `choices`, or `queries` and `continuation`"
-        );
-    }
+    let file: TaskFile = serde_saphyr::from_str(text).hint(DESCRIBED)?;
+    let form = file.form()?;
     if file.metrics.is_empty() {
         bail_hint!("say `metrics: [acc]`"; "`metrics`: needs at least one");
     }
+    if let Some(metric) = file.metrics.iter().find(|metric| !form.metrics().contains(metric)) {
+        let names: Vec<&str> = form.metrics().iter().map(|metric| metric.name()).collect();
+        bail_hint!(
+            DESCRIBED;
+            "`metrics`: expected of `{}`, got `{}`", names.join("`, `"), metric.name()
+        );
+    }
+    if file.metrics.contains(&Metric::PassAt1) == file.program.is_empty() {
+        bail_hint!(DESCRIBED; "`program` and the metric `pass@1` go together");
+    }
+    for filter in &file.filters {
+        check_regex("filters", filter.regex.as_deref().unwrap_or_default())?;
+    }
+    file.exact_match
+        .ignore
+        .iter()
+        .try_for_each(|regex| check_regex("exact_match.ignore", regex))?;
     if file.data.validation.is_none() && file.data.test.is_none() {
         bail_hint!("say `validation: validation`"; "`data`: needs `test` or `validation`, which is judged");
     }
     Ok(file)
 }
 
+fn check_regex(field: &str, regex: &str) -> Result<()> {
+    let checked = regex::Regex::new(regex).with_context(|| format!("`{field}`"));
+    checked.map(|_| ()).hint("expressions are the crate regex's: no look-around, no references")
+}
+
 impl TaskFile {
+    /// Which of the four kinds it is.
+    ///
+    /// # Errors
+    /// Fields of several kinds, or not all of one.
+    pub fn form(&self) -> Result<Form> {
+        let fields = [
+            ("query", !self.query.is_empty()),
+            ("choices", !self.choices.is_empty()),
+            ("queries", !self.queries.is_empty()),
+            ("continuation", !self.continuation.is_empty()),
+            ("target", !self.target.is_empty()),
+            ("answers", !self.answers.is_empty()),
+            ("generate", self.generate.is_some()),
+            ("text", !self.text.is_empty()),
+        ];
+        let given = fields.iter().filter(|(_, given)| *given).map(|(name, _)| *name);
+        match given.collect::<Vec<_>>().as_slice() {
+            ["query", "choices", "target"] => Ok(Form::Choices),
+            ["queries", "continuation", "target"] => Ok(Form::Queries),
+            ["query", "answers", "generate"] => Ok(Form::Written),
+            ["text"] => Ok(Form::Text),
+            got => bail_hint!(
+                DESCRIBED;
+                "expected `query`, `choices` and `target`; or `queries`, `continuation` and `target`; or `query`, `answers` and \
+                 `generate`; or `text`; got `{}`", got.join("`, `")
+            ),
+        }
+    }
+
     /// The task, or one for each subject.
     fn into_tasks(self) -> Result<Vec<Task>> {
         if self.subjects.is_empty() {
@@ -274,136 +408,4 @@ impl TaskFile {
         let subjects = self.subjects.clone();
         subjects.into_iter().map(|subject| Task::new(self.clone(), Some(subject))).collect()
     }
-}
-
-impl Task {
-    fn new(file: TaskFile, subject: Option<String>) -> Result<Self> {
-        let mut environment = Environment::new();
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        let syntax = SyntaxConfig::builder().keep_trailing_newline(true).build()?;
-        environment.set_syntax(syntax);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("regex_replace", regex_replace);
-        environment.add_filter("index", index);
-        let templates = [
-            ("description", &file.description),
-            ("query", &file.query),
-            ("continuation", &file.continuation),
-            ("clean", &file.clean),
-        ];
-        for (name, text) in templates {
-            let of = || format!("`{name}` of the task `{}`", file.task);
-            environment.add_template_owned(name, text.clone()).with_context(of)?;
-        }
-        for (name, text) in
-            [("choices", &file.choices), ("queries", &file.queries), ("target", &file.target)]
-        {
-            let of = || format!("`{name}` of the task `{}`", file.task);
-            if !text.is_empty() {
-                environment.compile_expression(text).with_context(of)?;
-            }
-        }
-        let (name, folder, group) = match &subject {
-            Some(subject) => (
-                format!("{}_{subject}", file.task),
-                format!("{}/{subject}", file.data.folder),
-                Some(file.task.clone()),
-            ),
-            None => (file.task.clone(), file.data.folder.clone(), None),
-        };
-        Ok(Self { name, file, folder, group, subject, environment })
-    }
-
-    /// The question of a row.
-    ///
-    /// # Errors
-    /// A row without the fields that the templates name: those it has are told.
-    pub fn question(&self, row: &serde_json::Map<String, serde_json::Value>) -> Result<Question> {
-        let fields = || {
-            let names: Vec<&str> = row.keys().map(String::as_str).collect();
-            format!("a row has the fields `{}`", names.join("`, `"))
-        };
-        self.question_of(&Value::from(Serde(row))).with_context(fields)
-    }
-
-    fn question_of(&self, row: &Value) -> Result<Question> {
-        let target = self.expression("target", &self.file.target, row)?;
-        let target = match (target.kind(), i64::try_from(target.clone())) {
-            (ValueKind::Bool, _) => usize::from(target.is_true()),
-            (_, Ok(n)) if n >= 0 => n as usize,
-            _ => bail_hint!(
-                "`target` says which choice is right, from 0";
-                "`target` of the task `{}`: expected a number, got {target}", self.file.task
-            ),
-        };
-        let (queries, choices, continuation);
-        if self.file.queries.is_empty() {
-            queries = vec![self.clean(self.text("query", row)?)?];
-            choices = self.list("choices", &self.file.choices, row)?;
-            continuation = None;
-        } else {
-            queries = self.list("queries", &self.file.queries, row)?;
-            choices = queries.clone();
-            continuation = Some(self.clean(self.text("continuation", row)?)?);
-        }
-        if target >= choices.len() {
-            bail_hint!(
-                "`target` says which choice is right, from 0";
-                "`target` of the task `{}` is {target}, of {} choices", self.file.task, choices.len()
-            );
-        }
-        Ok(Question { queries, choices, continuation, target })
-    }
-
-    /// What stands before everything.
-    pub fn description(&self) -> Result<String> {
-        let subject = self.subject.as_deref().unwrap_or_default();
-        self.text("description", &minijinja::context! { subject })
-    }
-
-    fn text(&self, name: &str, row: &Value) -> Result<String> {
-        let template = self.environment.get_template(name)?;
-        template.render(row).with_context(|| format!("`{name}` of the task `{}`", self.file.task))
-    }
-
-    fn expression(&self, name: &str, text: &str, row: &Value) -> Result<Value> {
-        let of = || format!("`{name}` of the task `{}`", self.file.task);
-        self.environment.compile_expression(text)?.eval(row).with_context(of)
-    }
-
-    fn list(&self, name: &str, text: &str, row: &Value) -> Result<Vec<String>> {
-        let list = self.expression(name, text, row)?;
-        let items = list
-            .try_iter()
-            .with_context(|| format!("`{name}` of the task `{}` is no list", self.file.task))?;
-        items.map(|item| self.clean(item.to_string())).collect()
-    }
-
-    fn clean(&self, text: String) -> Result<String> {
-        match self.file.clean.is_empty() {
-            true => Ok(text),
-            false => self.text("clean", &minijinja::context! { text }),
-        }
-    }
-}
-
-type Rendered<T> = std::result::Result<T, minijinja::Error>;
-
-fn invalid(error: impl std::fmt::Display) -> minijinja::Error {
-    minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, error.to_string())
-}
-
-/// Filter `regex_replace(pattern, with)`, as Python's `re.sub`.
-fn regex_replace(text: &str, pattern: &str, with: &str) -> Rendered<String> {
-    let pattern = regex::Regex::new(pattern).map_err(invalid)?;
-    Ok(pattern.replace_all(text, regex::NoExpand(with)).into_owned())
-}
-
-/// Filter `index(item)`: where an item stands in a list.
-fn index(list: &Value, item: &Value) -> Rendered<usize> {
-    list.try_iter()?
-        .position(|other| other == *item)
-        .ok_or_else(|| invalid(format!("{item} is not in {list}")))
 }

@@ -76,6 +76,24 @@ impl ValRecord {
     }
 }
 
+/// Scores of a task while the model is trained.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TaskRecord {
+    /// Optimizer steps done before it.
+    pub step: u64,
+    /// Tokens trained on before it, over all ranks.
+    pub tokens: u64,
+    /// Its name.
+    pub task: String,
+    /// Samples, which may be the first of the set.
+    pub samples: u64,
+    /// Examples before each question.
+    pub num_fewshot: u64,
+    /// Metrics by name, and beside each its standard error.
+    #[serde(flatten)]
+    pub scores: serde_json::Map<String, serde_json::Value>,
+}
+
 /// Where a run will end, as far as the configuration says.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Totals {
@@ -193,6 +211,22 @@ impl RunLog {
         if let Err(e) = self.draw() {
             self.warn(&format!("cannot draw loss.png: {e:#}"));
         }
+        Ok(())
+    }
+
+    /// Logs the scores of a task everywhere.
+    ///
+    /// # Errors
+    /// As [`RunLog::step`].
+    pub fn task(&mut self, record: &TaskRecord) -> Result<()> {
+        let json = serde_json::to_string(record)?;
+        let means = record.scores.iter().filter(|(name, _)| !name.ends_with("_stderr"));
+        let named = means.filter_map(|(name, score)| Some((name, score.as_f64()?)));
+        let tagged: Vec<(String, f64)> =
+            named.map(|(name, score)| (format!("tasks/{}/{name}", record.task), score)).collect();
+        let scalars: Vec<(&str, f64)> = tagged.iter().map(|(tag, x)| (tag.as_str(), *x)).collect();
+        self.write(&json, record.step, unix_time(), &scalars);
+        self.progress.line(&task_line(record, &self.totals));
         Ok(())
     }
 
@@ -391,6 +425,24 @@ fn val_line(r: &ValRecord, totals: &Totals) -> String {
         position(r.step, r.tokens, totals),
         progress::fit(r.val_loss, 6),
         progress::fit(r.val_ppl, 6).trim_start(),
+    )
+}
+
+fn task_line(r: &TaskRecord, totals: &Totals) -> String {
+    let scores = r.scores.iter().filter(|(name, _)| !name.ends_with("_stderr"));
+    let shown = scores.map(|(name, score)| {
+        let score = score.as_f64().unwrap_or(f64::NAN);
+        let error = r.scores.get(&format!("{name}_stderr")).and_then(|error| error.as_f64());
+        let error = error.map_or(String::new(), |error| format!(" ± {error:.3}"));
+        format!("{name} {score:.4}{error}")
+    });
+    let shown: Vec<String> = shown.collect();
+    format!(
+        "{} | {} | {} | {} samples",
+        position(r.step, r.tokens, totals),
+        r.task,
+        shown.join(" | "),
+        r.samples
     )
 }
 

@@ -3,6 +3,7 @@
 mod append;
 mod backends;
 mod data;
+pub mod evaluate;
 pub mod flops;
 pub mod memory;
 pub mod metrics;

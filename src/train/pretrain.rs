@@ -30,6 +30,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
 
     if eval.initial_validation && run.progress.step == 0 {
         run.validate(eval.max_iters)?;
+        run.run_tasks()?;
     }
     let due = |interval: Option<u64>, step: u64| interval.is_some_and(|n| step.is_multiple_of(n));
 
@@ -56,6 +57,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
         // ---- validate, save --------------------------------------------------------------------
         if validates {
             run.validate(eval.max_iters)?;
+            run.run_tasks()?;
         }
         if saves {
             save_periodic(&mut run, step)?;
@@ -171,6 +173,7 @@ fn finish(run: &mut Run) -> Result<u8> {
     }
     if run.config.eval.final_validation {
         run.validate(None)?;
+        run.run_tasks()?;
     }
     conclude_save(run)?;
     let path = saver::save(run, "final")?;

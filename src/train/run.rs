@@ -10,7 +10,7 @@ use super::pick_attention::pick_attention;
 use super::ranks;
 use super::schedule::lr_at;
 use super::step::{MicroStep, train_step};
-use super::{data, saver, validate};
+use super::{data, evaluate, saver, validate};
 use crate::checkpoint::adapter;
 use crate::config::{
     ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Reference, Resume,
@@ -20,6 +20,7 @@ use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
 use crate::distributed::{Job, Ranks};
 use crate::error::WithHint;
+use crate::eval::question::Task;
 use crate::ffi::ReadBack;
 use crate::model::{Fp8, GPT};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
@@ -109,6 +110,8 @@ pub struct Run<'j> {
     pub loader: DataLoader,
     /// Validation set, if any.
     pub val: Option<ValidationSet>,
+    /// Tasks that are run with each validation.
+    pub tasks: Vec<Task>,
     /// Tokenizer, if any.
     pub tokenizer: Option<Arc<Tokenizer>>,
     /// metrics.jsonl, TensorBoard, log lines, progress bar; on rank 0.
@@ -197,6 +200,7 @@ impl<'j> Run<'j> {
             data::open(config, &packed, &model_config, tokenizer, sequence, place)?
         };
         let ends_with = data::end_with(config, &mut plan, &loader)?;
+        let tasks = evaluate::tasks(config, place.1)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
         let pick = || pick_attention(config, &model_config, sequence, device);
@@ -328,6 +332,7 @@ impl<'j> Run<'j> {
             epochs: loader.epochs(),
             loader,
             val,
+            tasks,
             tokenizer: tokenizer.map(Arc::new),
             log,
             job,

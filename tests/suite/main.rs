@@ -44,6 +44,8 @@ mod quant_cache;
 mod quant_folder;
 mod recompute;
 mod report;
+#[cfg(target_os = "linux")]
+mod sandbox;
 mod serve;
 mod small_models;
 mod speculative;
