@@ -61,6 +61,20 @@ ROWS = {
         {"goal": "Dry a shirt.", "sol1": "Put it under water.", "sol2": "Hang it in the sun.", "label": 1},
         {"goal": "Cut paper", "sol1": "with scissors", "sol2": "with a spoon", "label": 0},
     ],
+    "gsm8k": [
+        {"question": "Ann has 3 apples and buys 4. How many has she?", "answer": "She has 3 + 4 = <<3+4=7>>7.\n#### 7"},
+        {"question": "A mug costs $1,200. What do 2 cost?", "answer": "2 * 1,200 = 2,400\n#### 2,400"},
+        {"question": "Half of 9?", "answer": "9 / 2 = 4.5\n#### 4.5"},
+    ],
+    "drop": [
+        {"passage": "In 1942 the fleet had 12 ships. Two sank.", "question": "How many were left?", "answers": [["10"], ["ten"]]},
+        {"passage": "Tom and Ann won.", "question": "Who won?", "answers": [["Tom", "Ann"]]},
+        {"passage": "It rained on 3 May.", "question": "When did it rain?", "answers": [["3 May"]]},
+    ],
+    "wikitext": [
+        {"page": " \n = Tea = \n \n Tea is a drink . It is drunk warm , mostly ; see \" leaves \" . \n = = History = = \n A well @-@ known drink of 1 @,@ 000 N years ( or more ) . \n"},
+        {"page": " \n = A \n = = = Deep = = = \n The ship 's crew said : ' yes ! ' [ 3 ] at 20 ° C and 3 @.@ 5 m { x } , why ? s ' \n = = = = Deeper = = = = \n "},
+    ],
 }
 MMLU = {
     "dev": [
@@ -90,18 +104,23 @@ def requests(name, shots):
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(1234)
         task.build_all_requests(limit=None, rank=0, world_size=1)
-        return [[instance.doc_id, *instance.args] for instance in task.instances]
+        return [[instance.doc_id, *pair(task, instance.args)] for instance in task.instances]
+
+
+def pair(task, arguments):
+    """Context and continuation; one of them is empty where an answer is written, or a text predicted."""
+    return {"generate_until": (arguments[0], ""), "loglikelihood_rolling": ("", arguments[0])}.get(task.OUTPUT_TYPE, arguments)
 
 
 def main():
     for name, rows in ROWS.items():
-        write(rows, OUT / name / "validation")
+        write(rows, OUT / name / ("test" if name == "gsm8k" else "validation"))
     for split, rows in MMLU.items():
         write(rows, OUT / "mmlu/elementary_mathematics" / split)
     names = [*ROWS, "mmlu_elementary_mathematics"]
-    asked = {name: {str(shots): requests(name, shots) for shots in (0, 2)} for name in names}
+    asked = {name: {str(shots): requests(name, shots) for shots in (0, 2) if name != "wikitext" or shots == 0} for name in names}
     (OUT / "requests.json").write_text(json.dumps(asked, ensure_ascii=False, indent=1) + "\n")
-    print({name: len(of["2"]) for name, of in asked.items()})
+    print({name: len(of["0"]) for name, of in asked.items()})
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@
 //!              Q d e           Q sees Q; a: Q a; b: Q a b; c: Q a c; d: Q d; e: Q d e
 //! ```
 //!
-//! Sorted, requests are the paths of a tree. Tokens are laid out as the walk over the tree meets them, a matrix says which
+//! Sorted, requests are the paths of a tree. Tokens are laid out as the walk over the tree meets them, matrices say which
 //! are on whose path, and a token stands at the depth of its node. So the choices of a question share it, and the questions
-//! of a task their examples. The head is computed only where a token of a continuation follows, and logits exist for some
-//! rows at a time.
+//! of a task their examples. Attention is computed for a stretch of tokens at a time, with those on the path to it: what
+//! questions do not share, they do not pay for. The head is computed only where a token of a continuation follows, and on
+//! the CPU for some of the vocabulary at a time, so that logits stay in the cache.
 
 use super::prompt::Pair;
 use crate::bail_hint;
 use crate::generate::NetworkRef;
 use crate::generate::score::score_tokens;
 use crate::model::GPT;
+use crate::ops::Branches;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
@@ -33,22 +35,39 @@ pub struct Likelihood {
 struct Row {
     ids: Vec<i64>,
     positions: Vec<i64>,
-    /// (T, T), row by row: what a token sees. Rows end at the token itself; the rest is not seen.
-    sees: Vec<Vec<bool>>,
+    parts: Vec<Part>,
     /// Where the head is computed, the token that follows there, and the request that asks.
     reads: Vec<(i64, i64, usize)>,
 }
 
-/// Tokens of a row, unless one request alone is longer: on the CPU, on a GPU, which wants many at a time. Attention of a row
-/// costs its square.
-const TOKENS: [usize; 2] = [512, 4096];
+/// Tokens of a row from one on, which see each other and those on the path to the first.
+#[derive(Debug)]
+struct Part {
+    first: usize,
+    /// The path: its token `i` stands at position `i`.
+    path: Vec<usize>,
+    /// (N, up to K): what a token sees of the path and of the part. Rows end at the token itself; the rest is not seen.
+    sees: Vec<Vec<bool>>,
+}
+
+/// What differs between devices: the CPU, a GPU, which wants much at a time.
+struct Sizes {
+    /// Tokens of a row, unless one request alone is longer.
+    row: usize,
+    /// Tokens of a stretch.
+    stretch: usize,
+    /// Rows of logits at a time, and columns.
+    logits: (i64, i64),
+}
+
+const SIZES: [Sizes; 2] = [
+    Sizes { row: 512, stretch: 64, logits: (512, 4096) },
+    Sizes { row: 4096, stretch: 256, logits: (1024, i64::MAX) },
+];
 
 /// Rows are longer where the next request shares much with them, which another row would compute again: up to so many
 /// times what it shares, and no longer than this.
 const SHARED: (usize, usize) = (4, 2048);
-
-/// Logits that exist at a time, in rows of the vocabulary.
-const LOGITS: i64 = 512;
 
 /// The likelihood of each pair's continuation, in the order of `pairs`, and how many contexts were cut from the left to fit
 /// the model's. `batch_size`: requests of a row at most. `done` is called with the number of requests that are through.
@@ -87,25 +106,25 @@ pub fn log_likelihoods(
     let mut order: Vec<usize> = (0..pairs.len()).collect();
     order.sort_by(|&a, &b| inputs[a].cmp(&inputs[b]));
 
-    let most = TOKENS[usize::from(model.device().is_cuda())];
+    let sizes = &SIZES[usize::from(model.device().is_cuda())];
     let mut all = vec![Likelihood { log_likelihood: 0.0, is_greedy: Some(true) }; pairs.len()];
     let (mut row, mut path, mut last): (Row, Vec<usize>, &[u32]) = (Row::default(), vec![], &[]);
     let (mut through, mut in_row) = (0, 0);
     for &i in &order {
         let input = &inputs[i];
         let mut shared = last.iter().zip(input).take_while(|(a, b)| a == b).count();
-        let most = most.max((SHARED.0 * shared).min(SHARED.1));
+        let most = sizes.row.max((SHARED.0 * shared).min(SHARED.1));
         let full = in_row >= batch_size.unwrap_or(usize::MAX);
         if !row.ids.is_empty() && (full || row.ids.len() + input.len() - shared > most) {
             in_row = 0;
-            through += run(model, &std::mem::take(&mut row), &mut all)?;
+            through += run(model, &std::mem::take(&mut row), sizes, &mut all)?;
             done(through);
             (path, shared) = (Vec::new(), 0);
         }
         in_row += 1;
         path.truncate(shared);
         for &id in &input[shared..] {
-            path.push(row.add(id, path.last().copied()));
+            path.push(row.add(id, &path, sizes.stretch));
         }
         let targets = &pairs[i].continuation;
         let from = input.len() - targets.len();
@@ -115,36 +134,63 @@ pub fn log_likelihoods(
         last = input;
     }
     if !row.ids.is_empty() {
-        through += run(model, &row, &mut all)?;
+        through += run(model, &row, sizes, &mut all)?;
         done(through);
     }
     Ok((all, cut))
 }
 
 impl Row {
-    /// Adds a token behind another; where it stands.
-    fn add(&mut self, id: u32, behind: Option<usize>) -> usize {
+    /// Adds a token behind those of its path; where it stands. A part holds `most` tokens.
+    fn add(&mut self, id: u32, path: &[usize], most: usize) -> usize {
         let at = self.ids.len();
-        let mut sees = behind.map_or(Vec::new(), |before| self.sees[before].clone());
-        sees.resize(at, false);
-        sees.push(true);
-        let position = behind.map_or(0, |before| self.positions[before] + 1);
+        if self.parts.last().is_none_or(|part| part.sees.len() == most) {
+            self.parts.push(Part { first: at, path: path.to_vec(), sees: Vec::new() });
+        }
+        if let Some(part) = self.parts.last_mut() {
+            let mut sees = match path.last() {
+                Some(&before) if before >= part.first => part.sees[before - part.first].clone(),
+                _ => vec![true; path.len()], // all of its path is before the part
+            };
+            sees.resize(part.path.len() + at - part.first, false);
+            sees.push(true);
+            part.sees.push(sees);
+        }
         self.ids.push(i64::from(id));
-        self.positions.push(position);
-        self.sees.push(sees);
+        self.positions.push(path.len() as i64);
         at
     }
 
-    /// 0 where a token sees another, else -inf.
-    fn bias(&self, kind: Kind, device: Device) -> Tensor {
-        let (t, n) = (self.ids.len(), self.ids.len() as i64);
-        let mut seen = vec![false; t * t];
-        for (whole, sees) in seen.chunks_exact_mut(t).zip(&self.sees) {
-            whole[..sees.len()].copy_from_slice(sees);
+    /// What tokens see, for attention.
+    fn branches(&self, kind: Kind, device: Device) -> Branches {
+        let n = self.parts.iter().map(|part| part.sees.len()).max().unwrap_or(0);
+        let longest = self.parts.iter().map(|part| part.path.len() + part.sees.len()).max();
+        let k = longest.unwrap_or(0).next_multiple_of(8); // as kernels of a GPU want a matrix
+        let s = self.parts.len();
+        let (mut queries, mut keys) = (vec![0i64; s * n], vec![0i64; s * k]);
+        let mut seen = vec![false; s * n * k];
+        let mut back = vec![0i64; self.ids.len()];
+        for (i, part) in self.parts.iter().enumerate() {
+            for (at, &key) in keys[i * k..].iter_mut().zip(&part.path) {
+                *at = key as i64;
+            }
+            for (j, sees) in part.sees.iter().enumerate() {
+                let token = part.first + j;
+                keys[i * k + part.path.len() + j] = token as i64;
+                queries[i * n + j] = token as i64;
+                back[token] = (i * n + j) as i64;
+                seen[(i * n + j) * k..][..sees.len()].copy_from_slice(sees);
+            }
+            for j in part.sees.len()..n {
+                seen[(i * n + j) * k] = true; // no row without a key
+            }
         }
-        let seen = Tensor::from_slice(&seen).to_device(device).view([1, 1, n, n]);
-        Tensor::zeros([1, 1, n, n], (kind, device))
-            .masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
+        let there = |x: &[i64]| Tensor::from_slice(x).to_device(device);
+        let shape = [s, 1, n, k].map(|x| x as i64);
+        let seen = Tensor::from_slice(&seen).to_device(device).view(shape);
+        let bias = Tensor::zeros(shape, (kind, device))
+            .masked_fill(&seen.logical_not(), f64::NEG_INFINITY);
+        Branches { queries: there(&queries), keys: there(&keys), bias, back: there(&back) }
     }
 }
 
@@ -177,26 +223,13 @@ fn one_by_one(
 }
 
 /// Computes a row and adds to the likelihoods of its requests; how many those are.
-fn run(model: &GPT, row: &Row, all: &mut [Likelihood]) -> Result<usize> {
+fn run(model: &GPT, row: &Row, sizes: &Sizes, all: &mut [Likelihood]) -> Result<usize> {
     let device = model.device();
     let ids = Tensor::from_slice(&row.ids).unsqueeze(0).to_device(device); // (1, T)
     let positions = Tensor::from_slice(&row.positions).to_device(device); // (T,)
-    let bias = row.bias(model.kind(), device); // (1, 1, T, T)
-    let x = model.hidden_branches(&ids, &positions, &bias).squeeze_dim(0); // (T, C)
-    let places: Vec<i64> = row.reads.iter().map(|(at, ..)| *at).collect();
-    let targets: Vec<i64> = row.reads.iter().map(|(_, target, _)| *target).collect();
-    let x = x.index_select(0, &Tensor::from_slice(&places).to_device(device)); // (N, C)
-    let targets = Tensor::from_slice(&targets).to_device(device); // (N,)
-    let (mut logprobs, mut greedy) = (Vec::new(), Vec::new());
-    for (x, targets) in x.split(LOGITS, 0).iter().zip(targets.split(LOGITS, 0)) {
-        let logits = model.head(x).to_kind(Kind::Float); // (n, V)
-        // Six times as fast on the CPU as libtorch's logsumexp, which makes one value a row.
-        let all = logits.log_softmax(1, Kind::Float); // (n, V)
-        logprobs.push(all.gather(1, &targets.unsqueeze(1), false).squeeze_dim(1)); // (n,)
-        greedy.push(logits.argmax(1, false).eq_tensor(&targets));
-    }
-    let logprobs = Vec::<f64>::try_from(Tensor::cat(&logprobs, 0).to_kind(Kind::Double))?;
-    let greedy = Vec::<bool>::try_from(Tensor::cat(&greedy, 0))?;
+    let branches = row.branches(model.kind(), device);
+    let x = model.hidden_branches(&ids, &positions, branches).squeeze_dim(0); // (T, C)
+    let (logprobs, greedy) = read(model, &x, &row.reads, sizes.logits)?;
     let mut requests = 0;
     let mut before = None;
     for (&(_, _, request), (logprob, greedy)) in row.reads.iter().zip(logprobs.iter().zip(greedy)) {
@@ -206,4 +239,58 @@ fn run(model: &GPT, row: &Row, all: &mut [Likelihood]) -> Result<usize> {
         before = Some(request);
     }
     Ok(requests)
+}
+
+/// Log-probability of each read, and whether its token is the likeliest. Several reads of a place share its logits.
+///
+/// # Shapes
+/// x (T, C); `rows` places and `columns` of the vocabulary at a time.
+fn read(
+    model: &GPT,
+    x: &Tensor,
+    reads: &[(i64, i64, usize)],
+    (rows, columns): (i64, i64),
+) -> Result<(Vec<f64>, Vec<bool>)> {
+    let device = x.device();
+    let mut places: Vec<i64> = reads.iter().map(|&(at, ..)| at).collect();
+    places.sort_unstable();
+    places.dedup();
+    let row_of = |at: i64| places.binary_search(&at).map_or(0, |row| row as i64);
+    let of_reads: Vec<i64> = reads.iter().map(|&(at, ..)| row_of(at)).collect();
+    let targets: Vec<i64> = reads.iter().map(|&(_, target, _)| target).collect();
+    let of_reads = Tensor::from_slice(&of_reads).to_device(device); // (N,)
+    let targets = Tensor::from_slice(&targets).to_device(device); // (N,)
+
+    let x = x.index_select(0, &Tensor::from_slice(&places).to_device(device)); // (P, C)
+    let head = model.head_matrix(); // (V, C)
+    let (mut largest, mut sums, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+    for (i, part) in x.split(rows, 0).iter().enumerate() {
+        // A read of another part of the rows takes something, and is not counted.
+        let (first, n) = (i as i64 * rows, part.size()[0]);
+        let here = (&of_reads - first).clamp(0, n - 1); // (N,)
+        let is_here = of_reads.ge(first).logical_and(&of_reads.lt(first + n)); // (N,)
+        let (mut maxima, mut totals) = (Vec::new(), Vec::new());
+        let mut from = 0;
+        for weight in head.split(columns.min(head.size()[0]), 0) {
+            let width = weight.size()[0];
+            let z = part.matmul(&weight.tr()).to_kind(Kind::Float); // (P', V')
+            let at = (&targets - from).clamp(0, width - 1); // (N,)
+            let taken = z.view(-1).index_select(0, &(&here * width + at)); // (N,)
+            let is_in =
+                targets.ge(from).logical_and(&targets.lt(from + width)).logical_and(&is_here);
+            logits.push(taken.where_scalarother(&is_in, f64::NEG_INFINITY)); // (N,)
+            let most = z.amax(1, true); // (P', 1)
+            totals.push((z - &most).exp_().sum_dim_intlist(1, true, Kind::Float)); // (P', 1)
+            maxima.push(most);
+            from += width;
+        }
+        let (maxima, totals) = (Tensor::cat(&maxima, 1), Tensor::cat(&totals, 1)); // (P', V / V')
+        sums.push((&maxima + totals.log()).logsumexp(1, false)); // (P',)
+        largest.push(maxima.amax(1, false)); // (P',)
+    }
+    let logits = Tensor::stack(&logits, 0).amax(0, false); // (N,)
+    let of_read = |parts: &[Tensor]| Tensor::cat(parts, 0).index_select(0, &of_reads); // (N,)
+    let greedy = logits.ge_tensor(&of_read(&largest));
+    let logprobs = (logits - of_read(&sums)).to_kind(Kind::Double);
+    Ok((Vec::try_from(logprobs)?, Vec::try_from(greedy)?))
 }

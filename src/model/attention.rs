@@ -4,7 +4,7 @@ use super::config::ModelConfig;
 use super::linear::Linear;
 use super::paged_cache::LayerOf;
 use crate::config::AttentionBackend;
-use crate::ops::{self, Documents, Mask};
+use crate::ops::{self, Branches, Documents, Mask};
 use tch::{Device, Tensor};
 
 /// What all blocks share: where they are in the sequence, and which kernels they use.
@@ -15,8 +15,8 @@ pub struct Positions {
     pub sin: Tensor,
     /// Where documents lie in the rows; `None`: each row is one.
     pub documents: Option<Documents>,
-    /// Added to the scores in place of what `documents` says, 0 or -inf: (1, 1, T, T).
-    pub bias: Option<Tensor>,
+    /// What tokens see in place of what `documents` says.
+    pub branches: Option<Branches>,
     /// How things are computed.
     pub kernels: Kernels,
 }
@@ -52,7 +52,7 @@ impl Positions {
             cos: self.cos.shallow_clone(),
             sin: self.sin.shallow_clone(),
             documents: self.documents.as_ref().map(Documents::shallow_clone),
-            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+            branches: self.branches.as_ref().map(Branches::shallow_clone),
             kernels: self.kernels,
         }
     }
@@ -103,8 +103,8 @@ impl CausalSelfAttention {
             None => {
                 let mask = Mask { causal: true, documents: at.documents.as_ref() };
                 let (backend, angles) = (with.attention, (&at.cos, &at.sin));
-                let y = match &at.bias {
-                    Some(bias) => ops::rope_attention_bias(qkv, angles, (h, g), bias, with.fused),
+                let y = match &at.branches {
+                    Some(all) => ops::rope_attention_branches(qkv, angles, (h, g), all, with.fused),
                     None => ops::rope_attention_qkv(qkv, angles, (h, g), mask, backend, with.fused),
                 }; // (B, H, T, D)
                 y.transpose(1, 2).reshape([b, t, h * d]) // (B, T, H*D)

@@ -14,7 +14,7 @@ use super::rope::Rope;
 use super::units::AtUnit;
 use crate::config::AttentionBackend;
 use crate::ffi::{DecodeState, PackedWeight};
-use crate::ops::{self, Documents, LossScalars};
+use crate::ops::{self, Branches, Documents, LossScalars};
 use std::cell::Cell;
 use tch::{Device, Kind, Tensor};
 
@@ -63,8 +63,8 @@ enum Sees<'a> {
     Before,
     /// Of those, the ones of its document.
     Documents(&'a Documents),
-    /// Those where a matrix has 0, and not -inf.
-    Branches(&'a Tensor),
+    /// Those on its own path.
+    Branches(Branches),
 }
 
 impl GPT {
@@ -124,16 +124,15 @@ impl GPT {
         self.run(idx, angles, sees, cache.map(Cache::Whole))
     }
 
-    /// [`GPT::hidden`] of texts that share their beginnings: a token sees those that `bias` says, and stands at a position of
-    /// its own.
+    /// [`GPT::hidden`] of texts that share their beginnings: a token sees those on its own path, and stands at a position of its
+    /// own.
     ///
     /// # Shapes
-    /// idx (1, T) of i64; positions (T,) of i64, below `block_size`; bias (1, 1, T, T) in the dtype of the weights, added to
-    /// the scores: 0 or -inf -> (1, T, C).
-    pub fn hidden_branches(&self, idx: &Tensor, positions: &Tensor, bias: &Tensor) -> Tensor {
+    /// idx (1, T) of i64; positions (T,) of i64, below `block_size` -> (1, T, C).
+    pub fn hidden_branches(&self, idx: &Tensor, positions: &Tensor, branches: Branches) -> Tensor {
         let (cos, sin) = self.rope.tables();
         let angles = [cos, sin].map(|table| table.index_select(0, positions)); // (T, n_elem) x2
-        self.run(idx, angles.into(), Sees::Branches(bias), None)
+        self.run(idx, angles.into(), Sees::Branches(branches), None)
     }
 
     /// [`GPT::hidden`] of the new tokens of several sequences, which `batch` holds behind each other.
@@ -170,7 +169,7 @@ impl GPT {
             attention: self.attention,
             fused: self.fused,
             recompute_norms: self.recompute_norms && cache.is_none(),
-            fp8: self.fp8.is_some() && cache.is_none(),
+            fp8: self.fp8.is_some() && cache.is_none() && !matches!(sees, Sees::Branches(_)),
             train: self.training.get() && cache.is_none(),
             lora: !self.without_adapters.get(),
         };
@@ -182,12 +181,12 @@ impl GPT {
         }
         self.leave(0, &x);
         let d = self.config.head_size;
-        let (documents, bias) = match sees {
+        let (documents, branches) = match sees {
             Sees::Before => (None, None),
             Sees::Documents(some) => (Some(some.ready_for(&x, d, self.attention)), None),
-            Sees::Branches(bias) => (None, Some(bias.shallow_clone())),
+            Sees::Branches(branches) => (None, Some(branches)),
         };
-        let at = Positions { cos, sin, documents, bias, kernels };
+        let at = Positions { cos, sin, documents, branches, kernels };
         let mut delta = None; // what the last block adds to x
         for (i, block) in self.h.iter().enumerate() {
             self.enter(i + 1);
@@ -267,6 +266,11 @@ impl GPT {
             Some(head) => x.linear(&head.dense(), None::<Tensor>),
             None => x.linear(&self.wte.weight, None::<Tensor>),
         }
+    }
+
+    /// (V, C): what [`GPT::head`] multiplies with.
+    pub fn head_matrix(&self) -> Tensor {
+        self.lm_head.as_ref().map_or_else(|| self.wte.weight.shallow_clone(), Linear::dense)
     }
 
     /// (V, C): the head's own matrix, or the embedding where they are tied.

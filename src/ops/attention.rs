@@ -181,24 +181,69 @@ pub fn rope_attention_qkv(
     attention_qkv(&heads(&qkv), h, g, mask, backend)
 }
 
-/// [`rope_attention_qkv`] by libtorch's kernels, where a matrix says what each query sees.
+/// A row of T tokens in S stretches of N, and what each sees: of K tokens, those on its own path. Short stretches are filled up
+/// with any tokens, which nobody reads.
+#[derive(Debug)]
+pub struct Branches {
+    /// (S * N,) i64: tokens of the row.
+    pub queries: Tensor,
+    /// (S * K,) i64: tokens of the row.
+    pub keys: Tensor,
+    /// (S, 1, N, K) in the dtype of the weights: 0 where one of the N sees one of the K, else -inf.
+    pub bias: Tensor,
+    /// (T,) i64: where a token of the row is among the S * N.
+    pub back: Tensor,
+}
+
+impl Branches {
+    /// Another handle on the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            queries: self.queries.shallow_clone(),
+            keys: self.keys.shallow_clone(),
+            bias: self.bias.shallow_clone(),
+            back: self.back.shallow_clone(),
+        }
+    }
+}
+
+/// [`rope_attention_qkv`] by libtorch's kernels, where tokens see only some of those before them: stretch by stretch, so that
+/// nothing is computed between stretches that do not see each other. The heads of a group are rows of one head.
 ///
 /// # Shapes
-/// qkv (B, T, (H+2G)*D); cos, sin (T, n) fp32; bias (B or 1, 1, T, T), added to the scores -> (B, H, T, D).
-pub fn rope_attention_bias(
+/// qkv (1, T, (H+2G)*D); cos, sin (T, n) fp32 -> (1, H, T, D).
+pub fn rope_attention_branches(
     qkv: &Tensor,
     (cos, sin): (&Tensor, &Tensor),
     (n_head, n_query_groups): (i64, i64),
-    bias: &Tensor,
+    branches: &Branches,
     fused: bool,
 ) -> Tensor {
     let (h, g) = (n_head, n_query_groups);
-    let (b, t, width) = qkv.size3().expect("qkv is (B, T, (H+2G)*D)");
-    let d = width / (h + 2 * g);
-    let qkv = super::rope_qkv(qkv, cos, sin, h + g, d, fused).view([b, t, h + 2 * g, d]);
-    let (q, k, v) = split_heads(&qkv, h, g); // (B, H, T, D), (B, G, T, D) x2
-    let (k, v) = (repeat_heads(&k, h), repeat_heads(&v, h)); // (B, H, T, D); kernels with a matrix know no groups
-    Tensor::scaled_dot_product_attention(&q, &k, &v, Some(bias), 0.0, false, None, false)
+    let (_, t, width) = qkv.size3().expect("qkv is (1, T, (H+2G)*D)");
+    let (s, _, n, k) = branches.bias.size4().expect("a bias is (S, 1, N, K)");
+    let (r, d) = (h / g, width / (h + 2 * g)); // heads of a group
+    let x = super::rope_qkv(qkv, cos, sin, h + g, d, fused).view([t, h + 2 * g, d]);
+    let q = x.narrow(1, 0, h).index_select(0, &branches.queries); // (S*N, H, D)
+    let q = q.view([s, n, g, r, d]).permute([0, 2, 3, 1, 4]).reshape([s, g, r * n, d]);
+    let seen = |from: i64| {
+        let x = x.narrow(1, from, g).index_select(0, &branches.keys); // (S*K, G, D)
+        x.view([s, k, g, d]).transpose(1, 2) // (S, G, K, D)
+    };
+    let bias = branches.bias.repeat([1, 1, r, 1]); // (S, 1, R*N, K)
+    let (keys, values) = (seen(h), seen(h + g));
+    let y = Tensor::scaled_dot_product_attention(
+        &q,
+        &keys,
+        &values,
+        Some(&bias),
+        0.0,
+        false,
+        None,
+        false,
+    ); // (S, G, R*N, D)
+    let y = y.view([s, g, r, n, d]).permute([1, 2, 0, 3, 4]).reshape([h, s * n, d]);
+    y.index_select(1, &branches.back).unsqueeze(0) // (1, H, T, D)
 }
 
 /// Views of a packed projection.

@@ -15,8 +15,8 @@ mod rope;
 
 pub use crate::ffi::LossScalars;
 pub use attention::{
-    Documents, Mask, attention, attention_qkv, attention_reference, flash_covers,
-    rope_attention_bias, rope_attention_qkv, split_heads,
+    Branches, Documents, Mask, attention, attention_qkv, attention_reference, flash_covers,
+    rope_attention_branches, rope_attention_qkv, split_heads,
 };
 pub use linear::{fp8_reference, linear, norm_linear, norm_mlp};
 pub use loss::{cross_entropy, cross_entropy_reference, cross_entropy_sum, head_loss, head_rows};

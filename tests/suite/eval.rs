@@ -14,7 +14,7 @@ use tinyllama::generate::score::score_tokens;
 use tinyllama::model::GPT;
 use tinyllama::tokenizer::Tokenizer;
 
-const GOLDEN: &str = "tests/golden/eval";
+pub const GOLDEN: &str = "tests/golden/eval";
 
 /// Row, context, continuation.
 type Asked = Vec<(usize, String, String)>;
@@ -23,7 +23,7 @@ type Asked = Vec<(usize, String, String)>;
 fn prompts_are_those_of_the_harness() {
     let text = std::fs::read_to_string(format!("{GOLDEN}/requests.json")).unwrap();
     let all: BTreeMap<String, BTreeMap<usize, Asked>> = serde_json::from_str(&text).unwrap();
-    assert_eq!(all.len(), 7);
+    assert_eq!(all.len(), 10);
     for (name, of_shots) in all {
         let task = task::find(std::slice::from_ref(&name)).unwrap().remove(0);
         for (shots, want) in of_shots {
@@ -146,20 +146,20 @@ fn a_mean_has_the_error_of_its_sample() {
 }
 
 /// A model of random weights with the quickstart's tokenizer.
-struct Folder(tempfile::TempDir);
+pub struct Folder(tempfile::TempDir);
 
 impl Folder {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         quickstart_like(&dir.path().join("model"));
         Self(dir)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.0.path().join(name).to_string_lossy().into_owned()
     }
 
-    fn evaluate(&self, tasks: &str, more: &[&str]) -> Output {
+    pub fn evaluate(&self, tasks: &str, more: &[&str]) -> Output {
         let (model, out) = (self.path("model"), self.path("out"));
         let mut command = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
         command.args(["evaluate", "--checkpoint", &model, "--device", "cpu", "--tasks", tasks]);
@@ -168,13 +168,13 @@ impl Folder {
         command.args(out).args(data).args(more).output().unwrap()
     }
 
-    fn results(&self) -> serde_json::Value {
+    pub fn results(&self) -> serde_json::Value {
         let text = std::fs::read_to_string(self.path("out/results.json")).unwrap();
         serde_json::from_str(&text).unwrap()
     }
 }
 
-fn told(output: &Output) -> String {
+pub fn told(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -258,7 +258,7 @@ fn a_task_of_ones_own_is_a_file() {
         ("choices: a", "choices: a +", "`choices` of the task `mine`"),
         ("choices: a", "chices: a", "chices"),
         ("metrics: [acc]", "metrics: [accuracy]", "accuracy"),
-        ("query: '{{ q }} comes'\n", "", "got `query`, `target`"),
+        ("query: '{{ q }} comes'\n", "", "got `choices`, `target`"),
         ("test: test", "test: exam", "has no rows of the task `mine`"),
     ] {
         std::fs::write(&file, yaml.replace(from, to)).unwrap();

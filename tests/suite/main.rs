@@ -12,6 +12,8 @@ mod doctor;
 mod document_mask;
 mod engine;
 mod eval;
+mod eval_training;
+mod eval_written;
 mod finetune;
 mod foreign;
 mod fsdp;
