@@ -286,7 +286,9 @@ pub fn find(names: &[String]) -> Result<Vec<Task>> {
         for name in names {
             let is_file = name.ends_with(".yaml") || name.ends_with(".yml");
             if is_file {
-                tasks.extend(read(Path::new(name))?.into_tasks()?);
+                let in_file = || format!("in the task `{name}`");
+                let found = read(Path::new(name))?.into_tasks().with_context(in_file);
+                tasks.extend(found.hint(DESCRIBED)?);
                 continue;
             }
             let subject = |file: &TaskFile| {

@@ -27,14 +27,7 @@ pub fn answers(
     mut done: impl FnMut(usize),
 ) -> Result<(Vec<String>, usize)> {
     let Model { network, tokenizer, eos } = model;
-    let context = network.config().block_size as usize;
-    let room = match context.checked_sub(generate.max_tokens) {
-        Some(room) if room > 0 => room,
-        _ => bail_hint!(
-            "evaluate a model with a longer context, or a task with a smaller `generate.max_tokens`";
-            "answers of {} tokens leave no room for a question in the model's context of {context}", generate.max_tokens
-        ),
-    };
+    let room = room(generate.max_tokens, network.config().block_size as usize)?;
     let encoded = prompts.par_iter().map(|prompt| tokenizer.encode_default(prompt));
     let mut encoded: Vec<Vec<u32>> = encoded.collect::<Result<_>>()?;
     let mut cut = 0;
@@ -93,4 +86,18 @@ pub fn answers(
         }
     }
     Ok((texts, cut))
+}
+
+/// Tokens of a context that are left for a prompt before an answer of `max_tokens`.
+///
+/// # Errors
+/// None are.
+pub fn room(max_tokens: usize, context: usize) -> Result<usize> {
+    match context.checked_sub(max_tokens) {
+        Some(room) if room > 0 => Ok(room),
+        _ => bail_hint!(
+            "evaluate a model with a longer context, or a task with a smaller `generate.max_tokens`";
+            "answers of {max_tokens} tokens leave no room for a question in the model's context of {context}"
+        ),
+    }
 }

@@ -2,20 +2,23 @@
 
 use super::metrics::TaskRecord;
 use super::run::Run;
+use crate::config::RunConfig;
 use crate::error::WithHint;
 use crate::eval::question::Task;
 use crate::eval::task::Form;
-use crate::eval::{self, Model, Options, Outcome, prompt, task};
+use crate::eval::{self, Model, Options, Outcome, prompt, task, written};
 use crate::generate::NetworkRef;
 use crate::guard;
+use crate::model::ModelConfig;
 use anyhow::{Context, Result, anyhow};
 
 /// The tasks of `eval.tasks`, looked at once before training: a set that is missing is told now, not after the first
 /// thousand steps.
 ///
 /// # Errors
-/// An unknown task; one that runs programs, or has several ranks write texts; no tokenizer; no such set.
-pub fn tasks(config: &crate::config::RunConfig, ranks: usize) -> Result<Vec<Task>> {
+/// An unknown task; one that runs programs, has several ranks write texts, or has answers longer than the context; no
+/// tokenizer; no such set.
+pub fn tasks(config: &RunConfig, model: &ModelConfig, ranks: usize) -> Result<Vec<Task>> {
     let eval = &config.eval;
     if eval.tasks.is_empty() {
         return Ok(Vec::new());
@@ -37,6 +40,11 @@ pub fn tasks(config: &crate::config::RunConfig, ranks: usize) -> Result<Vec<Task
             return Err(anyhow!("`eval.tasks`: the model writes the answers of `{}`, which {ranks} ranks cannot together", task.name))
                 .usage("run it on a checkpoint with `tinyllama evaluate`, and keep tasks with choices here");
         }
+        if task.form == Form::Written {
+            let generate = task.file.generate.as_ref();
+            written::room(generate.map_or(0, |g| g.max_tokens), model.block_size as usize)
+                .with_context(|| format!("`eval.tasks`: `{}`", task.name))?;
+        }
         let shots = eval.num_fewshot.map_or(task.file.num_fewshot, |n| n as usize);
         prompt::samples(task, &eval.data, shots, eval.limit(), SEED).context("in `eval.tasks`")?;
     }
@@ -48,12 +56,21 @@ const SEED: u64 = 1234;
 
 impl Run<'_> {
     /// Runs the tasks of `eval.tasks` and logs their scores. All ranks compute all of it, since they hold the weights
-    /// together.
+    /// together. In a single process a task that fails, such as for lack of memory, is told and does not end the run.
+    ///
+    /// # Errors
+    /// Those of a task where there are several ranks: they may not be at the same place any more.
     pub fn run_tasks(&mut self) -> Result<()> {
         let tasks = std::mem::take(&mut self.tasks);
-        let outcome = tasks.iter().try_for_each(|task| self.run_task(task));
+        for task in &tasks {
+            match self.run_task(task) {
+                Err(error) if self.job.is_some() => return Err(error),
+                Err(error) => self.note(&format!("task        {error:#}; training goes on")),
+                Ok(()) => {}
+            }
+        }
         self.tasks = tasks;
-        outcome
+        Ok(())
     }
 
     fn run_task(&mut self, task: &Task) -> Result<()> {

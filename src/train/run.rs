@@ -200,7 +200,7 @@ impl<'j> Run<'j> {
             data::open(config, &packed, &model_config, tokenizer, sequence, place)?
         };
         let ends_with = data::end_with(config, &mut plan, &loader)?;
-        let tasks = evaluate::tasks(config, place.1)?;
+        let tasks = evaluate::tasks(config, &model_config, place.1)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
         let pick = || pick_attention(config, &model_config, sequence, device);

@@ -73,6 +73,7 @@ fn tasks_that_cannot_run_are_told_before_training() {
         ("eval.tasks=[hellaswog]", "near are `hellaswag`"),
         ("eval.tasks=[humaneval]", "runs programs"),
         ("eval.tasks=[mmlu_virology]", "has no rows of the task `mmlu_virology`"),
+        ("eval.tasks=[gsm8k]", "leave no room for a question"),
         ("eval.limit=0", "`eval.limit`"),
     ] {
         let output = setup.run("out", &["--set", more]);
