@@ -41,7 +41,7 @@ pub fn rope_qkv(
     Tensor::cat(&[&rotated.transpose(1, 2), &rest], 2).view([b, t, width]) // (B, T, (H+2G)*D)
 }
 
-/// [`rope_reference`] in place, with a third of its passes over memory.
+/// [`rope_reference`] in place, to the same bits, with half of its passes over memory.
 ///
 /// # Shapes
 /// x (B, T, H, D); cos, sin (T, n) fp32, n <= D.
@@ -51,7 +51,7 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor) {
     let ([mut a, mut b], [cos_a, cos_b]) = (halves(x), halves(&cos.unsqueeze(1))); // (B, T, H, n/2), (T, 1, n/2)
     let [sin_a, sin_b] = halves(&sin.unsqueeze(1)); // (T, 1, n/2)
     let turned = &a * &cos_a - &b * &sin_a;
-    let _ = b.g_mul_(&cos_b).addcmul_(&a, &sin_b);
+    let _ = b.g_mul_(&cos_b).g_add_(&(&a * &sin_b)); // no addcmul, which rounds otherwise
     a.copy_(&turned);
 }
 
