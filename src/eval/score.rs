@@ -65,8 +65,8 @@ const SIZES: [Sizes; 2] = [
     Sizes { row: 4096, stretch: 256, logits: (1024, i64::MAX) },
 ];
 
-/// Rows are longer where the next request shares much with them, which another row would compute again: up to so many
-/// times what it shares, and no longer than this.
+/// Rows are longer where the next request shares much with them, which another row would compute again: by a quarter where
+/// half of the request is shared, and up to so many times what it shares, but no longer than this.
 const SHARED: (usize, usize) = (4, 2048);
 
 /// The likelihood of each pair's continuation, in the order of `pairs`, and how many contexts were cut from the left to fit
@@ -113,7 +113,8 @@ pub fn log_likelihoods(
     for &i in &order {
         let input = &inputs[i];
         let mut shared = last.iter().zip(input).take_while(|(a, b)| a == b).count();
-        let most = sizes.row.max((SHARED.0 * shared).min(SHARED.1));
+        let stretched = if 2 * shared >= input.len() { sizes.row * 5 / 4 } else { sizes.row };
+        let most = stretched.max((SHARED.0 * shared).min(SHARED.1));
         let full = in_row >= batch_size.unwrap_or(usize::MAX);
         if !row.ids.is_empty() && (full || row.ids.len() + input.len() - shared > most) {
             in_row = 0;
