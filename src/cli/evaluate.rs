@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long)]
     log_samples: bool,
     /// Seed of the choice of examples
-    #[arg(long, default_value_t = 1234)]
+    #[arg(long, default_value_t = eval::SEED)]
     seed: u64,
     /// Requests at a time: `auto` fills rows with as many as run well
     #[arg(long, value_name = "auto|N", default_value = "auto", value_parser = batch_size)]
@@ -83,7 +83,7 @@ fn evaluate(args: &Args, device: Device) -> Result<u8> {
         "fewshot_seed": args.seed,
     });
     let mut results = Results::create(&args.out, args.overwrite, config)?;
-    let sandbox = match tasks.iter().any(|task| !task.file.program.is_empty()) {
+    let sandbox = match tasks.iter().any(|task| task.file.runs_programs()) {
         true => Some(open_sandbox()?),
         false => None,
     };

@@ -3,6 +3,7 @@
 //! The doc comments of the fields are what `tinyllama config explain KEY` prints.
 
 pub mod check;
+mod eval;
 mod explain;
 mod finetune;
 mod load;
@@ -11,6 +12,7 @@ mod run;
 mod validate;
 mod weight;
 
+pub use eval::EvalConfig;
 pub use explain::{Key, explain, keys};
 pub use finetune::{
     ChatDataConfig, ChatFormat, DpoConfig, FinetuneConfig, LoraConfig, LossOn, Method, Reference,

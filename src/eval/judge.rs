@@ -2,7 +2,7 @@
 
 use super::question::{Choice, Question};
 use super::score::Likelihood;
-use super::task::{ExactMatch, Filter, Metric, Take};
+use super::task::{Metric, Take};
 use regex::Regex;
 use std::collections::HashSet;
 
@@ -33,14 +33,12 @@ pub fn perplexity(metric: Metric, log_likelihood: f64, questions: &[&Question]) 
     if metric == Metric::BitsPerByte { each / std::f64::consts::LN_2 } else { each.exp() }
 }
 
-/// What a filter takes of a text.
-pub fn extract(filter: &Filter, text: &str) -> String {
+/// What a filter takes of a text: all of it without an expression.
+pub fn extract(regex: Option<&Regex>, take: Take, text: &str) -> String {
     const NOTHING: &str = "[invalid]";
-    let Some(regex) = filter.regex.as_deref().and_then(|regex| Regex::new(regex).ok()) else {
-        return text.to_owned();
-    };
+    let Some(regex) = regex else { return text.to_owned() };
     let mut found = regex.captures_iter(text);
-    let captures = match filter.take {
+    let captures = match take {
         Take::First => found.next(),
         Take::Last => found.last(),
     };
@@ -53,15 +51,19 @@ pub fn extract(filter: &Filter, text: &str) -> String {
     part.unwrap_or(NOTHING).trim().to_owned()
 }
 
-/// 1 where a text is one of the answers, else 0.
-pub fn exact_match(rules: &ExactMatch, text: &str, answers: &[Vec<String>]) -> f64 {
-    let patterns: Vec<Regex> = rules.ignore.iter().filter_map(|r| Regex::new(r).ok()).collect();
+/// 1 where a text is one of the answers, else 0. What `ignored` matches counts as nothing.
+pub fn exact_match(
+    ignored: &[Regex],
+    ignore_case: bool,
+    text: &str,
+    answers: &[Vec<String>],
+) -> f64 {
     let bare = |text: &str| {
         let mut text = text.to_owned();
-        for pattern in &patterns {
+        for pattern in ignored {
             text = pattern.replace_all(&text, "").into_owned();
         }
-        if rules.ignore_case { text.to_lowercase() } else { text }
+        if ignore_case { text.to_lowercase() } else { text }
     };
     let text = bare(text);
     f64::from(u8::from(answers.iter().any(|parts| bare(&parts.join(",")) == text)))
@@ -139,35 +141,32 @@ fn number(text: &str) -> Option<f64> {
 mod tests {
     use super::*;
 
-    fn filter(regex: &str, take: Take) -> Filter {
-        Filter { name: String::new(), regex: Some(regex.to_owned()), take }
+    fn take(regex: &str, take: Take, text: &str) -> String {
+        extract(Some(&Regex::new(regex).unwrap()), take, text)
     }
 
     #[test]
     fn filters_take_what_the_harness_takes() {
-        let flexible = filter("(-?[$0-9.,]{2,})|(-?[0-9]+)", Take::Last);
-        assert_eq!(extract(&flexible, "He has 3 and $1,200.50 and 7"), "7");
-        assert_eq!(extract(&flexible, "so 12 of them."), "12");
-        assert_eq!(extract(&flexible, "none"), "[invalid]");
-        let strict = filter(r"#### (\-?[0-9\.\,]+)", Take::First);
-        assert_eq!(extract(&strict, "a\n#### -1,234 \n#### 5"), "-1,234");
-        let answer = filter("the answer is (.*).", Take::First);
-        assert_eq!(extract(&answer, "So the answer is (B).\n"), "(B)");
-        assert_eq!(extract(&filter("b+", Take::Last), " a bb b "), "b");
-        let whole = Filter { name: String::new(), regex: None, take: Take::First };
-        assert_eq!(extract(&whole, " as it is\n"), " as it is\n");
+        let flexible = |text| take("(-?[$0-9.,]{2,})|(-?[0-9]+)", Take::Last, text);
+        assert_eq!(flexible("He has 3 and $1,200.50 and 7"), "7");
+        assert_eq!(flexible("so 12 of them."), "12");
+        assert_eq!(flexible("none"), "[invalid]");
+        let strict = r"#### (\-?[0-9\.\,]+)";
+        assert_eq!(take(strict, Take::First, "a\n#### -1,234 \n#### 5"), "-1,234");
+        let answer = "the answer is (.*).";
+        assert_eq!(take(answer, Take::First, "So the answer is (B).\n"), "(B)");
+        assert_eq!(take("b+", Take::Last, " a bb b "), "b");
+        assert_eq!(extract(None, Take::First, " as it is\n"), " as it is\n");
     }
 
     #[test]
     fn texts_are_equal_by_the_rules_of_the_task() {
-        let ignore = [",", r"\$", "(?s).*#### ", r"\.$"].map(str::to_owned).to_vec();
-        let rules = ExactMatch { ignore_case: true, ignore };
+        let ignored = [",", r"\$", "(?s).*#### ", r"\.$"].map(|text| Regex::new(text).unwrap());
         let right = vec![vec!["steps\nand #### 1,234".to_owned()]];
-        assert_eq!(exact_match(&rules, "$1234.", &right), 1.0);
-        assert_eq!(exact_match(&rules, "1235", &right), 0.0);
-        let plain = ExactMatch::default();
-        assert_eq!(exact_match(&plain, "Yes", &[vec!["yes".into()]]), 0.0);
-        assert_eq!(exact_match(&plain, "b", &[vec!["a".into()], vec!["b".into()]]), 1.0);
+        assert_eq!(exact_match(&ignored, true, "$1234.", &right), 1.0);
+        assert_eq!(exact_match(&ignored, true, "1235", &right), 0.0);
+        assert_eq!(exact_match(&[], false, "Yes", &[vec!["yes".into()]]), 0.0);
+        assert_eq!(exact_match(&[], false, "b", &[vec!["a".into()], vec!["b".into()]]), 1.0);
     }
 
     /// Wanted values are the harness's `drop/utils.py`'s.

@@ -26,10 +26,14 @@ use anyhow::{Context, Result, anyhow};
 use prompt::{Pair, Sample};
 use question::{Question, Request, Task};
 use rayon::prelude::*;
+use regex::Regex;
 use sandbox::{Sandbox, Verdict};
 use score::Likelihood;
 use std::path::Path;
-use task::{Form, Metric};
+use task::{Filter, Form, Metric};
+
+/// Seed of the choice of examples, the harness's.
+pub const SEED: u64 = 1234;
 
 /// What is evaluated.
 #[derive(Clone, Copy)]
@@ -139,7 +143,7 @@ impl Score {
 /// # Errors
 /// Such a task.
 pub fn check_programs(tasks: &[Task], allowed: bool) -> Result<()> {
-    match tasks.iter().find(|task| !task.file.program.is_empty()) {
+    match tasks.iter().find(|task| task.file.runs_programs()) {
         Some(task) if !allowed => Err(anyhow!(
             "`{}` runs programs that the model writes",
             task.name
@@ -150,6 +154,9 @@ pub fn check_programs(tasks: &[Task], allowed: bool) -> Result<()> {
 }
 
 /// Runs one task. `done` is called with requests that are through, and all.
+///
+/// # Sync
+/// The CPU waits once a row of requests, or once a step of answers.
 ///
 /// # Errors
 /// No such set; rows of another schema; a failure of the tokenizer or the model.
@@ -241,12 +248,15 @@ fn written(
     let (texts, cut) =
         written::answers(model, &prompts, generate, options.batch_size, |n| done(n, all))?;
     let respond = |(sample, text): (&Sample, String)| -> Result<Response> {
-        let filters = task.file.filters.iter();
-        let taken = filters.map(|filter| judge::extract(filter, &text)).collect();
-        let verdict = match (task.file.program.is_empty(), options.sandbox) {
-            (true, _) => None,
-            (false, Some(sandbox)) => Some(sandbox.run(&task.program(&sample.row, &text)?)?),
-            (false, None) => anyhow::bail!("programs of the task `{}` may not run", task.name),
+        let filters = task.filters.iter().zip(&task.file.filters);
+        let take = |(regex, filter): (&Option<Regex>, &Filter)| {
+            judge::extract(regex.as_ref(), filter.take, &text)
+        };
+        let taken = filters.map(take).collect();
+        let verdict = match (task.file.runs_programs(), options.sandbox) {
+            (false, _) => None,
+            (true, Some(sandbox)) => Some(sandbox.run(&task.program(&sample.row, &text)?)?),
+            (true, None) => anyhow::bail!("programs of the task `{}` may not run", task.name),
         };
         Ok(Response::Written { text, taken, verdict })
     };
@@ -265,14 +275,13 @@ fn values(task: &Task, sample: &Sample, response: &Response) -> Vec<f64> {
             let passed = f64::from(u8::from(*verdict == Some(Verdict::Passed)));
             let whole = [text.clone()];
             let texts = if taken.is_empty() { &whole[..] } else { taken.as_slice() };
+            let ignore_case = task.file.exact_match.ignore_case;
             let of = |text: &String| -> Vec<f64> {
-                let (em, f1) = judge::drop_scores(text, answers);
-                let rules = &task.file.exact_match;
                 let value = |metric: &Metric| match metric {
-                    Metric::Em => em,
-                    Metric::F1 => f1,
+                    Metric::Em => judge::drop_scores(text, answers).0,
+                    Metric::F1 => judge::drop_scores(text, answers).1,
                     Metric::PassAt1 => passed,
-                    _ => judge::exact_match(rules, text, answers),
+                    _ => judge::exact_match(&task.ignored, ignore_case, text, answers),
                 };
                 metrics.iter().map(value).collect()
             };
@@ -284,10 +293,7 @@ fn values(task: &Task, sample: &Sample, response: &Response) -> Vec<f64> {
 
 /// Means of all values, or perplexities.
 fn scores(task: &Task, samples: &[Judged]) -> Vec<(Key, Score)> {
-    let filters: Vec<&str> = match task.file.filters.is_empty() {
-        true => vec!["none"],
-        false => task.file.filters.iter().map(|filter| filter.name.as_str()).collect(),
-    };
+    let filters = task.file.filter_names();
     let keys = filters.iter().flat_map(|filter| {
         task.file.metrics.iter().map(|&metric| Key { metric, filter: filter.to_string() })
     });

@@ -3,12 +3,14 @@
 use super::rows::Row;
 use super::task::{Form, TaskFile};
 use crate::bail_hint;
+use crate::error::WithHint;
 use anyhow::{Context, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
+use regex::Regex;
 
-/// A task with its templates compiled.
+/// A task with its templates and expressions compiled.
 pub struct Task {
     /// Name; of a subject, with it behind.
     pub name: String,
@@ -20,6 +22,10 @@ pub struct Task {
     pub folder: String,
     /// The task whose subject it is.
     pub group: Option<String>,
+    /// One a filter: `None` takes all.
+    pub(super) filters: Vec<Option<Regex>>,
+    /// What counts as nothing in `exact_match`.
+    pub(super) ignored: Vec<Regex>,
     subject: Option<String>,
     environment: Environment<'static>,
 }
@@ -155,7 +161,13 @@ impl Task {
             None => (file.task.clone(), file.data.folder.clone(), None),
         };
         let form = file.form()?;
-        Ok(Self { name, file, form, folder, group, subject, environment })
+        let filters = file.filters.iter().map(|filter| filter.regex.as_ref());
+        let filters = filters.map(|text| text.map(|text| regex_of("filters", text)).transpose());
+        let filters = filters.collect::<Result<_>>()?;
+        let ignored = file.exact_match.ignore.iter();
+        let ignored =
+            ignored.map(|text| regex_of("exact_match.ignore", text)).collect::<Result<_>>()?;
+        Ok(Self { name, file, form, folder, group, filters, ignored, subject, environment })
     }
 
     /// The question of a row.
@@ -176,9 +188,11 @@ impl Task {
                     false => self.text("counted", row)?,
                 };
                 // As Python's re.split: white space at an end has an empty word beyond it.
-                let space = regex::Regex::new(r"\s+")?;
-                let (words, bytes) = (space.split(&counted).count(), counted.len());
-                return Ok(Question::Text { text, words, bytes });
+                let is_space = char::is_whitespace;
+                let ends = [counted.starts_with(is_space), counted.ends_with(is_space)];
+                let beyond: usize = ends.map(usize::from).iter().sum();
+                let words = (counted.split_whitespace().count() + beyond).max(1);
+                return Ok(Question::Text { text, words, bytes: counted.len() });
             }
             Form::Written => {
                 let query = self.clean(self.text("query", row)?)?;
@@ -281,6 +295,12 @@ impl Task {
     }
 }
 
+/// A regular expression of a field.
+fn regex_of(field: &str, text: &str) -> Result<Regex> {
+    let compiled = Regex::new(text).with_context(|| format!("`{field}`"));
+    compiled.hint("expressions are the crate regex's: no look-around, no references")
+}
+
 /// What a row has.
 fn fields(row: &Row) -> String {
     let names: Vec<&str> = row.keys().map(String::as_str).collect();
@@ -295,7 +315,7 @@ fn invalid(error: impl std::fmt::Display) -> minijinja::Error {
 
 /// Filter `regex_replace(pattern, with)`, as Python's `re.sub`; `$1` in `with` is the first group.
 fn regex_replace(text: &str, pattern: &str, with: &str) -> Rendered<String> {
-    let pattern = regex::Regex::new(pattern).map_err(invalid)?;
+    let pattern = Regex::new(pattern).map_err(invalid)?;
     Ok(pattern.replace_all(text, with).into_owned())
 }
 

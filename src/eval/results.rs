@@ -1,6 +1,7 @@
 //! `results.json` and `samples_TASK.jsonl`, in lm-evaluation-harness's shape.
 
 use super::question::{Question, Task};
+use super::task::Metric;
 use super::{Judged, Key, Outcome, Response, Score, sum};
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
@@ -156,7 +157,7 @@ impl Results {
                 let (x, metric) = (value.as_f64()?, metric_of(metric, filter));
                 Some(match error {
                     Some(e) => format!("{metric} {:.2} ± {:.2}", x * 100.0, e * 100.0),
-                    None if key.contains("per") => format!("{metric} {x:.4}"),
+                    None if !is_share(key) => format!("{metric} {x:.4}"),
                     None => format!("{metric} {:.2}", x * 100.0),
                 })
             };
@@ -176,6 +177,12 @@ impl Results {
     }
 }
 
+/// Whether a score is a share of the samples, and shown in per cent.
+fn is_share(key: &str) -> bool {
+    let name = key.split(',').next().unwrap_or(key);
+    serde_json::from_value(json!(name)).map_or(true, Metric::is_share)
+}
+
 /// A score's name for people.
 fn metric_of(metric: &str, filter: &str) -> String {
     match filter {
@@ -193,11 +200,7 @@ fn lines(task: &Task, outcome: &Outcome) -> Result<String> {
     let mut out = String::new();
     for (i, judged) in outcome.samples.iter().enumerate() {
         let n = task.file.metrics.len();
-        let filters: Vec<&str> = match task.file.filters.is_empty() {
-            true => vec!["none"],
-            false => task.file.filters.iter().map(|filter| filter.name.as_str()).collect(),
-        };
-        for (at, filter) in filters.into_iter().enumerate() {
+        for (at, filter) in task.file.filter_names().into_iter().enumerate() {
             let mut line = line(task, i, judged, at);
             line["filter"] = json!(filter);
             line["metrics"] = task.file.metrics.iter().map(|m| m.name()).collect();
@@ -206,7 +209,7 @@ fn lines(task: &Task, outcome: &Outcome) -> Result<String> {
             }
             if let Question::Text { words, bytes, .. } = &judged.sample.question {
                 for metric in &task.file.metrics {
-                    let count = if metric.name() == "word_perplexity" { words } else { bytes };
+                    let count = if *metric == Metric::WordPerplexity { words } else { bytes };
                     line[metric.name()] = json!([sum(&judged.response), count]);
                 }
             }

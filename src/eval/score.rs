@@ -256,7 +256,7 @@ fn read(
     let mut places: Vec<i64> = reads.iter().map(|&(at, ..)| at).collect();
     places.sort_unstable();
     places.dedup();
-    let row_of = |at: i64| places.binary_search(&at).map_or(0, |row| row as i64);
+    let row_of = |at: i64| places.partition_point(|&place| place < at) as i64;
     let of_reads: Vec<i64> = reads.iter().map(|&(at, ..)| row_of(at)).collect();
     let targets: Vec<i64> = reads.iter().map(|&(_, target, _)| target).collect();
     let of_reads = Tensor::from_slice(&of_reads).to_device(device); // (N,)

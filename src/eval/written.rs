@@ -37,9 +37,9 @@ pub fn answers(
         cut += usize::from(over > 0);
     }
 
-    let needs: Vec<_> = encoded.iter().map(|ids| (ids.len(), generate.max_tokens, 1)).collect();
+    let needs = encoded.iter().map(|ids| (ids.len(), generate.max_tokens, 1));
     let most = at_once.unwrap_or(if network.device().is_cuda() { 256 } else { 32 });
-    let mut longest = needs.clone();
+    let mut longest: Vec<_> = needs.collect();
     longest.sort_unstable_by(|a, b| b.cmp(a));
     longest.truncate(most);
     let share_prefixes = prompts.len() > 1;

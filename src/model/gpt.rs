@@ -262,10 +262,7 @@ impl GPT {
     /// # Shapes
     /// x (.., C) -> (.., V).
     pub fn head(&self, x: &Tensor) -> Tensor {
-        match &self.lm_head {
-            Some(head) => x.linear(&head.dense(), None::<Tensor>),
-            None => x.linear(&self.wte.weight, None::<Tensor>),
-        }
+        x.linear(&self.head_matrix(), None::<Tensor>)
     }
 
     /// (V, C): what [`GPT::head`] multiplies with.

@@ -35,8 +35,8 @@ pub fn swiglu_reference(gate: &Tensor, up: &Tensor) -> Tensor {
 /// The LLaMA MLP: `(silu(x W1^T) * (x W2^T)) W3^T`.
 ///
 /// `fused` is one autograd function that keeps only x and `[x W1^T | x W2^T]`, and computes the product again
-/// in the backward pass; otherwise plain operations, each of which keeps its input. W1 and W2 that lie behind
-/// each other in memory are multiplied as one matrix.
+/// in the backward pass; otherwise plain operations, each of which keeps its input, or where `fused` finds nothing
+/// to differentiate multiplies in place. W1 and W2 that lie behind each other in memory are multiplied as one matrix.
 ///
 /// # Shapes
 /// x (.., C); fc_1, fc_2 (F, C); proj (C, F) -> (.., C).

@@ -6,7 +6,7 @@ use crate::config::RunConfig;
 use crate::error::WithHint;
 use crate::eval::question::Task;
 use crate::eval::task::Form;
-use crate::eval::{self, Model, Options, Outcome, prompt, task, written};
+use crate::eval::{self, Model, Options, Outcome, SEED, prompt, task, written};
 use crate::generate::NetworkRef;
 use crate::guard;
 use crate::model::ModelConfig;
@@ -29,7 +29,7 @@ pub fn tasks(config: &RunConfig, model: &ModelConfig, ranks: usize) -> Result<Ve
     }
     let tasks = task::find(&eval.tasks).context("in `eval.tasks`")?;
     for task in &tasks {
-        if !task.file.program.is_empty() {
+        if task.file.runs_programs() {
             return Err(anyhow!(
                 "`eval.tasks`: `{}` runs programs that the model writes",
                 task.name
@@ -51,12 +51,12 @@ pub fn tasks(config: &RunConfig, model: &ModelConfig, ranks: usize) -> Result<Ve
     Ok(tasks)
 }
 
-/// The harness's, for the choice of examples.
-const SEED: u64 = 1234;
-
 impl Run<'_> {
     /// Runs the tasks of `eval.tasks` and logs their scores. All ranks compute all of it, since they hold the weights
     /// together. In a single process a task that fails, such as for lack of memory, is told and does not end the run.
+    ///
+    /// # Sync
+    /// As [`eval::evaluate`].
     ///
     /// # Errors
     /// Those of a task where there are several ranks: they may not be at the same place any more.
