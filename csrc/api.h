@@ -232,11 +232,11 @@ int tl_fp8_cast_weight(TlTensor weight, TlTensor second, TlTensor* layer);
 int tl_fp8_update(TlTensor scales);
 // weight.grad = grad, also of another dtype; a null grad takes it away.
 int tl_set_grad(TlTensor weight, TlTensor grad);
-// Notes from now on (1), or no longer (0), which gradients matrix products write; whether this is one of them.
-int tl_gradients_record(int on);
-int tl_gradients_written(TlTensor grad, int* written);
-// What these gradients hold is old: the first product of each overwrites it. *left of those named before were not.
-int tl_gradients_overwrite(int n, TlTensor* grad, int* left);
+// Watches which of these gradients matrix products write from now on. Where they are `old`, so is what they hold: the
+// first product of each overwrites it.
+int tl_gradients_watch(int n, TlTensor* grads, int old);
+// written[i]: whether a product has written grads[i] since. They are watched no longer.
+int tl_gradients_written(int n, TlTensor* grads, int* written);
 
 // ---- element-wise ops, differentiable: fp32, bf16 or fp16, contiguous, on one CUDA device ------------------
 

@@ -2,7 +2,7 @@
 #include "gradients.h"
 
 #include <mutex>
-#include <unordered_set>
+#include <unordered_map>
 
 #include "api.h"
 #include "guard.h"
@@ -10,11 +10,12 @@
 namespace tl {
 namespace {
 
+enum class State { watched, old, written };
+
 // Backward passes run on autograd's own threads, so this is the process's.
 struct Registry {
   std::mutex mutex;
-  std::unordered_set<const void*> written, old;
-  bool record = false;
+  std::unordered_map<const void*, State> watched;
 } registry;
 
 const void* key(TlTensor grad) { return static_cast<at::Tensor*>(grad)->data_ptr(); }
@@ -29,38 +30,38 @@ at::Tensor gradient_buffer(const at::Tensor& weight) {
 
 bool adds_to(std::initializer_list<at::Tensor> buffers) {
   std::lock_guard<std::mutex> lock(registry.mutex);
+  auto& watched = registry.watched;
+  auto is_old = [&](const at::Tensor& t) {
+    const auto at = watched.find(t.data_ptr());
+    return at != watched.end() && at->second == State::old;
+  };
   size_t old = 0;
+  for (auto& t : buffers) old += is_old(t);
   for (auto& t : buffers) {
-    if (registry.record) registry.written.insert(t.data_ptr());
-    old += registry.old.count(t.data_ptr());
+    if (is_old(t) && old < buffers.size()) t.zero_();
+    if (const auto at = watched.find(t.data_ptr()); at != watched.end()) at->second = State::written;
   }
-  for (auto& t : buffers)
-    if (registry.old.erase(t.data_ptr()) && old < buffers.size()) t.zero_();
   return old < buffers.size();
 }
 
 }  // namespace tl
 
-extern "C" int tl_gradients_record(int on) {
+extern "C" int tl_gradients_watch(int n, TlTensor* grads, int old) {
   TL_GUARD({
     std::lock_guard<std::mutex> lock(tl::registry.mutex);
-    tl::registry.record = on != 0;
-    if (on) tl::registry.written.clear();
+    const auto state = old ? tl::State::old : tl::State::watched;
+    for (int i = 0; i < n; ++i) tl::registry.watched[tl::key(grads[i])] = state;
   });
 }
 
-extern "C" int tl_gradients_written(TlTensor grad, int* written) {
+extern "C" int tl_gradients_written(int n, TlTensor* grads, int* written) {
   TL_GUARD({
     std::lock_guard<std::mutex> lock(tl::registry.mutex);
-    *written = static_cast<int>(tl::registry.written.count(tl::key(grad)));
-  });
-}
-
-extern "C" int tl_gradients_overwrite(int n, TlTensor* grad, int* left) {
-  TL_GUARD({
-    std::lock_guard<std::mutex> lock(tl::registry.mutex);
-    *left = static_cast<int>(tl::registry.old.size());
-    tl::registry.old.clear();
-    for (int i = 0; i < n; ++i) tl::registry.old.insert(tl::key(grad[i]));
+    auto& watched = tl::registry.watched;
+    for (int i = 0; i < n; ++i) {
+      const auto at = watched.find(tl::key(grads[i]));
+      written[i] = at != watched.end() && at->second == tl::State::written;
+      if (at != watched.end()) watched.erase(at);
+    }
   });
 }

@@ -17,6 +17,9 @@
 //!                                                              | reduce u+1      | reduce u        |
 //! ```
 //!
+//! Where the backward pass enters a unit that holds another's gradients or those of the step before, it clears them, but
+//! for those that the unit's first matrix products overwrite (`csrc/torch_cuda/gradients.h`): on a GPU nearly all.
+//!
 //! NCCL runs on a stream of its own, which begins after what the computing stream was given before; the computing stream
 //! waits where a unit is entered. The CPU waits for nothing but Gloo. All buffers are allocated once; parameters and
 //! their `.grad` are views of them for the whole run, so addresses stay.
@@ -28,7 +31,7 @@ use super::job::Job;
 use super::layout::Layout;
 use crate::bail_hint;
 use crate::config::Strategy;
-use crate::ffi::{ProcessGroup, ReduceOp, Work};
+use crate::ffi::{FirstProducts, ProcessGroup, ReduceOp, Work};
 use crate::model::Pass;
 use anyhow::{Context, Result};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -100,6 +103,8 @@ pub(super) struct Unit {
     pub weights: Tensor,
     /// (len,) sums of gradients, fp32 in the mixed precisions: own, or in a slot.
     pub grads: Tensor,
+    /// Those of each parameter, views of `grads`, (numel,).
+    pub gradients: Vec<Tensor>,
     /// (len/S,) this rank's part of the weights, which the optimizer writes: in `weights` where that is its own.
     pub weight_shard: Tensor,
     /// (len/S,) this rank's part of the summed gradients: in `grads` where that is its own.
@@ -129,15 +134,31 @@ struct State {
     groups: Groups,
     units: Vec<Unit>,
     under_way: Vec<UnderWay>,
-    /// Gradients travel in this dtype.
-    reduce_kind: Kind,
+    how: How,
     /// Gradients of each micro-batch are reduced, not only the last one's.
     each: bool,
-    /// This micro-batch is the last of its step.
+    /// This micro-batch is the first of its step.
+    first: bool,
+    /// It is the last.
     last: bool,
-    /// The embedding is the head's weight too: its gradient begins in the last unit.
-    tied: bool,
+    /// Of each unit's gradients, those that matrix products overwrite; `None` where products do not know of that.
+    products: Option<Vec<FirstProducts>>,
+    /// The units whose products are watched now.
+    watched: Vec<usize>,
     failed: Option<anyhow::Error>,
+}
+
+/// What an [`Fsdp`] is told.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct How {
+    /// Gradients travel in this dtype.
+    pub reduce_kind: Kind,
+    /// The embedding is the head's weight too: its gradient begins in the last unit.
+    pub tied: bool,
+    /// Passes say where they are ([`Fsdp::enter`]).
+    pub hooked: bool,
+    /// The program's own matrix products write gradients ([`FirstProducts`]).
+    pub products: bool,
 }
 
 /// Bytes that a rank keeps for the whole run, the optimizer's state aside.
@@ -150,11 +171,14 @@ pub struct Held {
 }
 
 impl Fsdp {
-    pub(super) fn new(groups: Groups, units: Vec<Unit>, reduce_kind: Kind, tied: bool) -> Self {
+    pub(super) fn new(groups: Groups, units: Vec<Unit>, how: How) -> Self {
         let under_way = units.iter().map(|_| UnderWay::default()).collect();
         let each = units.iter().any(|unit| unit.slot.is_some());
-        let (last, failed) = (true, None);
-        let state = State { groups, units, under_way, reduce_kind, each, last, tied, failed };
+        let products = || units.iter().map(|_| FirstProducts::default()).collect();
+        let products = how.products.then(products);
+        let (first, last, watched, failed) = (false, true, vec![], None);
+        let state =
+            State { groups, units, under_way, how, each, first, last, products, watched, failed };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -179,11 +203,13 @@ impl Fsdp {
         }
     }
 
-    /// Zeroes the gradient sums before a step's micro-batches.
+    /// Before a step's micro-batches. What gradients hold is old: each unit's are cleared where the backward pass enters
+    /// it, here where passes do not say so.
     pub fn begin_step(&self) {
-        for unit in &mut self.state().units {
-            let sum = if unit.slot.is_some() { &mut unit.grad_shard } else { &mut unit.grads };
-            let _ = sum.zero_();
+        let mut state = self.state();
+        state.first = true;
+        if !state.how.hooked {
+            state.units.iter_mut().for_each(|unit| drop(unit.grads.zero_()));
         }
     }
 
@@ -202,7 +228,9 @@ impl Fsdp {
     pub fn end_micro_batch(&self) -> Result<()> {
         let mut state = self.state();
         state.check()?;
-        state.finish_backward()
+        state.finish_backward()?;
+        state.first = false;
+        Ok(())
     }
 
     /// Whether a collective operation has failed since the last question.
@@ -305,20 +333,44 @@ impl State {
             }
         }
         // A tied head's gradient begins in the last unit and ends in the embedding.
-        let begin: &[usize] = match self.tied {
-            true if u == self.last_unit() => &[u, 0],
-            true if u == 0 => &[],
-            _ => &[u],
-        };
-        for &unit in begin {
-            if self.units[unit].slot.is_some() {
-                let _ = self.units[unit].grads.zero_();
+        match self.how.tied {
+            true if u == self.last_unit() => self.begin_gradients(&[u, 0]),
+            true if u == 0 => Ok(()),
+            _ => self.begin_gradients(&[u]),
+        }
+    }
+
+    /// The gradients of these units are to be computed. What they hold goes, if it is another unit's or the last step's.
+    fn begin_gradients(&mut self, units: &[usize]) -> Result<()> {
+        self.end_gradients()?;
+        for &u in units {
+            let unit = &mut self.units[u];
+            if !self.first && unit.slot.is_none() {
+                continue;
+            }
+            let products = self.products.as_ref().map(|products| &products[u]);
+            for (i, gradient) in unit.gradients.iter_mut().enumerate() {
+                if !products.is_some_and(|products| products.overwrites(i)) {
+                    let _ = gradient.zero_();
+                }
+            }
+            if let Some(products) = products {
+                products.begin(&unit.gradients)?;
+                self.watched.push(u);
             }
         }
         Ok(())
     }
 
+    /// The gradients that were to be computed are.
+    fn end_gradients(&mut self) -> Result<()> {
+        let Some(products) = &mut self.products else { return Ok(()) };
+        let mut watched = self.watched.drain(..);
+        watched.try_for_each(|u| products[u].end(&self.units[u].gradients))
+    }
+
     fn finish_backward(&mut self) -> Result<()> {
+        self.end_gradients()?;
         if !(self.each || self.last) {
             return Ok(());
         }
@@ -341,10 +393,10 @@ impl State {
     fn reduce(&mut self, u: usize) -> Result<()> {
         let unit = &self.units[u];
         let Some(group) = &self.groups.shard else { return self.replicate(u) };
-        let whole = unit.grads.to_kind(self.reduce_kind); // the same tensor where the dtype is
-        let own_place = unit.slot.is_none() && whole.kind() == unit.grads.kind();
+        let whole = unit.grads.to_kind(self.how.reduce_kind); // the same tensor where the dtype is
+        let own_place = (self.first || unit.slot.is_none()) && whole.kind() == unit.grads.kind();
         let apart = (!own_place)
-            .then(|| Tensor::empty([unit.layout.shard], (self.reduce_kind, whole.device())));
+            .then(|| Tensor::empty([unit.layout.shard], (self.how.reduce_kind, whole.device())));
         let shard = apart.as_ref().unwrap_or(&unit.grad_shard);
         let work = group.reduce_scatter_into(shard, &whole, ReduceOp::Sum)?;
         self.under_way[u].reduce = Some((work, apart));
@@ -358,10 +410,10 @@ impl State {
         if let Some(sum) = apart {
             let unit = &mut self.units[u];
             match unit.slot {
-                Some(_) => {
+                Some(_) if !self.first => {
                     let _ = unit.grad_shard.g_add_(&sum);
                 }
-                None => unit.grad_shard.copy_(&sum),
+                _ => unit.grad_shard.copy_(&sum),
             }
         }
         self.replicate(u)
@@ -371,7 +423,7 @@ impl State {
     fn replicate(&mut self, u: usize) -> Result<()> {
         let (Some(group), true) = (&self.groups.replica, self.last) else { return Ok(()) };
         let shard = &self.units[u].grad_shard;
-        let sum = shard.to_kind(self.reduce_kind);
+        let sum = shard.to_kind(self.how.reduce_kind);
         let work = group.all_reduce(&sum, ReduceOp::Sum)?;
         let apart = (sum.kind() != shard.kind()).then_some(sum);
         self.under_way[u].replicate = Some((work, apart));

@@ -1,6 +1,6 @@
 //! What is done to a model to make it one of many, in one function and in this order.
 
-use super::fsdp::{Fsdp, Groups, SLOTS, Unit, slot_of};
+use super::fsdp::{Fsdp, Groups, How, SLOTS, Unit, slot_of};
 use super::layout::Layout;
 use crate::bail_hint;
 use crate::config::{OptimizerConfig, Precision, ReduceDtype, Strategy};
@@ -158,7 +158,8 @@ pub fn parallelize(
         ReduceDtype::Bf16 => Kind::BFloat16,
         ReduceDtype::Fp32 => Kind::Float,
     };
-    let fsdp = Fsdp::new(groups.clone(), units, reduce_kind, tied);
+    let how = How { reduce_kind, tied, hooked: !adapted, products: optimizer.is_fused() };
+    let fsdp = Fsdp::new(groups.clone(), units, how);
     if !adapted {
         let hooks = fsdp.clone();
         model.at_unit = Some(AtUnit(Arc::new(move |pass, unit| hooks.enter(pass, unit))));
@@ -195,8 +196,9 @@ fn buffers(
             None => whole.each_ref().map(|t| t.narrow(0, rank * layout.shard, layout.shard)),
         };
         let ([weights, grads], [weight_shard, grad_shard]) = (whole, shards);
+        let gradients = layout.places.iter().map(|p| grads.narrow(0, p.start, p.numel())).collect();
         let (layout, slot) = (layout.clone(), slot(u));
-        Unit { layout, weights, grads, weight_shard, grad_shard, slot }
+        Unit { layout, weights, grads, gradients, weight_shard, grad_shard, slot }
     };
     layouts.iter().enumerate().map(unit).collect()
 }

@@ -2,6 +2,7 @@
 
 use super::{Handle, check, cuda_functions, handle};
 use anyhow::{Result, ensure};
+use std::borrow::Borrow;
 use std::ffi::c_int;
 use tch::Tensor;
 
@@ -10,9 +11,8 @@ unsafe extern "C" {
 }
 
 cuda_functions! {
-    fn tl_gradients_record(on: c_int) -> c_int;
-    fn tl_gradients_written(grad: Handle, written: *mut c_int) -> c_int;
-    fn tl_gradients_overwrite(n: c_int, grad: *mut Handle, left: *mut c_int) -> c_int;
+    fn tl_gradients_watch(n: c_int, grads: *mut Handle, old: c_int) -> c_int;
+    fn tl_gradients_written(n: c_int, grads: *mut Handle, written: *mut c_int) -> c_int;
 }
 
 /// `weight.grad = grad`, also of another dtype: backward passes add to it in place.
@@ -21,44 +21,73 @@ pub fn set_grad(weight: &Tensor, grad: &Tensor) -> Result<()> {
     check(unsafe { tl_set_grad(handle(weight), handle(grad)) })
 }
 
-/// Runs `work` and says of each gradient whether a matrix product wrote it (`csrc/torch_cuda/gradients.h`).
-pub fn written_by_products<T>(
-    grads: &[&Tensor],
-    work: impl FnOnce() -> Result<T>,
-) -> Result<(T, Vec<bool>)> {
-    // SAFETY: a number.
-    let record = |on: bool| check(unsafe { tl_gradients_record(on.into()) });
-    record(true)?;
-    let done = work();
-    record(false)?;
-    let done = done?;
-    let written = |grad: &&Tensor| {
-        let mut written = 0;
-        // SAFETY: the tensor outlives the call.
-        check(unsafe { tl_gradients_written(handle(grad), &mut written) })?;
-        Ok(written != 0)
-    };
-    Ok((done, grads.iter().map(written).collect::<Result<_>>()?))
+/// Some gradients, of which the first matrix products of a pass overwrite what they hold from the pass before, so that
+/// nobody need clear those. Which they are is seen in the first pass. On a GPU; not in a graph that others replay.
+///
+/// ```text
+/// begin(grads)    the pass that computes them    end(grads)
+/// ```
+#[derive(Debug, Default)]
+pub struct FirstProducts {
+    /// Of each gradient, whether a product writes it; `None` before it is known.
+    overwritten: Option<Vec<bool>>,
 }
 
-/// Runs `work`, in which the first matrix product of each of these gradients overwrites what it holds.
-///
-/// # Errors
-/// One of them was not written, so that it still holds what it did.
-pub fn overwriting<T>(grads: &[&Tensor], work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let mark = |grads: &[&Tensor]| -> Result<c_int> {
-        let mut handles: Vec<Handle> = grads.iter().map(|t| handle(t)).collect();
-        let mut left = 0;
+impl FirstProducts {
+    /// Whether the i-th gradient is overwritten. The others are to be cleared before a pass; all are before the first.
+    pub fn overwrites(&self, i: usize) -> bool {
+        self.overwritten.as_ref().is_some_and(|old| old[i])
+    }
+
+    /// Before a pass that computes these gradients, always the same ones.
+    pub fn begin<T: Borrow<Tensor>>(&self, grads: &[T]) -> Result<()> {
+        let (mut handles, old) = (self.watched(grads), self.overwritten.is_some());
         // SAFETY: the array has as many entries as said; the tensors outlive the call.
         check(unsafe {
-            tl_gradients_overwrite(handles.len() as c_int, handles.as_mut_ptr(), &mut left)
+            tl_gradients_watch(handles.len() as c_int, handles.as_mut_ptr(), old.into())
+        })
+    }
+
+    /// After it.
+    ///
+    /// # Errors
+    /// A gradient that was to be overwritten was not, so that it still holds what it did.
+    pub fn end<T: Borrow<Tensor>>(&mut self, grads: &[T]) -> Result<()> {
+        let written = self.written(grads)?;
+        if self.overwritten.is_some() {
+            let left = written.iter().filter(|&&written| !written).count();
+            ensure!(left == 0, "{left} gradients were to be overwritten and were not");
+        } else {
+            self.overwritten = Some(written);
+        }
+        Ok(())
+    }
+
+    /// Runs the pass between the two.
+    pub fn around<T>(&mut self, grads: &[&Tensor], pass: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.begin(grads)?;
+        let done = pass();
+        if done.is_err() {
+            self.written(grads)?;
+            return done;
+        }
+        self.end(grads).and(done)
+    }
+
+    /// Which of those watched were written; they are watched no longer.
+    fn written<T: Borrow<Tensor>>(&self, grads: &[T]) -> Result<Vec<bool>> {
+        let mut handles = self.watched(grads);
+        let mut written = vec![0; handles.len()];
+        // SAFETY: the arrays have as many entries as said; the tensors outlive the call.
+        check(unsafe {
+            tl_gradients_written(handles.len() as c_int, handles.as_mut_ptr(), written.as_mut_ptr())
         })?;
-        Ok(left)
-    };
-    mark(grads)?;
-    let done = work();
-    let left = mark(&[])?;
-    let done = done?;
-    ensure!(left == 0, "{left} gradients were to be overwritten and were not");
-    Ok(done)
+        Ok(written.into_iter().map(|written| written != 0).collect())
+    }
+
+    /// Those that are overwritten where that is known, else all.
+    fn watched<T: Borrow<Tensor>>(&self, grads: &[T]) -> Vec<Handle> {
+        let wanted = |(i, _): &(usize, &T)| self.overwritten.is_none() || self.overwrites(*i);
+        grads.iter().enumerate().filter(wanted).map(|(_, t)| handle(t.borrow())).collect()
+    }
 }

@@ -23,7 +23,7 @@ mod param;
 use crate::bail_hint;
 use crate::checkpoint::Moments;
 use crate::config::{MasterFormat, OptimizerConfig, Precision, StateFormat};
-use crate::ffi;
+use crate::ffi::{self, FirstProducts};
 use crate::model::GPT;
 use anyhow::Result;
 use low_memory::Noise;
@@ -53,8 +53,8 @@ pub struct AdamW {
     fused: bool,
     /// All gradients in one buffer; `None`: somebody else's, who clears them.
     grads: Option<Tensor>,
-    /// Which gradients the first micro-batch of a step overwrites; none before it is known.
-    overwritten: Option<Vec<bool>>,
+    /// Which gradients the first micro-batch of a step overwrites.
+    products: FirstProducts,
     /// What the first gradient norm that is not finite was due to (`ffi::grad_norm`).
     watch: Tensor,
     /// 0, or nan once a norm over all ranks was not finite: `() fp32`.
@@ -139,7 +139,7 @@ impl AdamW {
             weight_kind: weight_kind(precision),
             fused: fused && device.is_cuda() && precision != Precision::Bf16True,
             grads: None,
-            overwritten: None,
+            products: FirstProducts::default(),
             state,
             master,
             offload,
@@ -182,20 +182,8 @@ impl AdamW {
         if !self.fused || self.grads.is_none() {
             return work();
         }
-        let grads = self.params.iter().map(|p| &p.grad);
-        match &self.overwritten {
-            None => {
-                let grads: Vec<&Tensor> = grads.collect();
-                let (done, written) = ffi::written_by_products(&grads, work)?;
-                self.overwritten = Some(written);
-                Ok(done)
-            }
-            Some(old) => {
-                let grads: Vec<&Tensor> =
-                    grads.zip(old).filter(|(_, old)| **old).map(|(grad, _)| grad).collect();
-                ffi::overwriting(&grads, work)
-            }
-        }
+        let grads: Vec<&Tensor> = self.params.iter().map(|p| &p.grad).collect();
+        self.products.around(&grads, work)
     }
 
     /// Whether steps run as one kernel over all parameters, with no CPU wait.
@@ -272,8 +260,7 @@ impl AdamW {
             scales: p.scales.as_ref().map(|[m, v]| (m, v)),
             weight: self.mixed.then_some(&p.weight),
             key: p.noise_key(self.seed, step),
-            clear_grad: self.grads.is_some()
-                && !self.overwritten.as_ref().is_some_and(|old| old[i]),
+            clear_grad: self.grads.is_some() && !self.products.overwrites(i),
         });
         let tensors: Vec<ffi::AdamWTensors> = tensors.collect();
         let (eps, weight_decay) = (self.eps, self.weight_decay);
