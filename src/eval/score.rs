@@ -9,8 +9,9 @@
 //! Sorted, requests are the paths of a tree. Tokens are laid out as the walk over the tree meets them, matrices say which
 //! are on whose path, and a token stands at the depth of its node. So the choices of a question share it, and the questions
 //! of a task their examples. Attention is computed for a stretch of tokens at a time, with those on the path to it: what
-//! questions do not share, they do not pay for. The head is computed only where a token of a continuation follows, and on
-//! the CPU for some of the vocabulary at a time, so that logits stay in the cache.
+//! questions do not share, they do not pay for; a text alone in its row goes through the plain causal pass. The head is
+//! computed only where a token of a continuation follows, and on the CPU for some of the vocabulary at a time, so that
+//! logits stay in the cache.
 
 use super::prompt::Pair;
 use crate::bail_hint;
@@ -162,6 +163,11 @@ impl Row {
         at
     }
 
+    /// Whether each token sees all before it, as in a row of one text.
+    fn is_one_path(&self) -> bool {
+        self.positions.iter().zip(0..).all(|(&position, at)| position == at)
+    }
+
     /// What tokens see, for attention.
     fn branches(&self, kind: Kind, device: Device) -> Branches {
         let n = self.parts.iter().map(|part| part.sees.len()).max().unwrap_or(0);
@@ -227,9 +233,15 @@ fn one_by_one(
 fn run(model: &GPT, row: &Row, sizes: &Sizes, all: &mut [Likelihood]) -> Result<usize> {
     let device = model.device();
     let ids = Tensor::from_slice(&row.ids).unsqueeze(0).to_device(device); // (1, T)
-    let positions = Tensor::from_slice(&row.positions).to_device(device); // (T,)
-    let branches = row.branches(model.kind(), device);
-    let x = model.hidden_branches(&ids, &positions, branches).squeeze_dim(0); // (T, C)
+    let x = match row.is_one_path() && model.fp8.is_none() {
+        true => model.hidden(&ids, None, None), // (1, T, C)
+        false => {
+            let positions = Tensor::from_slice(&row.positions).to_device(device); // (T,)
+            let branches = row.branches(model.kind(), device);
+            model.hidden_branches(&ids, &positions, branches) // (1, T, C)
+        }
+    };
+    let x = x.squeeze_dim(0); // (T, C)
     let (logprobs, greedy) = read(model, &x, &row.reads, sizes.logits)?;
     let mut requests = 0;
     let mut before = None;
