@@ -8,7 +8,7 @@
 
 use super::profile::{Profile, StepSpan, write_trace};
 use crate::bail_hint;
-use crate::config::RunConfig;
+use crate::config::{RunConfig, counted};
 use crate::distributed::{Job, World};
 use crate::error::WithHint;
 use crate::ffi;
@@ -200,7 +200,7 @@ fn report(run: &Run, mut seconds: Vec<f64>, losses: Vec<f64>) -> Result<Report> 
             let peak = ffi::cuda_memory(i)?.peak_allocated as f64 / (1u64 << 30) as f64;
             (ffi::cuda_device(i)?.name, Some(peak))
         }
-        _ => (format!("CPU, {} threads", tch::get_num_threads()), None),
+        _ => (format!("CPU, {}", counted(tch::get_num_threads() as u64, "thread")), None),
     };
     Ok(Report {
         device,

@@ -2,6 +2,7 @@
 
 use super::generate::{CacheDtype, InferencePrecision, form};
 use crate::bench::decode::{self, Case, Report};
+use crate::config::counted;
 use crate::error::WithHint;
 use crate::generate::load::{self, Form};
 use crate::generate::network::Network;
@@ -79,8 +80,8 @@ fn measure(args: &Args, device: Device, sampling: &SamplingParams) -> Result<()>
     args.kv_cache_dtype.set(&mut network)?;
     let model = network.borrow();
     if !args.json {
-        let threads = tch::get_num_threads();
-        let place = if device.is_cuda() { String::new() } else { format!(", {threads} threads") };
+        let threads = counted(tch::get_num_threads() as u64, "thread");
+        let place = if device.is_cuda() { String::new() } else { format!(", {threads}") };
         println!(
             "{} | {:.0} M parameters, {:.0} MB a step, cache {:?} | {device:?}{place}",
             model.config().name,

@@ -1,10 +1,10 @@
 //! `tinyllama config explain | check | models`.
 
-use crate::config::{self, BatchPlan, Key, with_commas};
+use crate::config::{self, BatchPlan, Key, counted, with_commas};
 use crate::model::ModelConfig;
 use anyhow::Result;
 use clap::Subcommand;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Arguments of `config`.
 #[derive(clap::Args)]
@@ -27,9 +27,9 @@ enum What {
         /// Override a key (repeatable)
         #[arg(long = "set", value_name = "KEY=VALUE")]
         sets: Vec<String>,
-        /// Ranks to do the batch arithmetic for
-        #[arg(long, default_value_t = 1)]
-        world: u64,
+        /// Workers on each node, to do the arithmetic for (the key `devices`, times `num_nodes`)
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        devices: Option<u64>,
     },
     /// List the model presets
     Models,
@@ -40,7 +40,7 @@ pub fn run(args: Args) -> Result<u8> {
     match args.what {
         What::Explain { key: None } => print_table(&config::keys()),
         What::Explain { key: Some(key) } => print_keys(&config::explain(&key)?),
-        What::Check { config, sets, world } => check(&config, &sets, world)?,
+        What::Check { config, sets, devices } => check(&config, sets, devices)?,
         What::Models => print_models(),
     }
     Ok(0)
@@ -65,15 +65,20 @@ fn print_keys(keys: &[Key]) {
     }
 }
 
-fn check(path: &std::path::Path, sets: &[String], world: u64) -> Result<()> {
-    let config = config::load(path, sets)?;
+fn check(path: &Path, mut sets: Vec<String>, devices: Option<u64>) -> Result<()> {
+    sets.extend(devices.map(|n| format!("devices={n}")));
+    let config = config::load(path, &sets)?;
     let model = config.model()?;
-    let plan = BatchPlan::new(&config, config.sequence_length(&model), world)?;
+    let plan = BatchPlan::new(&config, config.sequence_length(&model), config.ranks())?;
     print!("{}", config::to_yaml(&config)?);
-    eprintln!("model   {} with {} parameters", model.name, with_commas(model.n_params()));
+    eprintln!(
+        "model   {} with {} parameters",
+        config.model_told(&model),
+        with_commas(model.n_params())
+    );
     eprintln!("batch   {plan}");
     if let (Some(steps), Some(tokens)) = (plan.total_steps, plan.total_tokens()) {
-        eprintln!("length  {} steps = {} tokens", with_commas(steps), with_commas(tokens));
+        eprintln!("length  {} = {}", counted(steps, "step"), counted(tokens, "token"));
     }
     if let Some(n) = config.data.epochs {
         eprintln!(

@@ -1,5 +1,6 @@
 //! `tinyllama doctor`: versions, cards, machine, and what is wrong with this installation.
 
+use crate::config::counted;
 use crate::doctor::{self, Card, Driver, Problem, Report, Space};
 use crate::error::exit;
 use anyhow::Result;
@@ -45,7 +46,7 @@ fn print_facts(r: &Report) {
     println!();
     line("CPU", r.cpu.model.as_deref().unwrap_or(std::env::consts::ARCH));
     let cores = r.cpu.cores.map_or("?".into(), |n| n.to_string());
-    line("cores", &format!("{cores}, libtorch uses {} threads", r.torch_threads));
+    line("cores", &format!("{cores}, libtorch uses {}", counted(r.torch_threads as u64, "thread")));
     line("CPU features", &words(&r.cpu.features, ""));
     line("RAM", &space(&r.ram));
     line("disk, here", &space(&r.disk));

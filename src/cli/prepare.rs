@@ -75,6 +75,9 @@ pub struct Args {
     /// Threads; default: every core
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     workers: Option<u16>,
+    /// Print what OUT/manifest.json holds: options, sources, counts
+    #[arg(long)]
+    json: bool,
 }
 
 /// Runs `prepare`.
@@ -110,6 +113,8 @@ pub fn run(args: Args) -> Result<u8> {
         &tokenizer,
         args.workers.map(usize::from),
     )?;
-    println!("{}", serde_json::to_string(&manifest)?);
+    if args.json {
+        println!("{}", serde_json::to_string(&manifest)?);
+    }
     Ok(0)
 }

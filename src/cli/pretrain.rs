@@ -1,6 +1,6 @@
 //! `tinyllama pretrain CONFIG` and `tinyllama finetune CONFIG`.
 
-use crate::config::{BatchPlan, Method, RunConfig};
+use crate::config::{BatchPlan, Method, RunConfig, counted};
 use crate::device;
 use crate::distributed::{self, World, rendezvous};
 use crate::error::exit;
@@ -84,10 +84,14 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     let model = config.model()?;
     let sequence = config.sequence_length(&model);
     let plan = BatchPlan::new(config, sequence, config.ranks())?;
-    println!("model     {} with {:.1}M parameters", model.name, model.n_params() as f64 / 1e6);
+    println!(
+        "model     {} with {:.1}M parameters",
+        config.model_told(&model),
+        model.n_params() as f64 / 1e6
+    );
     println!("batch     {plan}");
     if let Some(steps) = plan.total_steps {
-        println!("length    {steps} steps");
+        println!("length    {}", counted(steps, "step"));
     }
     if let Some(n) = config.data.epochs {
         println!(
@@ -132,9 +136,15 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
             sequence as u64,
             bytes,
         );
+        let of_a_rank = config.train.global_batch_size / config.ranks();
         match largest.unwrap_or(0) {
             0 => println!("  {name:<44} {:>6}", "none"),
-            n => println!("  {name:<44} {n:>6}"),
+            n => match (1..=n).rev().find(|n| of_a_rank.is_multiple_of(*n)) {
+                Some(divides) if divides < n => {
+                    println!("  {name:<44} {n:>6}, {divides} of those that divide the batch");
+                }
+                _ => println!("  {name:<44} {n:>6}"),
+            },
         }
     };
     match device::resolve(&config.device.0) {

@@ -20,7 +20,7 @@ pub use finetune::{
 pub use load::{diff, load, load_finetune, parse, parse_finetune, save_resolved, to_yaml};
 pub use prepare::{OnError, PrepareConfig, TokenDtype, chunk_tokens};
 pub use run::*;
-pub use validate::{BatchPlan, with_commas};
+pub use validate::{BatchPlan, counted, with_commas};
 pub use weight::{Weight, WeightPoint};
 
 /// Everything that is wrong with a configuration, found before anything is allocated.

@@ -23,6 +23,14 @@ impl RunConfig {
             .map_err(|problems| ConfigError { problems })
     }
 
+    /// The model's name, and whether it is still the preset's model.
+    pub fn model_told(&self, model: &ModelConfig) -> String {
+        match self.model_config.is_empty() {
+            true => model.name.clone(),
+            false => format!("{}, changed by `model_config`,", model.name),
+        }
+    }
+
     /// Tokens of a training sequence: `max_seq_length`, or the model's `block_size`.
     pub fn sequence_length(&self, model: &ModelConfig) -> i64 {
         self.train.max_seq_length.map_or(model.block_size, |t| t as i64)
@@ -491,6 +499,11 @@ impl fmt::Display for BatchPlan {
             with_commas(self.tokens_per_step)
         )
     }
+}
+
+/// (1, `file`) -> `1 file`; (2097152, `token`) -> `2,097,152 tokens`.
+pub fn counted(n: u64, one: &str) -> String {
+    format!("{} {one}{}", with_commas(n), if n == 1 { "" } else { "s" })
 }
 
 /// 2097152 -> `2,097,152`.

@@ -61,7 +61,7 @@ pub struct Report {
     pub blocks: u64,
     /// Documents, where they are known.
     pub documents: Option<u64>,
-    /// How: `manifest`, or `eos` for tokens that end a text.
+    /// How: `manifest`, or `eos` or `bos` for the tokens that end or begin a text.
     pub documents_by: Option<&'static str>,
     /// Tokens in runs of one id that fill the ends of files.
     pub fill_tokens: u64,
@@ -127,8 +127,14 @@ pub fn inspect(o: Options) -> Result<Report> {
     let files = packed::explain(find_files(o.path))?;
     let manifests = Manifests::of(&files);
     let on_disk: u64 = files.iter().map(|f| f.metadata().map_or(0, |m| m.len())).sum();
-    let eos = o.tokenizer.and_then(|t| t.eos_id()).map(i64::from);
-    let counts = eos.is_some() && on_disk <= COUNTED;
+    let border =
+        o.tokenizer.and_then(|t| match (manifests.option("eos"), manifests.option("bos")) {
+            (Some(false), Some(true)) => Some((t.bos_id()?, "bos")),
+            (Some(false), _) => None, // nothing between documents
+            _ => Some((t.eos_id()?, "eos")),
+        });
+    let border_id = border.map(|(id, _)| i64::from(id));
+    let counts = border.is_some() && on_disk <= COUNTED;
     let vocab_size = o.tokenizer.map(Tokenizer::vocab_size).or(manifests.vocab_size());
     let whole = o.verify || counts;
     let ids_below = if o.verify { vocab_size } else { None };
@@ -136,7 +142,7 @@ pub fn inspect(o: Options) -> Result<Report> {
     let progress = Progress::new(Some(on_disk), !(o.progress && whole));
     let done = AtomicU64::new(0);
     let look = |path: &PathBuf| {
-        let scan = scan(path, whole, eos, ids_below);
+        let scan = scan(path, whole, border_id, ids_below);
         let size = scan.as_ref().map_or(0, |s| s.bytes);
         let done = done.fetch_add(size, Ordering::Relaxed) + size;
         progress.set(done, bytes(done));
@@ -170,9 +176,9 @@ pub fn inspect(o: Options) -> Result<Report> {
     let tokens: u64 = good.iter().map(|s| s.tokens).sum();
     let fill_tokens = good.iter().map(|s| s.fill).sum();
     let counted = || good.iter().map(|s| s.documents).sum();
-    let documents = match manifests.documents() {
-        _ if eos.is_some() && whole => Some((counted(), "eos")),
-        known => known.map(|n| (n, "manifest")),
+    let documents = match (border, manifests.documents()) {
+        (Some((_, by)), _) if whole => Some((counted(), by)),
+        (_, known) => known.map(|n| (n, "manifest")),
     };
     let mut dtypes: Vec<String> = good.iter().map(|s| s.dtype.to_string()).collect();
     dtypes.sort();

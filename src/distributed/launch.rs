@@ -9,7 +9,7 @@ use super::observer::{Death, Observer};
 use super::rendezvous::too_few_cards;
 use super::store::Store;
 use super::world::{Address, LAUNCHER, host_name};
-use crate::config::{CommBackend, DistributedConfig, RunConfig};
+use crate::config::{CommBackend, DistributedConfig, RunConfig, counted};
 use crate::device;
 use crate::error::{Told, WithHint, exit};
 use crate::ffi;
@@ -132,7 +132,8 @@ impl Workers {
         let devices = config.devices as usize;
         let host = host_name();
         let dir = config.out_dir.join("logs");
-        eprintln!("launch      {devices} workers on {host}; logs in {}", dir.display());
+        let workers = counted(devices as u64, "worker");
+        eprintln!("launch      {workers} on {host}; logs in {}", dir.display());
         let program = std::env::current_exe().context("cannot find this program")?;
         let mut workers = Self { list: Vec::new(), host, signal: None };
         for local_rank in 0..devices {

@@ -27,6 +27,9 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
     let mut run = Run::assemble(config, job)?;
     let stop = StopSignal::install(job.is_none())?;
     let (train, eval) = (&config.train, &config.eval);
+    if run.was_through() {
+        return leave(&mut run);
+    }
 
     if eval.initial_validation && run.progress.step == 0 {
         run.validate(eval.max_iters)?;
@@ -187,9 +190,25 @@ fn finish(run: &mut Run) -> Result<u8> {
     if prints {
         next_steps(run, &path, &curve);
     }
-    if let Some(job) = run.job {
-        job.host_group().barrier()?; // nobody leaves a group that another still uses
+    part(run)
+}
+
+/// Of a run that was at its end before it began: nothing to do.
+fn leave(run: &mut Run) -> Result<u8> {
+    close_log(run)?;
+    if let (true, Some(path)) = (run.log.is_some(), &run.last_checkpoint) {
+        let step = run.progress.step;
+        eprintln!(
+            "finished    step {step} was the last; for more, raise `train.max_steps` or what else ends it"
+        );
+        next_steps(run, path, &run.config.out_dir.join("loss.png"));
     }
+    part(run)
+}
+
+/// Nobody leaves a group that another still uses.
+fn part(run: &Run) -> Result<u8> {
+    run.job.map_or(Ok(()), |job| job.host_group().barrier())?;
     Ok(exit::OK)
 }
 

@@ -14,7 +14,7 @@ use super::{data, evaluate, saver, validate};
 use crate::checkpoint::adapter;
 use crate::config::{
     ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Reference, Resume,
-    RunConfig, with_commas,
+    RunConfig, counted, with_commas,
 };
 use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
@@ -354,10 +354,13 @@ impl<'j> Run<'j> {
     fn announce(&self) -> Result<()> {
         let name = match self.device {
             Device::Cuda(i) => ffi::cuda_device(i)?.name,
-            _ => format!("CPU, {} threads", tch::get_num_threads()),
+            _ => format!("CPU, {}", counted(tch::get_num_threads() as u64, "thread")),
         };
         let millions = self.model.config.n_params() as f64 / 1e6;
-        eprintln!("model       {} with {millions:.1}M parameters", self.model.config.name);
+        eprintln!(
+            "model       {} with {millions:.1}M parameters",
+            self.config.model_told(&self.model.config)
+        );
         if let Some(lora) = self.config.lora() {
             let trained: usize = self.model.adapters().iter().map(|(_, t)| t.numel()).sum();
             eprintln!(
@@ -391,8 +394,10 @@ impl<'j> Run<'j> {
             eprintln!("data        {line}");
         }
         match (self.plan.total_steps, &self.ends_with) {
-            (Some(steps), Some(why)) => eprintln!("length      {steps} steps, then {why}"),
-            (Some(steps), None) => eprintln!("length      {steps} steps"),
+            (Some(steps), Some(why)) => {
+                eprintln!("length      {}, then {why}", counted(steps, "step"))
+            }
+            (Some(steps), None) => eprintln!("length      {}", counted(steps, "step")),
             _ => {}
         }
         if let Some(told) = &self.attention_told {
@@ -419,6 +424,12 @@ impl<'j> Run<'j> {
     pub fn finished(&self) -> bool {
         self.plan.total_steps.is_some_and(|n| self.progress.step >= n)
             || self.job.is_none() && self.time_is_up() // clocks differ: ranks agree on it as on a signal
+    }
+
+    /// Whether the run that goes on here had ended, and left its last checkpoint.
+    pub fn was_through(&self) -> bool {
+        let last = self.config.out_dir.join("final");
+        self.finished() && self.last_checkpoint.as_ref() == Some(&last)
     }
 
     /// Whether `train.max_time` has passed on this rank.

@@ -394,9 +394,10 @@ fn the_command_line_exits_with_2_on_a_wrong_configuration_and_prints_a_right_one
         (output.status.code(), text(output.stdout), text(output.stderr))
     };
     let file = "configs/tinyllama.yaml";
-    let (code, out, err) = run(&["config", "check", file, "--world", "16"]);
+    let (code, out, err) = run(&["config", "check", file, "--devices", "16"]);
     assert_eq!(code, Some(0), "{err}");
-    assert_eq!(config::parse(&out, &[]).unwrap(), config::load(&root.join(file), &[]).unwrap());
+    let whole = config::load(&root.join(file), &["devices=16".to_owned()]).unwrap();
+    assert_eq!(config::parse(&out, &[]).unwrap(), whole);
     assert!(err.contains("8 accumulation = 2,097,152 tokens/step"), "{err}");
     let (code, out, err) = run(&["config", "check", file, "--set", "train.max_stps=1"]);
     assert_eq!((code, out.as_str()), (Some(2), ""));

@@ -129,6 +129,28 @@ fn documents_are_counted_by_the_tokenizers_end_and_fill_at_the_ends_of_files_is_
 }
 
 #[test]
+fn documents_are_counted_by_what_stands_between_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (corpus, out) = (dir.path().join("corpus.jsonl"), dir.path().join("packed"));
+    std::fs::write(&corpus, "{\"text\": \"We the people\"}\n{\"text\": \"of the state\"}\n")
+        .unwrap();
+    let [corpus, out] = [corpus, out].map(|path| path.display().to_string());
+    let tokenizer = tokenizer();
+    for (more, by) in
+        [(&["--bos", "--no-eos"][..], "bos"), (&["--no-eos"], "manifest"), (&["--bos"], "eos")]
+    {
+        let prepare = ["prepare", "jsonl", "--source", &corpus, "--tokenizer", &tokenizer];
+        let (code, _, err) = run(&[&prepare[..], &["--out", &out], more].concat());
+        assert_eq!(code, Some(0), "{err}");
+        assert!(err.contains("2 documents, "), "{err}");
+        let (_, report) = json(&["inspect", &out, "--tokenizer", &tokenizer]);
+        let got = (&report["documents"], &report["documents_by"]);
+        assert_eq!(got, (&2.into(), &by.into()), "{more:?}");
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+#[test]
 fn verify_finds_each_kind_of_damage_and_exits_with_1() {
     let dir = tempfile::tempdir().unwrap();
     let path = dataset(dir.path());

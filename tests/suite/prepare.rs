@@ -103,12 +103,12 @@ fn a_folder_of_texts_plain_and_compressed_is_prepared_once() {
     fs::write(source.join("deeper/.cache/g.txt"), "hidden").unwrap();
     fs::write(source.join("picture.png"), b"\x89PNG").unwrap();
 
-    let (code, stdout, stderr) = cli("text", &source, &out, &["--workers", "2"]);
+    let (code, stdout, stderr) = cli("text", &source, &out, &["--workers", "2", "--json"]);
     assert_eq!(code, 0, "{stderr}");
     assert_eq!(documents(&out), ["First.\r\n  Second line\n", "gz", "\u{e9}t\u{e9}", "one two"]);
     let manifest: Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!(manifest["skipped"], json!({ "empty": 1, "not UTF-8": 1 }));
-    assert!(stderr.contains("1 rows skipped: not UTF-8 (first: "), "{stderr}");
+    assert!(stderr.contains("1 row skipped: not UTF-8 (first: "), "{stderr}");
     assert!(stderr.contains("e.txt, row 1: at byte 3)"), "{stderr}");
     let on_disk = fs::read_to_string(out.join("manifest.json")).unwrap();
     assert_eq!(serde_json::from_str::<Value>(&on_disk).unwrap(), manifest);
@@ -139,7 +139,7 @@ fn broken_rows_are_counted_by_reason_and_only_then_fatal_when_all_are_broken() {
     let (code, _, stderr) = cli("jsonl", &source, &out, &[]);
     assert_eq!(code, 1);
     assert!(stderr.contains("error: no document in"), "{stderr}");
-    assert!(stderr.contains("1 rows skipped: no JSON (first: "), "{stderr}");
+    assert!(stderr.contains("1 row skipped: no JSON (first: "), "{stderr}");
     assert!(stderr.contains("x.jsonl, row 1: EOF while parsing"), "{stderr}");
     assert!(stderr.contains("x.jsonl, row 2: it is an array"), "{stderr}");
     assert!(stderr.contains("x.jsonl, row 4: "), "{stderr}");
@@ -420,7 +420,7 @@ fn a_damaged_row_or_file_is_named_and_skipped_or_stops_as_asked() {
     assert_eq!(code, 1, "begun with another option: {stderr}");
     assert!(stderr.contains("`on_error`: was \"skip-rows\", now \"skip\""), "{stderr}{stdout}");
     fs::remove_dir_all(dir.path().join("out.unfinished")).unwrap();
-    let (code, stdout, stderr) = cli("jsonl", &source, &out, &["--on-error", "skip"]);
+    let (code, stdout, stderr) = cli("jsonl", &source, &out, &["--on-error", "skip", "--json"]);
     assert_eq!(code, 0, "{stderr}");
     let manifest: Value = serde_json::from_str(&stdout).unwrap();
     assert_eq!(manifest["skipped"]["damaged file, the rest of it"], 1);

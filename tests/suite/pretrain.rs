@@ -164,11 +164,22 @@ fn a_finished_run_keeps_its_newest_checkpoints_and_validates_over_the_whole_set(
     let last = s.losses("run")[19].1;
     assert!(last < first - 0.2, "{first} -> {last}");
 
-    // The same again: refused, nothing lost; `auto` finds it finished.
+    // The same again: refused, nothing lost; `auto` finds it finished and leaves all as it is.
     let again = s.run("run", &[]);
     assert_eq!(again.status.code(), Some(1));
     assert!(text(&again).contains("--resume auto"), "{}", text(&again));
-    assert!(s.run("run", &["--resume", "auto"]).status.success());
+    let metrics = || fs::read(out.join("metrics.jsonl")).unwrap();
+    let modified = || out.join("final/model.safetensors").metadata().unwrap().modified().unwrap();
+    let before = (metrics(), modified());
+    let resumed = s.run("run", &["--resume", "auto"]);
+    assert!(resumed.status.success(), "{}", text(&resumed));
+    for word in ["finished    step 20 was the last", "raise `train.max_steps`", "try next"] {
+        assert!(text(&resumed).contains(word), "{word}: {}", text(&resumed));
+    }
+    assert!(before == (metrics(), modified()), "something was written");
+    let longer = s.run("run", &["--resume", "auto", "--set", "train.max_steps=22"]);
+    assert!(longer.status.success(), "{}", text(&longer));
+    assert_eq!(s.losses("run").last().unwrap().0, 22);
 }
 
 #[test]
@@ -364,10 +375,11 @@ fn a_dry_run_prints_arithmetic_and_memory_and_writes_nothing() {
     let (code, out, err) = dry("configs/tinyllama-1xh100.yaml", &[]);
     assert_eq!((code, err.as_str()), (Some(0), ""), "{out}");
     for line in
-        ["524,288 tokens/step", "42000 steps", "master weights, fp32", "4.10", "total", "52.6"]
+        ["524,288 tokens/step", "42,000 steps", "master weights, fp32", "4.10", "total", "52.6"]
     {
         assert!(out.contains(line), "`{line}` is not in\n{out}");
     }
+    assert!(out.contains("  80 GB                                            27, 16 of those that divide the batch"), "{out}");
     let block = ["--set", "train.activation_checkpointing=block"];
     let (_, out, _) = dry("configs/tinyllama-1xh100.yaml", &block);
     for line in ["inputs of 22 recomputed blocks", "5.50", "one block's backward pass"] {

@@ -106,6 +106,14 @@ impl Manifests {
         all.and_then(|all| all.into_iter().max())
     }
 
+    /// What all folders were made with, of an option that is on or off; `None`: they differ, or do not say.
+    pub fn option(&self, key: &str) -> Option<bool> {
+        let of = |f: &Folder| f.manifest.as_ref()?.get("options")?.get(key)?.as_bool();
+        let mut all = self.folders.values().map(of);
+        let first = all.next()??;
+        all.all(|other| other == Some(first)).then_some(first)
+    }
+
     /// Documents, where each folder's manifest says so and all of its files are in the set.
     pub fn documents(&self) -> Option<u64> {
         let of = |f: &Folder| {

@@ -31,11 +31,11 @@ pub fn begins_as_packed(path: &Path) -> bool {
     File::open(path).is_ok_and(|mut f| f.read_exact(&mut start).is_ok()) && &start == b"LITPKDS"
 }
 
-/// Looks at a file's header, size and end; with `whole` at every token: ids below `vocab_size`, those that are `eos`.
+/// Looks at a file's header, size and end; with `whole` at every token: ids below `vocab_size`, those that are `border`.
 pub fn scan(
     path: &Path,
     whole: bool,
-    eos: Option<i64>,
+    border: Option<i64>,
     vocab_size: Option<usize>,
 ) -> Result<Scan, PackedError> {
     let file = PackedFile::open(path, false)?;
@@ -51,7 +51,7 @@ pub fn scan(
     let mut run = 0;
     if whole {
         scan.crc32c = Some(file.read_all(vocab_size.unwrap_or(1 << 62), &mut ids)?);
-        scan.documents = ids.iter().filter(|id| Some(**id) == eos).count() as u64;
+        scan.documents = ids.iter().filter(|id| Some(**id) == border).count() as u64;
         run = run_at_end(&ids);
     } else {
         let mut n = 1024.min(file.len);

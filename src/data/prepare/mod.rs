@@ -29,7 +29,7 @@ use super::documents::{self, Schema, Selection, Skipped};
 use super::packed::explain;
 use super::writer::{Position, TokenFormat};
 use crate::bail_hint;
-use crate::config::{OnError, PrepareConfig};
+use crate::config::{OnError, PrepareConfig, counted};
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Result, anyhow};
@@ -358,7 +358,7 @@ fn check_counts(m: &Manifest) -> Result<()> {
     if m.counts.documents == 0 {
         let reasons = m.counts.skipped.iter().map(|(why, n)| {
             let first = m.counts.first_skipped.get(why).map_or("", |place| place);
-            format!("\n  {n} rows skipped: {why} (first: {first})")
+            format!("\n  {} skipped: {why} (first: {first})", counted(*n, "row"))
         });
         let reasons = reasons.collect::<String>();
         return Err(anyhow!("no document in `{}`{reasons}", m.options.source))
@@ -377,17 +377,21 @@ fn check_counts(m: &Manifest) -> Result<()> {
 fn announce(what: &str, m: &Manifest) {
     let validation = match m.counts.validation_documents {
         0 => String::new(),
-        n => format!("; validation {n} documents, {} tokens", m.counts.validation_tokens),
+        n => format!(
+            "; validation {}, {}",
+            counted(n, "document"),
+            counted(m.counts.validation_tokens, "token")
+        ),
     };
     eprintln!(
-        "{what:<12}{}{}: {} documents, {} tokens{validation}",
+        "{what:<12}{}{}: {}, {}{validation}",
         if what.len() < 12 { "" } else { " " },
         m.options.out.display(),
-        m.counts.documents,
-        m.counts.tokens,
+        counted(m.counts.documents, "document"),
+        counted(m.counts.tokens, "token"),
     );
-    for (why, count) in &m.counts.skipped {
+    for (why, &count) in &m.counts.skipped {
         let first = m.counts.first_skipped.get(why).map_or("", |place| place);
-        eprintln!("            {count} rows skipped: {why} (first: {first})");
+        eprintln!("            {} skipped: {why} (first: {first})", counted(count, "row"));
     }
 }
