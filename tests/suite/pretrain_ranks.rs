@@ -292,3 +292,23 @@ fn ranks_agree_on_where_their_data_end() {
         "{told}"
     );
 }
+
+#[test]
+fn the_script_that_checks_a_machines_ranks_passes_here_and_tells_ranks_that_train_otherwise() {
+    let setup = Setup::new();
+    let check = |more: &[&str]| {
+        let mut command = Command::new("python3");
+        command.args(["scripts/check_ranks.py", &setup.path("run.yaml").display().to_string()]);
+        command.args(["2", "4"]).args(more).current_dir(env!("CARGO_MANIFEST_DIR"));
+        let output = command.env("TINYLLAMA", env!("CARGO_BIN_EXE_tinyllama")).output().unwrap();
+        let out = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code(), format!("{out}{}", text(&output)))
+    };
+    let (code, told) = check(&["--set", "optimizer.lr=1e-4"]);
+    assert_eq!(code, Some(0), "{told}");
+    for line in ["2 ranks, full_shard", "2 ranks, ddp", "saved by 2, resumed by 1", "(SIGKILL)"] {
+        assert!(told.contains(line), "no `{line}` in {told}");
+    }
+    let (code, told) = check(&["--set", "optimizer.lr=1e-4", "--tolerance", "1e-12"]);
+    assert_eq!(code, Some(1), "{told}");
+}
