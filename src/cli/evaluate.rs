@@ -96,6 +96,7 @@ fn evaluate(args: &Args, device: Device) -> Result<u8> {
         seed: args.seed,
         batch_size: args.batch_size.0,
         sandbox: sandbox.as_ref(),
+        ranks: None,
     };
     let model = Model { network: loaded.network.borrow(), tokenizer, eos: &loaded.eos };
     for (i, task) in tasks.iter().enumerate() {

@@ -20,6 +20,7 @@ pub mod task;
 pub mod written;
 
 use crate::error::WithHint;
+use crate::ffi::ProcessGroup;
 use crate::generate::NetworkRef;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow};
@@ -61,6 +62,8 @@ pub struct Options<'a> {
     pub batch_size: Option<usize>,
     /// Where programs that the model wrote may run.
     pub sandbox: Option<&'a Sandbox>,
+    /// Ranks that share likelihoods ([`score::log_likelihoods`]); none write texts together.
+    pub ranks: Option<&'a ProcessGroup>,
 }
 
 /// What the model made of a sample.
@@ -209,7 +212,8 @@ fn choices(
     };
     let pairs: Vec<Pair> = requests.par_iter().map(encode).collect::<Result<_>>()?;
     let all = pairs.len();
-    score::log_likelihoods(model.network, &pairs, options.batch_size, |n| done(n, all))
+    let Options { batch_size, ranks, .. } = options;
+    score::log_likelihoods(model.network, &pairs, batch_size, ranks, |n| done(n, all))
 }
 
 /// Likelihoods of whole texts, from window to window.
@@ -226,8 +230,9 @@ fn texts(
     let windows: Vec<Vec<Pair>> = requests.par_iter().map(windows).collect::<Result<_>>()?;
     let pairs: Vec<Pair> = windows.iter().flatten().cloned().collect();
     let all = pairs.len();
+    let Options { batch_size, ranks, .. } = options;
     let (likelihoods, _) =
-        score::log_likelihoods(model.network, &pairs, options.batch_size, |n| done(n, all))?;
+        score::log_likelihoods(model.network, &pairs, batch_size, ranks, |n| done(n, all))?;
     let mut rest = likelihoods.into_iter();
     let of =
         |windows: &Vec<Pair>| Response::Likelihoods(rest.by_ref().take(windows.len()).collect());

@@ -15,11 +15,13 @@
 
 use super::prompt::Pair;
 use crate::bail_hint;
+use crate::ffi::{ProcessGroup, ReduceOp};
 use crate::generate::NetworkRef;
 use crate::generate::score::score_tokens;
 use crate::model::GPT;
 use crate::ops::Branches;
 use anyhow::Result;
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// What is known of a continuation.
@@ -73,8 +75,11 @@ const SHARED: (usize, usize) = (4, 2048);
 /// The likelihood of each pair's continuation, in the order of `pairs`, and how many contexts were cut from the left to fit
 /// the model's. `batch_size`: requests of a row at most. `done` is called with the number of requests that are through.
 ///
+/// `ranks`: a group on the CPU whose ranks all call this with the same pairs, and share them: each computes every W-th row.
+/// They go through the model equally often, as those must that hold its weights together.
+///
 /// # Sync
-/// The CPU waits once a row.
+/// The CPU waits once a row, and at the end for the other ranks.
 ///
 /// # Errors
 /// A continuation that is longer than the model's context.
@@ -82,6 +87,7 @@ pub fn log_likelihoods(
     network: NetworkRef,
     pairs: &[Pair],
     batch_size: Option<usize>,
+    ranks: Option<&ProcessGroup>,
     mut done: impl FnMut(usize),
 ) -> Result<(Vec<Likelihood>, usize)> {
     let _guard = tch::no_grad_guard();
@@ -108,41 +114,94 @@ pub fn log_likelihoods(
     order.sort_by(|&a, &b| inputs[a].cmp(&inputs[b]));
 
     let sizes = &SIZES[usize::from(model.device().is_cuda())];
-    let mut all = vec![Likelihood { log_likelihood: 0.0, is_greedy: Some(true) }; pairs.len()];
-    let (mut row, mut path, mut last): (Row, Vec<usize>, &[u32]) = (Row::default(), vec![], &[]);
-    let (mut through, mut in_row) = (0, 0);
-    for &i in &order {
-        let input = &inputs[i];
-        let mut shared = last.iter().zip(input).take_while(|(a, b)| a == b).count();
-        let stretched = if 2 * shared >= input.len() { sizes.row * 5 / 4 } else { sizes.row };
-        let most = stretched.max((SHARED.0 * shared).min(SHARED.1));
-        let full = in_row >= batch_size.unwrap_or(usize::MAX);
-        if !row.ids.is_empty() && (full || row.ids.len() + input.len() - shared > most) {
-            in_row = 0;
-            through += run(model, &std::mem::take(&mut row), sizes, &mut all)?;
-            done(through);
-            (path, shared) = (Vec::new(), 0);
+    let rows = cut_into_rows(&order, &inputs, sizes, batch_size);
+    let (rank, size) = ranks.map_or((0, 1), |group| (group.rank(), group.size()));
+    let mut all = vec![Likelihood::default(); pairs.len()];
+    let mut through = 0;
+    for turn in rows.chunks(size) {
+        // Where no row is left for this rank, one that another computes.
+        let requests = &order[turn[rank.min(turn.len() - 1)].clone()];
+        let row = Row::of(requests, &inputs, pairs, sizes.stretch);
+        let found = run(model, &row, sizes)?;
+        if rank < turn.len() {
+            found.into_iter().for_each(|(request, likelihood)| all[request] = likelihood);
         }
-        in_row += 1;
-        path.truncate(shared);
-        for &id in &input[shared..] {
-            path.push(row.add(id, &path, sizes.stretch));
-        }
-        let targets = &pairs[i].continuation;
-        let from = input.len() - targets.len();
-        for (&at, &target) in path[from..].iter().zip(targets) {
-            row.reads.push((at as i64, i64::from(target), i));
-        }
-        last = input;
-    }
-    if !row.ids.is_empty() {
-        through += run(model, &row, sizes, &mut all)?;
+        through += turn.iter().map(Range::len).sum::<usize>();
         done(through);
+    }
+    if let Some(group) = ranks {
+        exchange(group, &mut all)?;
     }
     Ok((all, cut))
 }
 
+/// Which requests make a row, as ranges of `order`.
+fn cut_into_rows(
+    order: &[usize],
+    inputs: &[Vec<u32>],
+    sizes: &Sizes,
+    batch_size: Option<usize>,
+) -> Vec<Range<usize>> {
+    let (mut rows, mut start, mut tokens) = (Vec::new(), 0, 0);
+    for at in 0..order.len() {
+        let input = &inputs[order[at]];
+        let mut shared = if at == start { 0 } else { shared(&inputs[order[at - 1]], input) };
+        let stretched = if 2 * shared >= input.len() { sizes.row * 5 / 4 } else { sizes.row };
+        let most = stretched.max((SHARED.0 * shared).min(SHARED.1));
+        let full = at - start >= batch_size.unwrap_or(usize::MAX);
+        if at > start && (full || tokens + input.len() - shared > most) {
+            rows.push(start..at);
+            (start, tokens, shared) = (at, 0, 0);
+        }
+        tokens += input.len() - shared;
+    }
+    if start < order.len() {
+        rows.push(start..order.len());
+    }
+    rows
+}
+
+/// With how many tokens both begin.
+fn shared(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// What each rank found, to all of them; what others find is zero and false here.
+///
+/// # Sync
+/// The CPU waits for the other ranks.
+fn exchange(group: &ProcessGroup, all: &mut [Likelihood]) -> Result<()> {
+    let greedy = |one: &Likelihood| f64::from(u8::from(one.is_greedy == Some(true)));
+    let mine: Vec<f64> = all.iter().flat_map(|one| [one.log_likelihood, greedy(one)]).collect();
+    let sums = Tensor::from_slice(&mine); // (2 N,)
+    group.all_reduce(&sums, ReduceOp::Sum)?.wait()?;
+    for (one, sum) in all.iter_mut().zip(Vec::<f64>::try_from(sums)?.chunks(2)) {
+        *one = Likelihood { log_likelihood: sum[0], is_greedy: Some(sum[1] > 0.0) };
+    }
+    Ok(())
+}
+
 impl Row {
+    /// Of requests in order. A part holds `stretch` tokens.
+    fn of(requests: &[usize], inputs: &[Vec<u32>], pairs: &[Pair], stretch: usize) -> Self {
+        let (mut row, mut path, mut last): (Self, Vec<usize>, &[u32]) = Default::default();
+        for &i in requests {
+            let input = &inputs[i];
+            let shared = shared(last, input);
+            path.truncate(shared);
+            for &id in &input[shared..] {
+                path.push(row.add(id, &path, stretch));
+            }
+            let targets = &pairs[i].continuation;
+            let from = input.len() - targets.len();
+            for (&at, &target) in path[from..].iter().zip(targets) {
+                row.reads.push((at as i64, i64::from(target), i));
+            }
+            last = input;
+        }
+        row
+    }
+
     /// Adds a token behind those of its path; where it stands. A part holds `most` tokens.
     fn add(&mut self, id: u32, path: &[usize], most: usize) -> usize {
         let at = self.ids.len();
@@ -229,8 +288,8 @@ fn one_by_one(
     Ok(all)
 }
 
-/// Computes a row and adds to the likelihoods of its requests; how many those are.
-fn run(model: &GPT, row: &Row, sizes: &Sizes, all: &mut [Likelihood]) -> Result<usize> {
+/// Computes a row: its requests, and their likelihoods.
+fn run(model: &GPT, row: &Row, sizes: &Sizes) -> Result<Vec<(usize, Likelihood)>> {
     let device = model.device();
     let ids = Tensor::from_slice(&row.ids).unsqueeze(0).to_device(device); // (1, T)
     let x = match row.is_one_path() && model.fp8.is_none() {
@@ -243,15 +302,19 @@ fn run(model: &GPT, row: &Row, sizes: &Sizes, all: &mut [Likelihood]) -> Result<
     };
     let x = x.squeeze_dim(0); // (T, C)
     let (logprobs, greedy) = read(model, &x, &row.reads, sizes.logits)?;
-    let mut requests = 0;
-    let mut before = None;
-    for (&(_, _, request), (logprob, greedy)) in row.reads.iter().zip(logprobs.iter().zip(greedy)) {
-        all[request].log_likelihood += logprob;
-        all[request].is_greedy = all[request].is_greedy.map(|so_far| so_far && greedy);
-        requests += usize::from(before != Some(request));
-        before = Some(request);
+    let mut found: Vec<(usize, Likelihood)> = Vec::new();
+    for (&(_, _, request), (logprob, is_likeliest)) in
+        row.reads.iter().zip(logprobs.iter().zip(greedy))
+    {
+        if found.last().is_none_or(|(last, _)| *last != request) {
+            found.push((request, Likelihood { log_likelihood: 0.0, is_greedy: Some(true) }));
+        }
+        if let Some((_, one)) = found.last_mut() {
+            one.log_likelihood += logprob;
+            one.is_greedy = one.is_greedy.map(|so_far| so_far && is_likeliest);
+        }
     }
-    Ok(requests)
+    Ok(found)
 }
 
 /// Log-probability of each read, and whether its token is the likeliest. Several reads of a place share its logits.

@@ -3,6 +3,7 @@
 use super::metrics::TaskRecord;
 use super::run::Run;
 use crate::config::RunConfig;
+use crate::distributed::Job;
 use crate::error::WithHint;
 use crate::eval::question::Task;
 use crate::eval::task::Form;
@@ -52,8 +53,7 @@ pub fn tasks(config: &RunConfig, model: &ModelConfig, ranks: usize) -> Result<Ve
 }
 
 impl Run<'_> {
-    /// Runs the tasks of `eval.tasks` and logs their scores. All ranks compute all of it, since they hold the weights
-    /// together. In a single process a task that fails, such as for lack of memory, is told and does not end the run.
+    /// Runs the tasks of `eval.tasks` and logs their scores; ranks share the requests. In a single process a task that fails, such as for lack of memory, is told and does not end the run.
     ///
     /// # Sync
     /// As [`eval::evaluate`].
@@ -88,6 +88,7 @@ impl Run<'_> {
             seed: SEED,
             batch_size: None,
             sandbox: None,
+            ranks: job.map(Job::host_group),
         };
         let tokenizer = self.tokenizer.as_deref().context("the run has no tokenizer")?;
         let eos: Vec<u32> = tokenizer.eos_id().into_iter().collect();

@@ -61,7 +61,7 @@ fn texts_with_one_beginning_have_the_likelihoods_that_each_has_alone() {
         pairs.push(pairs[0].clone());
         let mut last = 0;
         let (got, cut) =
-            log_likelihoods(NetworkRef::Dense(&model), &pairs, None, |n| last = n).unwrap();
+            log_likelihoods(NetworkRef::Dense(&model), &pairs, None, None, |n| last = n).unwrap();
         assert_eq!((last, cut), (pairs.len(), 1));
         for (pair, got) in pairs.iter().zip(got) {
             let whole: Vec<u32> = pair.context.iter().chain(&pair.continuation).copied().collect();
@@ -88,8 +88,8 @@ fn texts_with_one_beginning_have_the_likelihoods_that_each_has_alone() {
             assert_eq!(got.is_greedy, Some(is_greedy));
         }
         let too_long = Pair { context: vec![1], continuation: text(1, limit + 1) };
-        let error =
-            log_likelihoods(NetworkRef::Dense(&model), &[too_long], None, |_| {}).unwrap_err();
+        let error = log_likelihoods(NetworkRef::Dense(&model), &[too_long], None, None, |_| {})
+            .unwrap_err();
         assert!(error.to_string().contains("does not fit the model's context"), "{error}");
     }
 }
@@ -112,8 +112,9 @@ fn on_the_card_likelihoods_are_those_of_the_cpu() {
         continuation: text(i + 50, 1 + i % 5),
     };
     let pairs: Vec<Pair> = (0..200).map(pair).collect();
-    let of =
-        |model: &GPT| log_likelihoods(NetworkRef::Dense(model), &pairs, None, |_| {}).unwrap().0;
+    let of = |model: &GPT| {
+        log_likelihoods(NetworkRef::Dense(model), &pairs, None, None, |_| {}).unwrap().0
+    };
     let want = of(&model);
     for (kind, off) in [(tch::Kind::Float, 1e-3), (tch::Kind::BFloat16, 0.2)] {
         let there = checkpoint::load_model(dir.path(), kind, device).unwrap();

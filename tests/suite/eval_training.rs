@@ -53,17 +53,40 @@ fn tasks_are_logged_with_each_validation_and_change_no_training() {
 }
 
 #[test]
-fn ranks_that_share_the_weights_find_the_scores_of_one() {
+fn ranks_share_the_requests_and_find_the_scores_of_one() {
     let setup = setup();
-    let more =
-        ["--set", "eval.tasks=[piqa]", "--set", "train.max_steps=3", "--set", "optimizer.lr=1e-4"];
+    let more = [
+        "--set",
+        "eval.tasks=[piqa, hellaswag, wikitext]",
+        "--set",
+        "train.max_steps=3",
+        "--set",
+        "optimizer.lr=1e-4",
+        "--set",
+        "train.global_batch_size=12",
+        "--set",
+        "train.micro_batch_size=4",
+    ];
     let output = setup.run("one", &more);
     assert!(output.status.success(), "{}", text(&output));
-    let output = setup.run("two", &[&more[..], &["--devices", "2"]].concat());
-    assert!(output.status.success(), "{}", text(&output));
-    let (one, two) = (scores(&setup, "one"), scores(&setup, "two"));
-    assert_eq!((one.len(), two.len()), (1, 1), "{two:?}");
-    assert_eq!(one[0]["samples"], two[0]["samples"]);
+    let one = scores(&setup, "one");
+    assert_eq!(one.len(), 3);
+    // Few and small rows: some ranks have none in the last turn.
+    for (ranks, strategy) in [("3", "full_shard"), ("3", "ddp")] {
+        let strategy = format!("distributed.strategy={strategy}");
+        let more = [&more[..], &["--devices", ranks, "--set", &strategy]].concat();
+        let output = setup.run(&strategy, &more);
+        assert!(output.status.success(), "{}", text(&output));
+        let shared = scores(&setup, &strategy);
+        assert_eq!(shared.len(), 3, "{shared:?}");
+        for (got, want) in shared.iter().zip(&one) {
+            for key in ["task", "samples", "acc", "acc_norm"] {
+                assert_eq!(got[key], want[key], "{strategy}, {key}");
+            }
+            let bits = |score: &Value| score["bits_per_byte"].as_f64().unwrap_or(1.0);
+            assert!((bits(got) / bits(want) - 1.0).abs() < 1e-5, "{strategy}: {got}, {want}");
+        }
+    }
 }
 
 #[test]

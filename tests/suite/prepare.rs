@@ -115,7 +115,7 @@ fn a_folder_of_texts_plain_and_compressed_is_prepared_once() {
 
     let written = || fs::metadata(out.join("manifest.json")).unwrap().modified().unwrap();
     let before = written();
-    let (code, again, stderr) = cli("text", &source, &out, &[]);
+    let (code, again, stderr) = cli("text", &source, &out, &["--json"]);
     assert_eq!((code, again), (0, stdout), "{stderr}");
     assert!(stderr.contains("already prepared"), "{stderr}");
     assert_eq!(before, written());
