@@ -3,10 +3,11 @@
 
     python3 scripts/scaling.py
 
-Arithmetic, not measurements, but for the seconds of a micro-batch on one card. A collective over n ranks in a ring
-moves (n - 1)/n of its bytes through each card at the bus bandwidth, and takes a latency a hop. Weights travel in 2
-bytes, gradients in 4. What travels is hidden behind the micro-batch as far as it is shorter; the first gather and the
-last reduction are not. A smaller micro-batch counts as fast by token, which flatters 1,024 cards.
+Arithmetic, not measurements, but for two numbers: the seconds of a micro-batch on one card, and by how much it is slower
+beside communication. A collective over n ranks in a ring moves (n - 1)/n of its bytes through each card at the bus
+bandwidth, and takes a latency a hop. Weights travel in 2 bytes, gradients in 4. What travels is hidden behind the
+micro-batch as far as it is shorter; the first gather and the last reduction are not. A smaller micro-batch counts as fast
+by token, which flatters 1,024 cards.
 """
 
 # Name, parameters, blocks, width, vocabulary, micro-batch of 2,048 tokens, its seconds on one H100, the optimizer's, and
@@ -21,6 +22,9 @@ GIB = 1 << 30
 NVLINK = 350e9  # bytes/s of a ring within a node, bus bandwidth as nccl-tests count it
 NETWORK = 45e9  # of one 400 Gb/s link
 HOP, NETWORK_HOP = 2e-6, 6e-6  # seconds
+# A micro-batch beside communication takes so much longer: multiprocessors, memory and power are shared. Measured on pairs
+# and fours of H200: 2.3 to 5.7 % with 1.1B at 16 x 2,048 (docs/scaling.md).
+BESIDE = 0.05
 
 
 def ring(size, ranks, links, replicas_of=1):
@@ -35,14 +39,14 @@ def ring(size, ranks, links, replicas_of=1):
     return moved / bandwidth + (hops - far) * HOP + far * NETWORK_HOP, moved
 
 
-def plan(model, ranks, strategy, links, whole):
+def plan(model, ranks, strategy, links, whole, accumulation=None):
     _, params, blocks, width, vocabulary, micro, seconds, optimizer, activations = model
     shards = {"full_shard": ranks, "shard_grad_op": ranks, "hybrid_shard": min(NODE, ranks), "ddp": 1}[strategy]
     replicas = ranks // shards
     shares = strategy in ("full_shard", "hybrid_shard")
     fewer = 1 if whole else min(micro, GLOBAL // ranks) / micro  # at 1,024 cards each has one sequence
     seconds, activations = seconds * fewer, activations * fewer
-    accumulation = max(1, GLOBAL // (micro * ranks))
+    accumulation = accumulation or max(1, GLOBAL // (micro * ranks))
     unit = max(vocabulary * width, (params - 2 * vocabulary * width) // blocks)
     slots = 2 * unit if shares and shards > 1 else 0
     kept = lambda whole: whole / shards
@@ -68,9 +72,9 @@ def plan(model, ranks, strategy, links, whole):
     compute = accumulation * seconds
     # Where the strategy reduces once, only the last micro-batch is there to hide it.
     window = compute if shares else seconds
-    step = compute + max(0.0, time - window) + edges + optimizer / shards
-    alone = compute + optimizer
-    return memory, moved / 1e9, min(1.0, compute / step), accumulation
+    beside = BESIDE * window if ranks > 1 else 0.0
+    step = compute + beside + max(0.0, time - window) + edges + optimizer / shards
+    return memory, moved / 1e9, min(1.0, (compute + optimizer) / step), accumulation
 
 
 def table(model):
@@ -89,5 +93,14 @@ def table(model):
             print(f"| {ranks:,}{star} | `{name}` | {accumulation} | {memory:.1f}{fits} | {moved:.1f} | {eight:.1%} | {one:.1%} |")
 
 
+def one_node(model):
+    """Efficiency on the cards of one node, to be set beside measurements."""
+    print(f"\n### {model[0]} on one node, micro-batch {model[5]}, accumulation 1 and 8\n")
+    for strategy in ("full_shard", "shard_grad_op", "ddp"):
+        cells = [plan(model, ranks, strategy, 8, True, a)[2] for ranks in (2, 4, 8) for a in (1, 8)]
+        print(f"| `{strategy}` | " + " | ".join(f"{cell:.1%}" for cell in cells) + " |")
+
+
+one_node(MODELS[0])
 for model in MODELS:
     table(model)
