@@ -33,7 +33,7 @@ use crate::bail_hint;
 use crate::config::Strategy;
 use crate::ffi::{FirstProducts, ProcessGroup, ReduceOp, Work};
 use crate::model::Pass;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tch::{Kind, Tensor};
 
@@ -145,6 +145,8 @@ struct State {
     products: Option<Vec<FirstProducts>>,
     /// The units whose products are watched now.
     watched: Vec<usize>,
+    /// How many units the backward pass has entered.
+    entered: usize,
     failed: Option<anyhow::Error>,
 }
 
@@ -176,10 +178,19 @@ impl Fsdp {
         let each = units.iter().any(|unit| unit.slot.is_some());
         let products = || units.iter().map(|_| FirstProducts::default()).collect();
         let products = how.products.then(products);
-        let (first, last, watched, failed) = (false, true, vec![], None);
-        let state =
-            State { groups, units, under_way, how, each, first, last, products, watched, failed };
-        Self(Arc::new(Mutex::new(state)))
+        Self(Arc::new(Mutex::new(State {
+            groups,
+            units,
+            under_way,
+            how,
+            each,
+            first: false,
+            last: true,
+            products,
+            watched: Vec::new(),
+            entered: 0,
+            failed: None,
+        })))
     }
 
     /// A poisoned lock means a panic in a hook, which has its own message.
@@ -215,7 +226,8 @@ impl Fsdp {
 
     /// `last` of its step: then gradients are reduced over all ranks.
     pub fn begin_micro_batch(&self, last: bool) {
-        self.state().last = last;
+        let mut state = self.state();
+        (state.last, state.entered) = (last, 0);
     }
 
     /// After the backward pass: reduces what is left of it.
@@ -318,6 +330,7 @@ impl State {
     }
 
     fn backward(&mut self, u: usize) -> Result<()> {
+        self.entered += 1;
         if u > 0 {
             self.await_weights(u)?;
             if u > 1 || !self.last {
@@ -370,6 +383,11 @@ impl State {
     }
 
     fn finish_backward(&mut self) -> Result<()> {
+        let (entered, units) = (self.entered, self.units.len());
+        ensure!(
+            entered == units || !self.how.hooked,
+            "the backward pass entered {entered} of {units} units: the others' gradients are not known to be new"
+        );
         self.end_gradients()?;
         if !(self.each || self.last) {
             return Ok(());

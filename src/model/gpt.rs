@@ -239,7 +239,9 @@ impl GPT {
             ) // ()
         };
         let rows = x.unbind(0).into_iter().zip(target.unbind(0)).map(row);
-        Tensor::stack(&rows.collect::<Vec<_>>(), 0)
+        let sums = Tensor::stack(&rows.collect::<Vec<_>>(), 0); // (B,)
+        self.leave(self.h.len() + 1, &sums);
+        sums
     }
 
     /// A copy in memory of its own, in the given dtype, whose parameters have no gradients.

@@ -381,3 +381,28 @@ fn a_norm_that_is_not_finite_on_one_rank_stops_all_of_them() {
         threads.into_iter().for_each(|thread| thread.join().unwrap());
     });
 }
+
+/// Gradients are cleared where the backward pass enters their unit.
+#[test]
+fn a_backward_pass_that_does_not_say_where_it_is_is_an_error() {
+    let way = Way::plain(tiny_llama());
+    let store = TcpStore::serve(0, Duration::from_secs(60)).unwrap();
+    let world = gloo(&store, "world", 0, 1);
+    let (mut model, optimizer) = (model(&way), OptimizerConfig::default());
+    let groups = Groups { shard: None, replica: None };
+    let (ranks, _) =
+        parallelize(&mut model, groups, Arc::clone(&world), way.plan(&optimizer)).unwrap();
+    let batch = batch(&tokens(&way.model), 0, 0, 2);
+    for again in 0..2 {
+        ranks.fsdp.begin_step();
+        ranks.fsdp.begin_micro_batch(true);
+        model.log_probabilities(&batch.input, &batch.target).sum(Kind::Float).backward();
+        ranks.fsdp.end_micro_batch().unwrap_or_else(|e| panic!("pass {again}: {e:#}"));
+    }
+    ranks.fsdp.begin_micro_batch(true);
+    model.hidden(&batch.input, None, None).sum(Kind::Float).backward();
+    let error = format!("{:#}", ranks.fsdp.end_micro_batch().unwrap_err());
+    let units = model.units().len();
+    assert!(error.contains(&format!("entered {} of {units} units", units - 1)), "{error}");
+    world.finish().unwrap();
+}

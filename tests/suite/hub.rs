@@ -83,7 +83,7 @@ impl Hub {
     /// Prepares `me/corpus`: exit code, stdout, stderr.
     fn prepare(&self, dir: &Path, out: &str, more: &[&str]) -> (i32, String, String) {
         let mut command = self.command(dir, "jsonl", &["--hub", "me/corpus"]);
-        run(command.arg("--out").arg(dir.join(out)).args(more))
+        run(command.arg("--json").arg("--out").arg(dir.join(out)).args(more))
     }
 }
 

@@ -190,7 +190,8 @@ fn a_launch_of_one_two_and_four_ends_well_with_rank_0_on_the_terminal_and_the_ot
         let (code, stderr) = end(scene.launch(&json!({ "devices": devices })));
         assert_eq!(code, Some(0), "{stderr}");
         let lines: Vec<&str> = stderr.lines().collect();
-        assert!(lines[0].starts_with(&format!("launch      {devices} workers")), "{stderr}");
+        let workers = if devices == 1 { "worker" } else { "workers" };
+        assert!(lines[0].starts_with(&format!("launch      {devices} {workers} on ")), "{stderr}");
         let steps: Vec<String> = (1..=5).map(|step| format!("step {step} of rank 0")).collect();
         assert_eq!(lines[1..], steps, "{stderr}");
         for rank in 1..devices {
