@@ -1,6 +1,6 @@
 //! `tinyllama bench decode`.
 
-use super::generate::{CacheDtype, InferencePrecision, form};
+use super::model_args::{CacheDtype, InferencePrecision, form};
 use crate::bench::decode::{self, Case, Report};
 use crate::config::counted;
 use crate::error::WithHint;

@@ -1,7 +1,7 @@
 //! `tinyllama bench serve`.
 
 use super::bench::at_least_one;
-use super::generate::{LoadArgs, name_of};
+use super::model_args::{LoadArgs, name_of};
 use super::serve::{EngineArgs, MAX_QUEUE};
 use crate::bench::serve::{self, Load, Pace, Percentiles, Report};
 use crate::bench::serve_client::Server;

@@ -1,6 +1,7 @@
 //! `tinyllama chat`: a conversation in the terminal.
 
-use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
+use super::generate::{is_broken_pipe, write_stdout};
+use super::model_args::ModelArgs;
 use super::serve::EngineArgs;
 use crate::error::{WithHint, exit};
 use crate::generate::load;

@@ -1,6 +1,7 @@
 //! `tinyllama evaluate`.
 
-use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
+use super::generate::{is_broken_pipe, write_stdout};
+use super::model_args::ModelArgs;
 use crate::checkpoint::{self, TrainState};
 use crate::error::exit;
 use crate::eval::results::Results;

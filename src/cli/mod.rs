@@ -13,6 +13,7 @@ mod finetune;
 mod generate;
 mod inspect;
 mod inspect_checkpoint;
+mod model_args;
 mod prepare;
 mod pretrain;
 mod report;

@@ -1,6 +1,7 @@
 //! `tinyllama score`.
 
-use super::generate::{ModelArgs, is_broken_pipe, write_stdout};
+use super::generate::{is_broken_pipe, write_stdout};
+use super::model_args::ModelArgs;
 use crate::generate::score::{Score, score_tokens, score_windows};
 use crate::generate::text::parse_ids;
 use crate::tokenizer::Tokenizer;

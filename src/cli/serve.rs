@@ -1,6 +1,6 @@
 //! `tinyllama serve`.
 
-use super::generate::ModelArgs;
+use super::model_args::ModelArgs;
 use crate::error::{WithHint, exit};
 use crate::generate::engine::EngineOptions;
 use crate::generate::load::{self, Loaded};

@@ -6,6 +6,7 @@ use super::{
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -428,6 +429,17 @@ impl RunConfig {
     /// [`crate::distributed::World`]'s.
     pub fn ranks(&self) -> u64 {
         self.devices.saturating_mul(self.num_nodes)
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bf16Mixed => "bf16-mixed",
+            Self::Fp8Mixed => "fp8-mixed",
+            Self::Bf16True => "bf16-true",
+            Self::Fp32True => "32-true",
+        })
     }
 }
 

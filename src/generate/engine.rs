@@ -13,9 +13,11 @@
 
 mod on_card;
 mod options;
+mod sequence;
 
-use self::on_card::{Flight, Seat};
+use self::on_card::Flight;
 pub use self::options::EngineOptions;
+use self::sequence::Sequence;
 use super::blocks::{BlockPool, Prefix, prefix};
 use super::card::{Card, covers};
 use super::network::NetworkRef;
@@ -88,26 +90,6 @@ pub struct Counters {
     pub preempted: u64,
     /// Passes through the model.
     pub steps: u64,
-}
-
-/// One sample of a request.
-struct Sequence {
-    request: RequestId,
-    index: usize,
-    options: GenerateOptions,
-    /// Prompt and output.
-    tokens: Vec<u32>,
-    prompt_tokens: usize,
-    /// The first so many have keys and values in the blocks of `table`.
-    cached: usize,
-    table: Vec<u32>,
-    /// Of the blocks that others may know: how many, and the hash up to the last.
-    published: (usize, Prefix),
-    sampler: Sampler,
-    /// Samples 1.. of the request, which begin once the prompt is read.
-    siblings: usize,
-    /// Where it is on the card.
-    seat: Option<Seat>,
 }
 
 /// Continues many prompts at a time.
@@ -509,53 +491,6 @@ impl Event {
             Self::Failed { request, .. } => *request,
         }
     }
-}
-
-impl Sequence {
-    /// Sample `index` of the same request, with nothing read yet.
-    fn sibling(&self, index: usize) -> Self {
-        Self {
-            request: self.request,
-            index,
-            options: self.options.clone(),
-            tokens: self.tokens.clone(),
-            prompt_tokens: self.prompt_tokens,
-            cached: 0,
-            table: Vec::new(),
-            published: Default::default(),
-            sampler: self.sampler.sibling(index as u64),
-            siblings: 0,
-            seat: None,
-        }
-    }
-
-    /// # Shapes
-    /// logits, logprobs (V,).
-    fn choose(&mut self, logits: &Tensor, logprobs: &Tensor) -> Result<Token> {
-        let vocab_size = self.sampler.vocab_size();
-        let id = self.sampler.sample(&logits.narrow(0, 0, vocab_size))?;
-        let logprob = logprobs.double_value(&[id as i64]);
-        let top = match (self.options.top_logprobs as i64).min(vocab_size) {
-            0 => Vec::new(),
-            k => best(&logprobs.narrow(0, 0, vocab_size), k)?,
-        };
-        self.tokens.push(id);
-        Ok(Token { id, logprob, is_eos: self.options.eos.contains(&id), top })
-    }
-
-    /// Whether and why the sequence ends with this token.
-    fn ended(&self, token: &Token, context: usize) -> Option<FinishReason> {
-        let (made, room) = (self.tokens.len() - self.prompt_tokens, context - self.prompt_tokens);
-        self.options.ended(token.is_eos, true, made, room)
-    }
-}
-
-/// The k largest of (V,), best first.
-fn best(logprobs: &Tensor, k: i64) -> Result<Vec<(u32, f64)>> {
-    let (values, ids) = logprobs.topk(k, 0, true, true); // (k,) x2
-    let values: Vec<f64> = Vec::try_from(&values.to_kind(Kind::Double))?;
-    let ids: Vec<i64> = Vec::try_from(&ids)?;
-    Ok(ids.into_iter().map(|id| id as u32).zip(values).collect())
 }
 
 fn hash_up_to(tokens: &[u32], blocks: usize) -> Prefix {

@@ -1,5 +1,6 @@
 //! Training: the loop in [`mod@pretrain`], one step in [`step`], the optimizer in [`optimizer`].
 
+mod announce;
 mod append;
 mod backends;
 mod data;

@@ -1,6 +1,6 @@
 //! Everything a run needs, put together in one visible order.
 
-use super::backends::{cache_file, set_backends};
+use super::backends::set_backends;
 use super::flops::{self, FlopsPerToken};
 use super::memory::{self, Share};
 use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
@@ -13,8 +13,7 @@ use super::step::{MicroStep, train_step};
 use super::{data, evaluate, saver, validate};
 use crate::checkpoint::adapter;
 use crate::config::{
-    ActivationCheckpointing, BatchPlan, CudaGraph, MatmulBackend, Precision, Reference, Resume,
-    RunConfig, counted, with_commas,
+    ActivationCheckpointing, BatchPlan, CudaGraph, Precision, Reference, Resume, RunConfig,
 };
 use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
@@ -131,14 +130,14 @@ pub struct Run<'j> {
     /// What makes a text of a conversation, of a finetuning run; saved with its checkpoints.
     pub template: Option<ChatTemplate>,
     /// What the data are.
-    data_told: Vec<String>,
+    pub(super) data_told: Vec<String>,
     /// Why the data end the run, where they do.
-    ends_with: Option<String>,
+    pub(super) ends_with: Option<String>,
     /// Of each source, by its last sample.
     epochs: Vec<u64>,
     flops: FlopsPerToken,
-    attention_told: Option<String>,
-    peak_flops: Option<f64>,
+    pub(super) attention_told: Option<String>,
+    pub(super) peak_flops: Option<f64>,
     started: Instant,
     elapsed_before: f64,
 }
@@ -350,76 +349,6 @@ impl<'j> Run<'j> {
         Ok(run)
     }
 
-    /// What will run, before it runs.
-    fn announce(&self) -> Result<()> {
-        let name = match self.device {
-            Device::Cuda(i) => ffi::cuda_device(i)?.name,
-            _ => format!("CPU, {}", counted(tch::get_num_threads() as u64, "thread")),
-        };
-        let millions = self.model.config.n_params() as f64 / 1e6;
-        eprintln!(
-            "model       {} with {millions:.1}M parameters",
-            self.config.model_told(&self.model.config)
-        );
-        if let Some(lora) = self.config.lora() {
-            let trained: usize = self.model.adapters().iter().map(|(_, t)| t.numel()).sum();
-            eprintln!(
-                "adapters    rank {} at {}: {} parameters, {:.2} %",
-                lora.r,
-                lora.targets.join(", "),
-                with_commas(trained as u64),
-                trained as f64 / millions / 1e4
-            );
-        }
-        eprintln!("device      {name}, {}", self.config.precision);
-        eprintln!("batch       {}", self.plan);
-        if let (Some(job), Some(ranks)) = (self.job, &self.ranks) {
-            eprintln!("ranks       {}", ranks::told(job, ranks, &self.config.distributed)?);
-        }
-        let captures = self.device.is_cuda() && self.config.cuda_graph == CudaGraph::Auto;
-        if captures && self.job.is_some() {
-            eprintln!("graph       none: what travels between ranks is no part of one");
-        }
-        if self.model.recomputed_blocks > 0 {
-            let (again, all) = (self.model.recomputed_blocks, self.model.h.len());
-            eprintln!("recompute   {again} of {all} blocks, in the backward pass");
-        }
-        if self.config.optimizer.cpu_offload {
-            eprintln!("offload     exact weights and moments on the host, streamed once a step");
-        }
-        if self.config.data.document_mask {
-            eprintln!("documents   attention stays within each (`data.document_mask`)");
-        }
-        for line in &self.data_told {
-            eprintln!("data        {line}");
-        }
-        match (self.plan.total_steps, &self.ends_with) {
-            (Some(steps), Some(why)) => {
-                eprintln!("length      {}, then {why}", counted(steps, "step"))
-            }
-            (Some(steps), None) => eprintln!("length      {}", counted(steps, "step")),
-            _ => {}
-        }
-        if let Some(told) = &self.attention_told {
-            eprintln!("attention   {told}");
-        }
-        let searches = self.device.is_cuda() && self.config.matmul == MatmulBackend::Search;
-        if searches && !cache_file("matmul.txt").is_some_and(|file| file.exists()) {
-            eprintln!(
-                "matmul      timing cuBLASLt's algorithms in the first step, once: about 20 s"
-            );
-        }
-        eprintln!("out_dir     {}", self.config.out_dir.display());
-        if self.progress.step > 0 {
-            let from = self.last_checkpoint.as_ref().map(|p| p.display().to_string());
-            eprintln!("resume      step {} from {}", self.progress.step, from.unwrap_or_default());
-        }
-        if self.peak_flops.is_none() {
-            eprintln!("mfu         n/a (no peak known for {name})");
-        }
-        Ok(())
-    }
-
     /// Whether one of the stopping criteria is met.
     pub fn finished(&self) -> bool {
         self.plan.total_steps.is_some_and(|n| self.progress.step >= n)
@@ -626,16 +555,5 @@ fn peak_flops(device: Device) -> Option<f64> {
     match device {
         Device::Cuda(i) => flops::peak_bf16_flops(&ffi::cuda_device(i).ok()?.name),
         _ => None,
-    }
-}
-
-impl std::fmt::Display for Precision {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Bf16Mixed => "bf16-mixed",
-            Self::Fp8Mixed => "fp8-mixed",
-            Self::Bf16True => "bf16-true",
-            Self::Fp32True => "32-true",
-        })
     }
 }
