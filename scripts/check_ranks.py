@@ -36,6 +36,7 @@ def command(args, out, ranks, sets, more=()):
         "train.global_batch_size": args.ranks * args.micro_batch,
         "train.micro_batch_size": args.micro_batch,
         "train.max_steps": STEPS,
+        "train.lr_warmup_steps": 2,
         "train.log_interval": 1,
         "train.save_interval": SAVED,
         "train.keep_last": 2,

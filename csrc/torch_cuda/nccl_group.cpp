@@ -24,10 +24,12 @@ void configure_watchdog() {
         {"TORCH_NCCL_RETHROW_CUDA_ERRORS", "0"},       // the thread that launches kernels sees them as well
         {"TORCH_NCCL_ENABLE_MONITORING", "0"},         // no second watchdog that kills the process
         {"TORCH_NCCL_DUMP_ON_TIMEOUT", "0"},           // no dump of the flight recorder,
-        {"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "0"},  // and no waiting for it,
-        {"TORCH_FR_BUFFER_SIZE", "0"},                 // and none: it also breaks where two threads start operations
+        {"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "0"},  // and no waiting for it
     };
-    for (const auto& [name, value] : settings) c10::utils::set_env(name, value, /*overwrite=*/false);
+    auto set = [](const char* name, const char* value) { c10::utils::set_env(name, value, /*overwrite=*/false); };
+    for (const auto& [name, value] : settings) set(name, value);
+    // Nor anything to dump: the recorder takes its lock too late, and crashes where two threads start operations.
+    if (!c10::utils::has_env("TORCH_NCCL_TRACE_BUFFER_SIZE")) set("TORCH_FR_BUFFER_SIZE", "0");
   });
 }
 

@@ -141,7 +141,7 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
             0 => println!("  {name:<44} {:>6}", "none"),
             n => match (1..=n).rev().find(|n| of_a_rank.is_multiple_of(*n)) {
                 Some(divides) if divides < n => {
-                    println!("  {name:<44} {n:>6}, {divides} of those that divide the batch");
+                    println!("  {name:<44} {n:>6}, or {divides}, which divides the batch");
                 }
                 _ => println!("  {name:<44} {n:>6}"),
             },

@@ -22,7 +22,8 @@ pub fn set_grad(weight: &Tensor, grad: &Tensor) -> Result<()> {
 }
 
 /// Some gradients, of which the first matrix products of a pass overwrite what they hold from the pass before, so that
-/// nobody need clear those. Which they are is seen in the first pass. On a GPU; not in a graph that others replay.
+/// nobody need clear those. Which they are is seen in the first pass. On a GPU; a graph that is captured between the two
+/// keeps what it was told.
 ///
 /// ```text
 /// begin(grads)    the pass that computes them    end(grads)
