@@ -13,7 +13,8 @@ use super::step::{MicroStep, train_step};
 use super::{data, evaluate, saver, validate};
 use crate::checkpoint::adapter;
 use crate::config::{
-    ActivationCheckpointing, BatchPlan, CudaGraph, Precision, Reference, Resume, RunConfig,
+    ActivationCheckpointing, BatchPlan, CudaGraph, DpoConfig, Precision, Reference, Resume,
+    RunConfig,
 };
 use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
@@ -247,6 +248,10 @@ impl<'j> Run<'j> {
             config.train.activation_checkpointing == ActivationCheckpointing::Selective;
         model.recomputed_blocks = config.train.recomputed_blocks(model_config.n_layer) as usize;
 
+        // What preferences are compared with, while this rank has all weights.
+        let dpo =
+            config.dpo().map(|dpo| reference(config, dpo, &model, &resume_from)).transpose()?;
+
         // 3. Optimizer: takes the fp32 weights over as masters.
         let (ranks, mut optimizer) = match job {
             Some(job) => {
@@ -292,19 +297,8 @@ impl<'j> Run<'j> {
                 && config.cuda_graph == CudaGraph::Auto
                 && config.has_fixed_shapes(),
         );
-        if let Some(dpo) = config.dpo() {
-            let kind = weight_kind(config.precision);
-            let copies = dpo.reference == Reference::Copy;
-            let reference = match (&config.initial_checkpoint_dir, copies) {
-                (Some(dir), true) if resume_from.is_some() => {
-                    let copy = model.frozen_copy(kind);
-                    checkpoint::load_initial_weights(&copy, &checkpoint::resolve(dir)?)?;
-                    Some(copy)
-                }
-                (_, true) => Some(model.frozen_copy(kind)),
-                (_, false) => None,
-            };
-            micro.objective = Objective::Dpo(Box::new(Dpo::new(dpo.beta, reference)));
+        if let Some(dpo) = dpo {
+            micro.objective = Objective::Dpo(Box::new(dpo));
         }
         micro.find_scales = model.fp8.is_some() && !has_scales;
         let width = model_config.n_head * model_config.head_size;
@@ -515,6 +509,23 @@ impl<'j> Run<'j> {
         }
         Ok(Some(loss))
     }
+}
+
+/// The loss of preferences, with the weights that the run began from where they are to be kept.
+fn reference(
+    config: &RunConfig,
+    dpo: &DpoConfig,
+    model: &GPT,
+    resumed: &Option<PathBuf>,
+) -> Result<Dpo> {
+    if dpo.reference == Reference::Adapters {
+        return Ok(Dpo::new(dpo.beta, None));
+    }
+    let copy = model.frozen_copy(weight_kind(config.precision));
+    if let (Some(dir), Some(_)) = (&config.initial_checkpoint_dir, resumed) {
+        checkpoint::load_initial_weights(&copy, &checkpoint::resolve(dir)?)?;
+    }
+    Ok(Dpo::new(dpo.beta, Some(copy)))
 }
 
 /// The run's folder, and what is logged there.

@@ -42,9 +42,8 @@ pub(super) fn check(
             "`attention`: cuDNN's knows no documents; with `finetune.data.packing` say `auto` or `flash`",
         );
     }
-    let whole = config.lora().is_some() || config.dpo().is_some();
-    if whole && config.distributed.strategy != Strategy::Ddp {
-        add("`distributed.strategy`: adapters and `finetune.method: dpo` take `ddp`");
+    if config.lora().is_some() && config.distributed.strategy != Strategy::Ddp {
+        add("`distributed.strategy`: adapters take `ddp`");
     }
     if config.lora().is_some() {
         check_lora(config, finetune, model, problems);

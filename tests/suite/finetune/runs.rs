@@ -218,7 +218,8 @@ fn two_ranks_finetune_as_one() {
              optimizer: {{lr: 1e-3}}\nfinetune: {{{finetune}}}\n"
         );
         let run = |ranks: &str, more: &[&str]| {
-            let out = folder.path(&format!("{name}-{ranks}"));
+            let sharded = if more.is_empty() { "" } else { "-sharded" };
+            let out = folder.path(&format!("{name}-{ranks}{sharded}"));
             let set = format!("out_dir={out}");
             let output =
                 folder.finetune(&yaml, &[&["--set", &set, "--devices", ranks], more].concat());
@@ -241,6 +242,16 @@ fn two_ranks_finetune_as_one() {
             one.len() == 6 && one.iter().flatten().zip(two.iter().flatten()).all(close)
         };
         assert!(alike(&one, &two), "{name}: {one:?} {two:?}");
+        if *name == "copy" {
+            let sharded = run("2", &["--set", "distributed.strategy=full_shard"]);
+            assert!(alike(&one, &sharded), "{name}, sharded: {one:?} {sharded:?}");
+            let from = folder.path("copy-2-sharded/step-00000003");
+            let set = format!("out_dir={}", folder.path("copy-3"));
+            let output = folder.finetune(&yaml, &["--set", &set, "--resume", &from]);
+            assert!(output.status.success(), "{}", text(&output));
+            let resumed = losses(&folder.path("copy-3"));
+            assert!(resumed.iter().zip(&one[3..]).all(|(a, b)| (a / b[0] - 1.0).abs() < 1e-5));
+        }
         if *name == "lora" {
             // What two ranks saved, one goes on with.
             let from = folder.path("lora-2/step-00000003");
