@@ -1,14 +1,14 @@
 //! `tinyllama bench decode`.
 
-use super::model_args::{CacheDtype, InferencePrecision, form};
+use super::model_args::LoadArgs;
 use crate::bench::decode::{self, Case, Report};
 use crate::config::counted;
 use crate::error::WithHint;
-use crate::generate::load::{self, Form};
+use crate::generate::load::Form;
 use crate::generate::network::Network;
 use crate::generate::sampler::SamplingParams;
 use crate::model::{GPT, ModelConfig};
-use crate::quant::{self, Scheme, parse_scheme};
+use crate::quant;
 use crate::{device, guard};
 use anyhow::{Result, anyhow};
 use std::path::PathBuf;
@@ -23,18 +23,8 @@ pub struct Args {
     /// Random weights of a published model's sizes, such as tiny-llama-1.1b
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
-    /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
-    #[arg(long, conflicts_with = "quantize")]
-    precision: Option<InferencePrecision>,
-    /// Matrices in 4 or 8 bits: as in `generate`
-    #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
-    quantize: Option<Scheme>,
-    /// Dtype of keys and values in the cache, of quantised weights
-    #[arg(long, value_name = "DTYPE", default_value = "auto")]
-    kv_cache_dtype: CacheDtype,
-    /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Prompts at a time
     #[arg(long, value_name = "N", default_value_t = 1)]
     prompts: usize,
@@ -60,7 +50,7 @@ pub struct Args {
 
 /// Runs `bench decode`.
 pub fn run(args: &Args) -> Result<()> {
-    let device = device::resolve(&args.device)?;
+    let device = device::resolve(&args.load.device)?;
     let sampling =
         SamplingParams { temperature: args.temperature, top_k: None, ..Default::default() };
     sampling.validate()?;
@@ -72,12 +62,15 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn measure(args: &Args, device: Device, sampling: &SamplingParams) -> Result<()> {
-    let form = form(args.precision, args.quantize);
-    let mut network = match (&args.checkpoint, &args.preset) {
-        (Some(dir), _) => load::load(dir, device, form, false)?.network,
-        (None, name) => random_model(name.as_deref().unwrap_or_default(), form, device)?,
+    let network = match (&args.checkpoint, &args.preset) {
+        (Some(dir), _) => args.load.load(dir, device, false)?.network,
+        (None, name) => {
+            let name = name.as_deref().unwrap_or_default();
+            let mut network = random_model(name, args.load.form(), device)?;
+            args.load.kv_cache_dtype.set(&mut network)?;
+            network
+        }
     };
-    args.kv_cache_dtype.set(&mut network)?;
     let model = network.borrow();
     if !args.json {
         let threads = counted(tch::get_num_threads() as u64, "thread");

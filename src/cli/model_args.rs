@@ -30,7 +30,7 @@ pub struct LoadArgs {
     /// Dtype of keys and values in the cache. Quantised weights on the CPU can have any, bf16 or quantised ones on a GPU
     /// bfloat16 or int8, others only their own
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
-    kv_cache_dtype: CacheDtype,
+    pub kv_cache_dtype: CacheDtype,
     /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -89,10 +89,18 @@ impl InferencePrecision {
 }
 
 impl LoadArgs {
+    /// What `--precision` and `--quantize` ask for.
+    pub fn form(&self) -> Form {
+        match (self.precision, self.quantize) {
+            (Some(precision), _) => Form::Dense(precision.kind()),
+            (None, Some(scheme)) => Form::Quantised(scheme),
+            (None, None) => Form::Usual,
+        }
+    }
+
     /// Loads a checkpoint onto what [`LoadArgs::device`] names.
     pub fn load(&self, path: &Path, device: Device, with_tokenizer: bool) -> Result<Loaded> {
-        let form = form(self.precision, self.quantize);
-        let mut loaded = load::load(path, device, form, with_tokenizer)?;
+        let mut loaded = load::load(path, device, self.form(), with_tokenizer)?;
         self.kv_cache_dtype.set(&mut loaded.network)?;
         Ok(loaded)
     }
@@ -119,13 +127,4 @@ impl ModelArgs {
 pub fn name_of(checkpoint: &Path) -> String {
     let path = checkpoint.canonicalize().unwrap_or_else(|_| checkpoint.to_owned());
     path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
-}
-
-/// What --precision and --quantize ask for.
-pub fn form(precision: Option<InferencePrecision>, quantize: Option<Scheme>) -> Form {
-    match (precision, quantize) {
-        (Some(precision), _) => Form::Dense(precision.kind()),
-        (None, Some(scheme)) => Form::Quantised(scheme),
-        (None, None) => Form::Usual,
-    }
 }
