@@ -59,6 +59,9 @@ fn print_keys(keys: &[Key]) {
         if !key.default.is_empty() {
             println!("    default  {}", key.default);
         }
+        if !key.finetune.is_empty() {
+            println!("    finetune {}", key.finetune);
+        }
         for (name, doc) in &key.choices {
             println!("    {name:12} {doc}");
         }

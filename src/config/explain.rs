@@ -1,11 +1,11 @@
 //! What each key means, from the doc comments of the structs.
 
-use super::RunConfig;
 use super::check::{self, Schema};
+use super::{Method, RunConfig, finetune};
 use crate::error::WithHint;
 use crate::model::ModelConfig;
 use anyhow::{Result, anyhow};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// One key of the configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +18,8 @@ pub struct Key {
     pub kind: String,
     /// Default as YAML; empty where the key must be given.
     pub default: String,
+    /// Default in a finetuning run where that is another, by method; else empty.
+    pub finetune: String,
     /// Meaning of each choice, for an enum.
     pub choices: Vec<(String, String)>,
 }
@@ -44,6 +46,7 @@ fn collect(path: &str, node: &Value, defaults: &Value, schema: &Schema, out: &mu
         out.push(Key {
             doc: doc.unwrap_or("").replace('\n', " "),
             kind: check::expected(child, schema),
+            finetune: default.map_or(String::new(), |default| in_finetuning(&path, default)),
             default: default.map_or(String::new(), Value::to_string),
             choices: choice_docs(target),
             path: path.clone(),
@@ -53,6 +56,30 @@ fn collect(path: &str, node: &Value, defaults: &Value, schema: &Schema, out: &mu
         match items.filter(|items| items.get("properties").is_some()) {
             Some(items) => collect(&format!("{path}.N"), items, &Value::Null, schema, out),
             None => collect(&path, target, default.unwrap_or(&Value::Null), schema, out),
+        }
+    }
+}
+
+/// `2e-5 (full), 2e-4 (lora, qlora)`: a key's defaults in finetuning where they are not `default`, that of pretraining.
+fn in_finetuning(path: &str, default: &Value) -> String {
+    let pointer = format!("/{}", path.replace('.', "/"));
+    let mut found: Vec<(Value, Vec<String>)> = Vec::new();
+    for method in [Method::Full, Method::Lora, Method::Qlora, Method::Dpo] {
+        let theirs = finetune::defaults(method, false);
+        let value = theirs.pointer(&pointer).filter(|v| !v.is_object()).unwrap_or(default).clone();
+        let name = json!(method).as_str().unwrap_or_default().to_owned();
+        match found.iter_mut().find(|(known, _)| *known == value) {
+            Some((_, methods)) => methods.push(name),
+            None => found.push((value, vec![name])),
+        }
+    }
+    match found.as_slice() {
+        [(value, _)] if value == default => String::new(),
+        [(value, _)] => value.to_string(),
+        several => {
+            let told =
+                several.iter().map(|(value, methods)| format!("{value} ({})", methods.join(", ")));
+            told.collect::<Vec<_>>().join(", ")
         }
     }
 }

@@ -250,6 +250,14 @@ fn every_key_is_explained() {
         assert!(!key.doc.is_empty(), "`{}` has no doc", key.path);
     }
     assert_eq!(config::explain("train.max_norm").unwrap()[0].default, "1.0");
+    for (key, finetune) in [
+        ("train.max_norm", ""),
+        ("train.lr_warmup_steps", "0"),
+        ("optimizer.lr", "0.00002 (full), 0.0002 (lora, qlora), 5e-6 (dpo)"),
+        ("distributed.strategy", "\"full_shard\" (full), \"ddp\" (lora, qlora, dpo)"),
+    ] {
+        assert_eq!(config::explain(key).unwrap()[0].finetune, finetune, "{key}");
+    }
     assert!(config::explain("optimizr").unwrap_err().to_string().contains("`optimizer`"));
     assert!(config::explain("max_norm").unwrap_err().to_string().contains("`train.max_norm`"));
     assert_eq!(config::explain("data.train.0.weight").unwrap()[0].path, "data.train.N.weight");
