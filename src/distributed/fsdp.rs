@@ -236,7 +236,8 @@ impl Fsdp {
     /// With Gloo the CPU waits for the other ranks, here and wherever a pass enters a unit.
     ///
     /// # Errors
-    /// A collective operation failed in this micro-batch, or in a forward pass since the last one.
+    /// A collective operation failed in this micro-batch, or in a forward pass since the last one; or the backward pass has
+    /// not entered every unit.
     pub fn end_micro_batch(&self) -> Result<()> {
         let mut state = self.state();
         state.check()?;

@@ -38,7 +38,8 @@ pub struct Likelihood {
 struct Row {
     ids: Vec<i64>,
     positions: Vec<i64>,
-    parts: Vec<Part>,
+    /// The token before each one on its path.
+    before: Vec<Option<usize>>,
     /// Where the head is computed, the token that follows there, and the request that asks.
     reads: Vec<(i64, i64, usize)>,
 }
@@ -121,7 +122,7 @@ pub fn log_likelihoods(
     for turn in rows.chunks(size) {
         // Where no row is left for this rank, one that another computes.
         let requests = &order[turn[rank.min(turn.len() - 1)].clone()];
-        let row = Row::of(requests, &inputs, pairs, sizes.stretch);
+        let row = Row::of(requests, &inputs, pairs);
         let found = run(model, &row, sizes)?;
         if rank < turn.len() {
             found.into_iter().for_each(|(request, likelihood)| all[request] = likelihood);
@@ -182,15 +183,18 @@ fn exchange(group: &ProcessGroup, all: &mut [Likelihood]) -> Result<()> {
 }
 
 impl Row {
-    /// Of requests in order. A part holds `stretch` tokens.
-    fn of(requests: &[usize], inputs: &[Vec<u32>], pairs: &[Pair], stretch: usize) -> Self {
+    /// Of requests in order.
+    fn of(requests: &[usize], inputs: &[Vec<u32>], pairs: &[Pair]) -> Self {
         let (mut row, mut path, mut last): (Self, Vec<usize>, &[u32]) = Default::default();
         for &i in requests {
             let input = &inputs[i];
             let shared = shared(last, input);
             path.truncate(shared);
             for &id in &input[shared..] {
-                path.push(row.add(id, &path, stretch));
+                row.before.push(path.last().copied());
+                row.positions.push(path.len() as i64);
+                path.push(row.ids.len());
+                row.ids.push(i64::from(id));
             }
             let targets = &pairs[i].continuation;
             let from = input.len() - targets.len();
@@ -202,41 +206,43 @@ impl Row {
         row
     }
 
-    /// Adds a token behind those of its path; where it stands. A part holds `most` tokens.
-    fn add(&mut self, id: u32, path: &[usize], most: usize) -> usize {
-        let at = self.ids.len();
-        if self.parts.last().is_none_or(|part| part.sees.len() == most) {
-            self.parts.push(Part { first: at, path: path.to_vec(), sees: Vec::new() });
-        }
-        if let Some(part) = self.parts.last_mut() {
-            let mut sees = match path.last() {
-                Some(&before) if before >= part.first => part.sees[before - part.first].clone(),
-                _ => vec![true; path.len()], // all of its path is before the part
-            };
-            sees.resize(part.path.len() + at - part.first, false);
-            sees.push(true);
-            part.sees.push(sees);
-        }
-        self.ids.push(i64::from(id));
-        self.positions.push(path.len() as i64);
-        at
-    }
-
     /// Whether each token sees all before it, as in a row of one text.
     fn is_one_path(&self) -> bool {
         self.positions.iter().zip(0..).all(|(&position, at)| position == at)
     }
 
-    /// What tokens see, for attention.
-    fn branches(&self, kind: Kind, device: Device) -> Branches {
-        let n = self.parts.iter().map(|part| part.sees.len()).max().unwrap_or(0);
-        let longest = self.parts.iter().map(|part| part.path.len() + part.sees.len()).max();
+    /// The row in parts of `stretch` tokens.
+    fn parts(&self, stretch: usize) -> Vec<Part> {
+        let part = |first: usize| {
+            let before = |&token: &usize| self.before[token];
+            let mut path: Vec<usize> = std::iter::successors(self.before[first], before).collect();
+            path.reverse();
+            let mut sees: Vec<Vec<bool>> = Vec::with_capacity(stretch);
+            for token in first..self.ids.len().min(first + stretch) {
+                let mut seen = match self.before[token] {
+                    Some(before) if before >= first => sees[before - first].clone(),
+                    _ => vec![true; self.positions[token] as usize], // all of its path is before the part
+                };
+                seen.resize(path.len() + token - first, false);
+                seen.push(true);
+                sees.push(seen);
+            }
+            Part { first, path, sees }
+        };
+        (0..self.ids.len()).step_by(stretch).map(part).collect()
+    }
+
+    /// What tokens see, for attention in stretches of so many.
+    fn branches(&self, stretch: usize, kind: Kind, device: Device) -> Branches {
+        let parts = self.parts(stretch);
+        let n = parts.iter().map(|part| part.sees.len()).max().unwrap_or(0);
+        let longest = parts.iter().map(|part| part.path.len() + part.sees.len()).max();
         let k = longest.unwrap_or(0).next_multiple_of(8); // as kernels of a GPU want a matrix
-        let s = self.parts.len();
+        let s = parts.len();
         let (mut queries, mut keys) = (vec![0i64; s * n], vec![0i64; s * k]);
         let mut seen = vec![false; s * n * k];
         let mut back = vec![0i64; self.ids.len()];
-        for (i, part) in self.parts.iter().enumerate() {
+        for (i, part) in parts.iter().enumerate() {
             for (at, &key) in keys[i * k..].iter_mut().zip(&part.path) {
                 *at = key as i64;
             }
@@ -296,7 +302,7 @@ fn run(model: &GPT, row: &Row, sizes: &Sizes) -> Result<Vec<(usize, Likelihood)>
         true => model.hidden(&ids, None, None), // (1, T, C)
         false => {
             let positions = Tensor::from_slice(&row.positions).to_device(device); // (T,)
-            let branches = row.branches(model.kind(), device);
+            let branches = row.branches(sizes.stretch, model.kind(), device);
             model.hidden_branches(&ids, &positions, branches) // (1, T, C)
         }
     };

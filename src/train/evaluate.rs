@@ -53,7 +53,8 @@ pub fn tasks(config: &RunConfig, model: &ModelConfig, ranks: usize) -> Result<Ve
 }
 
 impl Run<'_> {
-    /// Runs the tasks of `eval.tasks` and logs their scores; ranks share the requests. In a single process a task that fails, such as for lack of memory, is told and does not end the run.
+    /// Runs the tasks of `eval.tasks` and logs their scores; ranks share the requests. In a single process a task that fails,
+    /// such as for lack of memory, is told and does not end the run.
     ///
     /// # Sync
     /// As [`eval::evaluate`].

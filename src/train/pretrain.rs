@@ -28,7 +28,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
     let stop = StopSignal::install(job.is_none())?;
     let (train, eval) = (&config.train, &config.eval);
     if run.was_through() {
-        return leave(&mut run);
+        return tell_finished(&mut run);
     }
 
     if eval.initial_validation && run.progress.step == 0 {
@@ -190,11 +190,11 @@ fn finish(run: &mut Run) -> Result<u8> {
     if prints {
         next_steps(run, &path, &curve);
     }
-    part(run)
+    leave(run)
 }
 
 /// Of a run that was at its end before it began: nothing to do.
-fn leave(run: &mut Run) -> Result<u8> {
+fn tell_finished(run: &mut Run) -> Result<u8> {
     close_log(run)?;
     if let (true, Some(path)) = (run.log.is_some(), &run.last_checkpoint) {
         let step = run.progress.step;
@@ -203,11 +203,11 @@ fn leave(run: &mut Run) -> Result<u8> {
         );
         next_steps(run, path, &run.config.out_dir.join("loss.png"));
     }
-    part(run)
+    leave(run)
 }
 
 /// Nobody leaves a group that another still uses.
-fn part(run: &Run) -> Result<u8> {
+fn leave(run: &Run) -> Result<u8> {
     run.job.map_or(Ok(()), |job| job.host_group().barrier())?;
     Ok(exit::OK)
 }
