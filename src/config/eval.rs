@@ -14,7 +14,7 @@ pub struct EvalConfig {
     pub max_iters: Option<u64>,
     /// Validate before the first step.
     pub initial_validation: bool,
-    /// Validate over the whole set at the end.
+    /// Validate over the whole set at the end, when the last checkpoint is saved; a signal ends it.
     pub final_validation: bool,
     /// Tasks of `evaluate` that are run with each validation, also where there is no validation set: names, groups and
     /// files of your own, judged by likelihoods, and in a single process also by what the model writes.

@@ -293,6 +293,20 @@ fn metrics_path(out_dir: &Path) -> PathBuf {
     out_dir.join("metrics.jsonl")
 }
 
+/// Whether a validation after this step is in the run's `metrics.jsonl`.
+pub fn holds_validation(out_dir: &Path, step: u64) -> Result<bool> {
+    let path = metrics_path(out_dir);
+    let text = match fs::read_to_string(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        read => read.with_context(|| format!("cannot read {}", path.display()))?,
+    };
+    let of_it = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+        line["step"] == step && line.get("val_loss").is_some()
+    };
+    Ok(text.lines().rev().any(of_it))
+}
+
 /// Renames the file of an earlier run out of the way.
 fn set_aside(path: &Path) -> io::Result<()> {
     match fs::rename(path, path.with_extension("old.jsonl")) {

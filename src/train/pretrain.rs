@@ -1,10 +1,12 @@
 //! Pretraining and finetuning: the loop, from top to bottom.
 
+use super::metrics::{self, RunLog};
 use super::ranks::{self, TIME_IS_UP};
 use super::run::{LaunchedStep, Run, TakenStep};
-use super::signals::StopSignal;
-use super::{LOWER, plot, saver};
-use crate::config::{OnSaveError, RunConfig};
+use super::signals::{self, StopSignal};
+use super::{LOWER, saver};
+use crate::config::{OnSaveError, RunConfig, with_commas};
+use crate::data::ValidationSet;
 use crate::distributed::Job;
 use crate::distributed::saver::Saver;
 use crate::error::{WithHint, exit};
@@ -28,7 +30,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
     let stop = StopSignal::install(job.is_none())?;
     let (train, eval) = (&config.train, &config.eval);
     if run.was_through() {
-        return tell_finished(&mut run);
+        return tell_finished(&mut run, &stop);
     }
 
     if eval.initial_validation && run.progress.step == 0 {
@@ -83,7 +85,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
             return Ok(if signal == 2 { exit::INTERRUPTED } else { exit::TERMINATED });
         }
     }
-    finish(&mut run)
+    finish(&mut run, &stop)
 }
 
 /// Waits for a step's numbers, looks at them and logs them. `clock` started when the step before was concluded.
@@ -165,43 +167,68 @@ fn told_save(run: &mut Run, saved: Result<Option<PathBuf>>, which: &str) -> Resu
     Ok(())
 }
 
-fn close_log(run: &mut Run) -> Result<()> {
-    run.log.as_mut().map_or(Ok(()), |log| log.finish().map(|_| ()))
+/// Says the mean speed and draws the loss curve, on rank 0; the curve's file.
+fn close_log(run: &mut Run) -> Result<Option<PathBuf>> {
+    run.log.as_mut().map(RunLog::finish).transpose()
 }
 
-/// Final validation and checkpoint, loss curve, sample, and what to do next.
-fn finish(run: &mut Run) -> Result<u8> {
+/// Final checkpoint and validation, loss curve, sample, and what to do next.
+fn finish(run: &mut Run, stop: &StopSignal) -> Result<u8> {
     if let Some(why) = run.out_of_data().map(str::to_owned) {
         run.note(&format!("data        at an end after step {}: {why}", run.progress.step));
     }
-    if run.config.eval.final_validation {
-        run.validate(None)?;
-        run.run_tasks()?;
-    }
     conclude_save(run)?;
-    let path = saver::save(run, "final")?;
-    close_log(run)?;
-    let curve = run.config.out_dir.join("loss.png");
-    let prints = run.log.is_some();
-    if prints {
-        plot::loss_curve(&run.config.out_dir.join("metrics.jsonl"), &curve)?;
+    let path = saver::save(run, "final")?; // first: what follows may take long, and a job's time may be up
+    run.note(&format!("saved {}", path.display()));
+    if run.config.eval.final_validation
+        && let Some(signal) = validate_whole(run, stop)?
+    {
+        return leave_validation(run, signal);
     }
+    let curve = close_log(run)?;
     print_sample(run)?; // by all ranks together: the weights are shared
-    if prints {
+    if let Some(curve) = curve {
         next_steps(run, &path, &curve);
     }
     leave(run)
 }
 
-/// Of a run that was at its end before it began: nothing to do.
-fn tell_finished(run: &mut Run) -> Result<u8> {
+/// Validation over the whole set, and the tasks; the signal that ended it before, if one did.
+fn validate_whole(run: &mut Run, stop: &StopSignal) -> Result<Option<i32>> {
+    let batches = run.val.as_ref().map_or(0, ValidationSet::n_batches);
+    if run.config.eval.max_iters.is_some_and(|n| n < batches) {
+        run.note(&format!("validation  over the whole set: {} batches", with_commas(batches)));
+    }
+    if let Some(signal) = run.validate_whole(stop)? {
+        return Ok(Some(signal));
+    }
+    run.run_tasks()?;
+    Ok(None)
+}
+
+fn leave_validation(run: &mut Run, signal: i32) -> Result<u8> {
     close_log(run)?;
-    if let (true, Some(path)) = (run.log.is_some(), &run.last_checkpoint) {
-        let step = run.progress.step;
+    eprintln!("stopped by signal {signal} in the last validation; all steps are done and saved");
+    eprintln!("validate with the same command and `--resume auto`");
+    Ok(signals::exit_code(signal))
+}
+
+/// Of a run that was at its end before it began: nothing to do, but for a last validation that was stopped.
+fn tell_finished(run: &mut Run, stop: &StopSignal) -> Result<u8> {
+    let step = run.progress.step;
+    if run.config.eval.final_validation
+        && run.val.is_some()
+        && !metrics::holds_validation(&run.config.out_dir, step)?
+        && let Some(signal) = validate_whole(run, stop)?
+    {
+        return leave_validation(run, signal);
+    }
+    let curve = close_log(run)?;
+    if let (Some(curve), Some(path)) = (curve, &run.last_checkpoint) {
         eprintln!(
             "finished    step {step} was the last; for more, raise `train.max_steps` or what else ends it"
         );
-        next_steps(run, path, &run.config.out_dir.join("loss.png"));
+        next_steps(run, path, &curve);
     }
     leave(run)
 }

@@ -226,3 +226,10 @@ pub fn stop_for(run: &Run, stop: &signals::StopSignal) -> Option<i32> {
     let local = stop.requested().or_else(|| run.time_is_up().then_some(TIME_IS_UP));
     job.agree_to_stop(local, run.progress.step)
 }
+
+/// For which signal all ranks stop here, if they do. `place`: where a rank is after the steps, counted on from them; all
+/// stop at the same one. Where time was up none is heard: ranks agree on one stop.
+pub fn signal_for(job: Option<&Job>, stop: &signals::StopSignal, place: u64) -> Option<i32> {
+    let Some(job) = job else { return stop.requested() };
+    job.agree_to_stop(stop.requested(), place).filter(|signal| *signal != TIME_IS_UP)
+}

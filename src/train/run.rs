@@ -9,6 +9,7 @@ use super::optimizer::{AdamW, offload, weight_kind};
 use super::pick_attention::pick_attention;
 use super::ranks;
 use super::schedule::lr_at;
+use super::signals::StopSignal;
 use super::step::{MicroStep, train_step};
 use super::{data, evaluate, saver, validate};
 use crate::checkpoint::adapter;
@@ -26,6 +27,7 @@ use crate::model::{Fp8, GPT};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 use crate::{bail_hint, checkpoint, config, device, ffi, guard, model};
 use anyhow::{Context, Result, anyhow};
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -491,23 +493,41 @@ impl<'j> Run<'j> {
     }
 
     /// Validates and logs the result, where there is a validation set.
-    pub fn validate(&mut self, max_iters: Option<u64>) -> Result<Option<f64>> {
-        let (job, step) = (self.job, self.progress.step + 1);
-        let Some(set) = &self.val else { return Ok(None) };
+    pub fn validate(&mut self, max_iters: Option<u64>) -> Result<()> {
+        self.validate_while(max_iters, &|_| true).map(drop)
+    }
+
+    /// The last validation, over the whole set: given up, and not logged, for a signal, which is returned.
+    pub fn validate_whole(&mut self, stop: &StopSignal) -> Result<Option<i32>> {
+        let (job, step) = (self.job, self.progress.step);
+        let signal = Cell::new(None);
+        let goes_on = |batch: u64| {
+            signal.set(ranks::signal_for(job, stop, step + 1 + batch));
+            signal.get().is_none()
+        };
+        self.validate_while(None, &goes_on)?;
+        Ok(signal.get())
+    }
+
+    fn validate_while(
+        &mut self,
+        max_iters: Option<u64>,
+        goes_on: &dyn Fn(u64) -> bool,
+    ) -> Result<()> {
+        let Some(set) = &self.val else { return Ok(()) };
         let (model, ranks) = (&self.model, self.ranks.as_ref());
         let objective = &self.micro.objective;
         let loss = guard::catch("validation", self.device, super::LOWER, || {
-            let tick = || {
-                if let Some(job) = job {
-                    job.tick(step, "validation");
-                }
+            let each = |batch: u64| {
+                self.tick("validation");
+                goes_on(batch)
             };
-            validate::validate(model, objective, set, max_iters, ranks, &tick)
+            validate::validate(model, objective, set, max_iters, ranks, &each)
         })?;
-        if let Some(log) = &mut self.log {
+        if let (Some(loss), Some(log)) = (loss, &mut self.log) {
             log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;
         }
-        Ok(Some(loss))
+        Ok(())
     }
 }
 

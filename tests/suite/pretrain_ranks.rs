@@ -3,8 +3,11 @@
 use crate::common::card;
 use crate::pretrain::{Setup, text, wait_for, weights};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use tinyllama::data::packed::PackedWriter;
 
 /// A small learning rate: sums in another order grow with it.
 const ALIKE: &[&str] = &[
@@ -296,19 +299,75 @@ fn ranks_agree_on_where_their_data_end() {
 #[test]
 fn the_script_that_checks_a_machines_ranks_passes_here_and_tells_ranks_that_train_otherwise() {
     let setup = Setup::new();
-    let check = |more: &[&str]| {
+    let check = |program: &Path| {
         let mut command = Command::new("python3");
         command.args(["scripts/check_ranks.py", &setup.path("run.yaml").display().to_string()]);
-        command.args(["2", "4"]).args(more).current_dir(env!("CARGO_MANIFEST_DIR"));
-        let output = command.env("TINYLLAMA", env!("CARGO_BIN_EXE_tinyllama")).output().unwrap();
+        command.args(["2", "4"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        let output = command.env("TINYLLAMA", program).output().unwrap();
         let out = String::from_utf8_lossy(&output.stdout).into_owned();
         (output.status.code(), format!("{out}{}", text(&output)))
     };
-    let (code, told) = check(&["--set", "optimizer.lr=1e-4"]);
+    let program = env!("CARGO_BIN_EXE_tinyllama");
+    let (code, told) = check(program.as_ref());
     assert_eq!(code, Some(0), "{told}");
-    for line in ["2 ranks, full_shard", "2 ranks, ddp", "saved by 2, resumed by 1", "(SIGKILL)"] {
+    for line in [
+        "1 rank, micro-batches of 2",
+        "2 ranks, full_shard",
+        "2 ranks, ddp",
+        "saved by 2, resumed by 1",
+        "(SIGKILL)",
+    ] {
         assert!(told.contains(line), "no `{line}` in {told}");
     }
-    let (code, told) = check(&["--set", "optimizer.lr=1e-4", "--tolerance", "1e-12"]);
-    assert_eq!(code, Some(1), "{told}");
+    // Ranks that train at another rate than one does.
+    let other = setup.path("other");
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *'--devices 2'*) set -- \"$@\" --set optimizer.lr=2e-5;; esac\nexec {program} \"$@\"\n"
+    );
+    fs::write(&other, script).unwrap();
+    fs::set_permissions(&other, fs::Permissions::from_mode(0o755)).unwrap();
+    let (code, told) = check(&other);
+    assert!(code == Some(1) && told.contains("(SIGKILL)"), "{told}");
+}
+
+#[test]
+fn a_signal_in_the_last_validation_loses_nothing_and_it_is_made_up_for() {
+    let setup = Setup::new();
+    let long = setup.path("long");
+    fs::create_dir(&long).unwrap();
+    let mut writer = PackedWriter::new(&long, "long", 1_000_000, 90);
+    writer.add(&(0..8_000_000).map(|i| i % 90).collect::<Vec<u32>>()).unwrap(); // minutes of validation
+    writer.finish().unwrap();
+    let long = format!("data.val={}", long.display());
+    for devices in ["1", "2"] {
+        let all = ["--devices", devices, "--resume", "auto", "--set", "eval.interval=null"];
+        let mut job = setup.start(devices, &[&all[..], &["--set", &long]].concat());
+        let end = setup.path(devices).join("final");
+        wait_for("the last checkpoint", || end.join("config.json").is_file());
+        kill(job.id() as i32, "-TERM");
+        let mut told = String::new();
+        std::io::Read::read_to_string(job.stderr.as_mut().unwrap(), &mut told).unwrap();
+        assert_eq!(job.wait().unwrap().code(), Some(143), "{told}");
+        assert_eq!(
+            told.matches("stopped by signal 15 in the last validation").count(),
+            1,
+            "{told}"
+        );
+        assert!(told.contains("validation  over the whole set: "), "{told}");
+        assert_eq!(setup.losses(devices).len(), 20);
+        let weights_then = weights(&end);
+
+        let validations = || {
+            let text = fs::read_to_string(setup.path(devices).join("metrics.jsonl")).unwrap();
+            text.lines().filter(|line| line.contains("val_loss")).count()
+        };
+        assert_eq!(validations(), 0);
+        for _ in 0..2 {
+            let done = setup.run(devices, &all);
+            assert!(done.status.success(), "{}", text(&done));
+            assert!(text(&done).contains("finished    step 20 was the last"), "{}", text(&done));
+            assert_eq!(validations(), 1, "validated once");
+        }
+        assert!(weights(&end) == weights_then);
+    }
 }
