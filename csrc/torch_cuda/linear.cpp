@@ -6,8 +6,9 @@
 //
 // As libtorch's, but that the weight's gradient is added to a persistent fp32 buffer by the product itself
 // (matmul.h), and that the functions with a norm keep the sum and 1/rms only: the norm's output, which the weight's
-// gradient needs, is computed again in the backward pass (2 C bytes a token less for each). In fp8 (fp8.h) every
-// product is of e4m3 casts of x, W and dy; what is kept stays bf16.
+// gradient needs, is computed again in the backward pass (2 C bytes a token less for each). For weights without a
+// gradient, beside adapters, nothing is kept or computed. In fp8 (fp8.h) every product is of e4m3 casts of x, W and dy;
+// what is kept stays bf16.
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "fp8.h"
@@ -41,7 +42,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const Fp8Linear& fp8) {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
-    variable_list keep{x, weight};
+    variable_list keep{weight.requires_grad() ? x : at::Tensor(), weight};  // dx alone needs no value of x
     save(keep, fp8);
     ctx->save_for_backward(keep);
     at::Tensor y = empty_result(x, weight.size(0));
@@ -53,21 +54,25 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto s = ctx->get_saved_variables();
-    const at::Tensor x = matrix(s[0]), &weight = s[1];
+    const at::Tensor &x = s[0], &weight = s[1];
     const Fp8Linear fp8 = saved(s, 2);
-    c10::cuda::OptionalCUDAGuard device(device_of(x));
+    c10::cuda::OptionalCUDAGuard device(device_of(weight));
     const at::Tensor dy = matrix(block(grads[0]));
     at::Tensor dx, dw;
     if (fp8.on()) {
-      const Casted d = cast(dy, fp8.gradient(), true, true, true);
+      const Casted d = cast(dy, fp8.gradient(), true, x.defined(), true);
       dx = input_gradient(d.rows, fp8);
-      const Casted x8 = cast(x, fp8.input(), false, true, false);
-      dw = weight_gradient_fp8(weight, d.transposed, fp8.gradient(), x8.transposed, fp8.input());
+      if (x.defined()) {
+        const Casted x8 = cast(matrix(x), fp8.input(), false, true, false);
+        dw = weight_gradient_fp8(weight, d.transposed, fp8.gradient(), x8.transposed, fp8.input());
+      }
     } else {
       if (ctx->needs_input_grad(0)) dx = product(dy, weight);
-      if (ctx->needs_input_grad(1)) dw = weight_gradient(weight, dy, x);
+      if (x.defined() && ctx->needs_input_grad(1)) dw = weight_gradient(weight, dy, matrix(x));
     }
-    return {dx.defined() ? dx.view(s[0].sizes()) : dx, dw, {}};
+    auto shape = grads[0].sizes().vec();
+    shape.back() = weight.size(1);
+    return {dx.defined() ? dx.view(shape) : dx, dw, {}};
   }
 };
 
@@ -118,9 +123,11 @@ struct NormLinearFunction : torch::autograd::Function<NormLinearFunction> {
       const at::Tensor h_t = cast_norm_transposed(sum, norm, rstd, fp8.input());
       dw = weight_gradient_fp8(weight, d.transposed, fp8.gradient(), h_t, fp8.input());
     } else {
-      const at::Tensor h = matrix(rms_norm(sum, {}, norm, ctx->saved_data["eps"].toDouble()).y);
       dh = product(dy, weight);
-      dw = weight_gradient(weight, dy, h);
+      if (weight.requires_grad()) {
+        const at::Tensor h = matrix(rms_norm(sum, {}, norm, ctx->saved_data["eps"].toDouble()).y);
+        dw = weight_gradient(weight, dy, h);
+      }
     }
     const auto n = norm_backward(dh, sum, norm, rstd, dsum, add);
     return {n[0], n[1], n[2], {}, dw, {}};
@@ -173,11 +180,13 @@ struct NormMlpFunction : torch::autograd::Function<NormMlpFunction> {
     } else {
       at::Tensor act = product(dy, w3);                                             // (N, F): dact, then act
       const at::Tensor dgate_up = activate_backward(gate_up, act, act.data_ptr());  // (N, 2F)
-      dw3 = weight_gradient(w3, dy, act);
+      if (w3.requires_grad()) dw3 = weight_gradient(w3, dy, act);
       act.reset();
       dh = gate_up_input_gradient(dgate_up, w1, w2);
-      const at::Tensor h = matrix(rms_norm(sum, {}, norm, eps).y);
-      std::tie(dw1, dw2) = gate_up_weight_gradients(w1, w2, dgate_up, h);
+      if (w1.requires_grad() || w2.requires_grad()) {
+        const at::Tensor h = matrix(rms_norm(sum, {}, norm, eps).y);
+        std::tie(dw1, dw2) = gate_up_weight_gradients(w1, w2, dgate_up, h);
+      }
     }
     const auto n = norm_backward(dh, sum, norm, rstd, dsum, add);
     return {n[0], n[1], n[2], {}, dw1, dw2, dw3, {}, {}};

@@ -2,8 +2,9 @@
 //
 //   y = (silu(x W1^T) * (x W2^T)) W3^T
 //
-// The MLP saves x and the packed projection [gate | up]; the product silu(gate) * up is computed again in the
-// backward pass. W1 and W2 that lie behind each other in memory are multiplied as one (2F, C) matrix.
+// The MLP saves x, where its weights are trained, and the packed projection [gate | up]; the product silu(gate) * up is
+// computed again in the backward pass. W1 and W2 that lie behind each other in memory are multiplied as one (2F, C)
+// matrix.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -103,14 +104,15 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     c10::cuda::OptionalCUDAGuard device(device_of(x));
     const at::Tensor gate_up = at::empty({x.size(0), 2 * w1.size(0)}, x.options());
     gate_up_product(gate_up, x, w1, w2);
-    ctx->save_for_backward({x, w1, w2, w3, gate_up});
+    const bool trained = w1.requires_grad() || w2.requires_grad();  // dx alone needs no value of x
+    ctx->save_for_backward({trained ? x : at::Tensor(), w1, w2, w3, gate_up});
     return product(activate(gate_up), w3.t());
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto s = ctx->get_saved_variables();
     const at::Tensor &x = s[0], &w1 = s[1], &w2 = s[2], &w3 = s[3], &gate_up = s[4];
-    c10::cuda::OptionalCUDAGuard device(device_of(x));
+    c10::cuda::OptionalCUDAGuard device(device_of(gate_up));
     const at::Tensor dy = block(grads[0]);
     at::Tensor act = product(dy, w3);                                             // (N, F): dact, then act
     const at::Tensor dgate_up = activate_backward(gate_up, act, act.data_ptr());  // (N, 2F)

@@ -1,5 +1,7 @@
 //! Tests that need a CUDA GPU. Without one each prints why it is skipped and passes.
 
+mod memory;
+
 use crate::common::card;
 use tch::{Device, Kind, Tensor};
 use tinyllama::bench::profile::{Family, Profile, StepSpan};
@@ -578,46 +580,4 @@ fn a_profile_tells_families_of_kernels_and_the_waits_of_the_cpu() {
     assert!(p.waits_inside >= 2, "{:?}", p.waits);
     let norms = p.families.iter().find(|row| row.family == Family::Norms);
     assert_eq!(norms.map(|row| row.launches), Some(2.0), "{p:?}");
-}
-
-/// Loss and gradients of 12 blocks on 16,384 tokens, and the bytes that forward and backward took at most.
-fn recomputing(device: Device, recomputed: usize) -> (Vec<Tensor>, i64) {
-    tch::manual_seed(7);
-    let config = ModelConfig { n_layer: 12, block_size: 4096, ..small_llama() };
-    let mut model = GPT::new(&config, device);
-    model.to_kind(Kind::BFloat16);
-    model.requires_grad(true);
-    model.recomputed_blocks = recomputed;
-    let idx = Tensor::randint(512, [4, 4096], (Kind::Int64, device));
-    let target = Tensor::randint(512, [4, 4096], (Kind::Int64, device));
-    let Device::Cuda(index) = device else { panic!("{device:?}") };
-    let before = ffi::cuda_memory(index).unwrap().allocated;
-    ffi::cuda_reset_peak_memory(index).unwrap();
-    let loss =
-        model.loss(&idx, &target, None, LossScalars { scale: 1.0 / 16384.0, ..LossScalars::SUM });
-    loss.backward();
-    let peak = ffi::cuda_memory(index).unwrap().peak_allocated - before;
-    let mut all = vec![loss.detach()];
-    all.extend(model.named_parameters().iter().map(|(_, p)| p.grad()));
-    (all, peak)
-}
-
-#[test]
-fn recomputed_blocks_take_less_than_half_the_memory_and_give_the_same_gradients() {
-    let Some((device, _card)) = card("recomputed_blocks_take_less_than_half_the_memory") else {
-        return;
-    };
-    let (kept, most) = recomputing(device, 0);
-    let (half, less) = recomputing(device, 6);
-    let (again, least) = recomputing(device, 12);
-    eprintln!("peaks: {most}, 6 of 12 blocks {less}, all {least} bytes");
-    assert!(2 * least < most, "{least} of {most} bytes");
-    assert!(least < less && less < most, "{least} {less} {most} bytes");
-    for got in [&half, &again] {
-        for (got, want) in got.iter().zip(&kept) {
-            let error = (got.to_kind(Kind::Double) - want.to_kind(Kind::Double)).norm();
-            let error = (error / want.to_kind(Kind::Double).norm()).double_value(&[]);
-            assert!(error < 1e-2, "{:?}: relative error {error:.2e}", want.size());
-        }
-    }
 }
