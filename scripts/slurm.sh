@@ -29,4 +29,5 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 # default route is not it:
 #   export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0
 # A rank that fails ends the others within seconds; srun's --kill-on-bad-exit is for one that cannot say so.
-exec srun --kill-on-bad-exit=1 target/release/tinyllama pretrain configs/tinyllama.yaml "$@"
+# Since 22.05 srun does not take over sbatch's cores a task.
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-12}" target/release/tinyllama pretrain configs/tinyllama.yaml "$@"

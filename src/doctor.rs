@@ -199,9 +199,28 @@ fn cpu() -> Cpu {
     }
 }
 
-/// Bytes of memory that the system could give to a process, where it says so.
+/// Bytes of memory that the system could give to a process, where it says so: what is free, or less where Slurm or a
+/// container grants less.
 pub fn available_memory() -> Option<u64> {
-    ram().map(|ram| ram.free_bytes)
+    let group = fs::read_to_string("/proc/self/cgroup").ok();
+    let group = group.as_deref().and_then(|text| text.lines().find_map(|l| l.strip_prefix("0::/")));
+    let granted = group.and_then(|group| granted("/sys/fs/cgroup".as_ref(), group.as_ref()));
+    [ram().map(|ram| ram.free_bytes), granted].into_iter().flatten().min()
+}
+
+/// Bytes that are left of the limits of a control group (version 2) and of those that it lies in; pages of files that
+/// can go do not count as taken.
+fn granted(root: &Path, group: &Path) -> Option<u64> {
+    let left = |group: &Path| {
+        let read = |name: &str| fs::read_to_string(root.join(group).join(name)).ok();
+        let number = |text: String| text.trim().parse::<u64>().ok(); // `max`: no limit
+        let limit = read("memory.max").and_then(number)?;
+        let taken = read("memory.current").and_then(number)?;
+        let stat = read("memory.stat").unwrap_or_default();
+        let pages = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse().ok());
+        Some((limit + pages.unwrap_or(0u64)).saturating_sub(taken))
+    };
+    group.ancestors().filter_map(left).min()
 }
 
 fn ram() -> Option<Space> {
@@ -314,6 +333,26 @@ fn driver_problem(r: &Report) -> Option<Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_what_the_narrowest_control_group_grants() {
+        let root = tempfile::tempdir().unwrap();
+        let group = |path: &str, limit: &str, taken: &str, stat: &str| {
+            let dir = root.path().join(path);
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("memory.max"), limit).unwrap();
+            fs::write(dir.join("memory.current"), taken).unwrap();
+            fs::write(dir.join("memory.stat"), stat).unwrap();
+        };
+        let left = |path: &str| granted(root.path(), path.as_ref());
+        assert_eq!(left("job_7/step_0"), None, "no such group");
+        group("job_7/step_0", "max\n", "100\n", "");
+        assert_eq!(left("job_7/step_0"), None, "no limit");
+        group("job_7", "5000\n", "3000\n", "anon 1200\ninactive_file 1700\n");
+        assert_eq!(left("job_7/step_0"), Some(3700));
+        group("job_7/step_0", "900\n", "1000\n", "");
+        assert_eq!(left("job_7/step_0"), Some(0));
+    }
 
     fn card(major: i32, minor: i32) -> Card {
         Card {

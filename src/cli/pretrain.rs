@@ -1,13 +1,13 @@
 //! `tinyllama pretrain CONFIG` and `tinyllama finetune CONFIG`.
 
-use crate::config::{BatchPlan, Method, RunConfig, counted};
+use crate::config::{BatchPlan, RunConfig, counted};
 use crate::device;
-use crate::distributed::{self, World, rendezvous};
-use crate::error::exit;
+use crate::distributed::{self, Starter, World, rendezvous};
+use crate::error::{WithHint, exit};
 use crate::ffi;
 use crate::train;
-use crate::train::memory::{self, MemoryPlan, Share};
-use anyhow::Result;
+use crate::train::memory::{self, Planner, Share};
+use anyhow::{Result, anyhow};
 use std::path::{Path, PathBuf};
 use tch::Device;
 
@@ -70,6 +70,17 @@ impl Args {
 /// One rank of many.
 fn work(world: World, config: &RunConfig) -> Result<u8> {
     let (rank, size) = (world.rank, world.size as u64);
+    let launchers =
+        world.starter == Starter::Slurm && size == config.num_nodes && config.devices > 1;
+    if launchers && config.num_nodes > 1 {
+        return Err(anyhow!(
+            "Slurm started one task on each of {size} nodes, of `devices`: {} each", config.devices
+        ))
+        .usage(
+            "start one a card (`srun --ntasks-per-node`, as scripts/slurm.sh), or set NODE_RANK=$SLURM_NODEID, MASTER_ADDR \
+             and MASTER_PORT for each task, which makes it a launcher",
+        );
+    }
     if rank == 0 && config.ranks() > 1 && config.ranks() != size {
         let (devices, nodes) = (config.devices, config.num_nodes);
         eprintln!(
@@ -100,25 +111,24 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     }
     let micro = config.train.micro_batch_size;
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-    let again = memory::Recompute::of(config, model.n_layer);
-    let (precision, optimizer) = (config.precision, &config.optimizer);
-    let (strategy, devices) = (config.distributed.strategy, config.devices);
-    let share = Share::of(strategy, config.ranks(), devices, &model);
-    let memory_plan =
-        MemoryPlan::new(&model, precision, optimizer, again, share, micro, sequence as u64);
-    let Some(memory_plan) = memory_plan.filter(|_| {
-        config.fused && config.finetune.as_ref().is_none_or(|f| f.method == Method::Full)
-    }) else {
+    let share = Share::of(config.distributed.strategy, config.ranks(), config.devices, &model);
+    let Some(planner) = Planner::of(config, &model, share)? else {
         println!(
-            "memory    no plan: it knows all weights trained, in bf16-mixed and bf16-true, with fused kernels and head sizes 64 and 128"
+            "memory    no plan: it knows weights or adapters trained, not preferences, in bf16-mixed, fp8-mixed and \
+             bf16-true, with fused kernels and head sizes 64 and 128"
         );
         return Ok(exit::OK);
     };
+    let memory_plan = planner.plan(micro, sequence as u64);
     println!("\nGPU memory at micro_batch_size {micro}, {}, in GiB", config.precision);
     for (name, bytes) in &memory_plan.parts {
         println!("  {name:<44} {:>6.2}", gib(*bytes));
     }
-    println!("  {:<44} {:>6.2}", "total", gib(memory_plan.total()));
+    let whole = match memory_plan.reading == memory_plan.total() {
+        true => "total, while weights are read in fp32",
+        false => "total",
+    };
+    println!("  {whole:<44} {:>6.2}", gib(memory_plan.total()));
     if !memory_plan.host.is_empty() {
         println!("\nhost memory, page-locked, in GiB");
     }
@@ -127,17 +137,8 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
     }
     println!("\nlargest micro_batch_size ({:.1} GiB left for CUDA itself)", gib(memory::RESERVE));
     let fits = |name: &str, bytes: u64| {
-        let largest = memory::largest_micro_batch(
-            &model,
-            precision,
-            optimizer,
-            again,
-            share,
-            sequence as u64,
-            bytes,
-        );
         let of_a_rank = config.train.global_batch_size / config.ranks();
-        match largest.unwrap_or(0) {
+        match planner.largest_micro_batch(sequence as u64, bytes) {
             0 => println!("  {name:<44} {:>6}", "none"),
             n => match (1..=n).rev().find(|n| of_a_rank.is_multiple_of(*n)) {
                 Some(divides) if divides < n => {

@@ -29,3 +29,14 @@ pub use parallelize::{Plan, Ranks, parallelize};
 pub use rendezvous::meet;
 pub use store::Store;
 pub use world::{Address, Starter, World};
+
+/// Lets this process open as many files as the system allows: whoever serves the store has some connections for each
+/// rank, and 1,024 are the usual limit.
+fn allow_many_files() {
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }); // else as it was
+    }
+}

@@ -108,7 +108,7 @@ impl Observer {
     /// Looks at all ranks, `elapsed` after the last time. The failure that ends the job, if there is one: what the
     /// others found, or what is seen here and then told to them.
     pub fn look(&mut self, elapsed: Duration, deaths: &[Death]) -> Result<Option<Failure>> {
-        if let Some(failure) = self.store.json(key::FAILED)? {
+        if let Some(failure) = self.failed()? {
             return Ok(Some(failure));
         }
         for seen in &mut self.judge.seen {
@@ -125,6 +125,11 @@ impl Observer {
             self.gather_votes()?;
         }
         Ok(None)
+    }
+
+    /// The failure that others found. One request, where a look has several for each rank.
+    pub fn failed(&self) -> Result<Option<Failure>> {
+        self.store.json(key::FAILED)
     }
 
     /// Asks for votes once a rank wants to stop; once all are there, tells the step: the latest.

@@ -33,6 +33,8 @@ pub struct Plan<'a> {
     pub precision: Precision,
     /// The optimizer.
     pub optimizer: &'a OptimizerConfig,
+    /// Ranks that share the memory of this rank's host.
+    pub sharers: usize,
 }
 
 /// Makes an fp32 model one of many, and gives it its optimizer:
@@ -101,7 +103,7 @@ pub fn parallelize(
     }
     let sizes: Vec<i64> = fp32.iter().map(|(_, part)| part.numel() as i64).collect();
     let (precision, fused) = (plan.precision, model.fused);
-    let offload = AdamW::offload(&sizes, device, fused, precision, plan.optimizer)?;
+    let offload = AdamW::offload(&sizes, device, fused, precision, plan.optimizer, plan.sharers)?;
     let mut masters: Vec<Option<Tensor>> = match (&offload, precision.is_mixed()) {
         (Some(offload), _) => offload.take_over(&fp32).into_iter().map(Some).collect(),
         (None, true) => fp32.iter().map(|(_, part)| Some(part.copy())).collect(),

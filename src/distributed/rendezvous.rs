@@ -55,6 +55,7 @@ struct Met {
 /// one rank with the whole message, on the others with a line.
 pub fn meet(world: World, config: &RunConfig) -> Result<Job> {
     world.end_with_launcher()?;
+    super::allow_many_files();
     logs::redirect(&world, &config.out_dir)?;
     let timeout = Duration::from_secs_f64(config.distributed.rendezvous_timeout);
     let store = open(&world, timeout)?;
@@ -68,7 +69,8 @@ pub fn meet(world: World, config: &RunConfig) -> Result<Job> {
         0 => gather(&world, &store, timeout)?,
         _ => await_answer(&world, &store, timeout)?,
     };
-    let address = address::of_this_node(&world.master, met.other_node)?;
+    let address = address::of_this_node(&world.master, met.other_node);
+    let address = address.inspect_err(|error| tell_of(error, &world, &store))?; // nobody watches this rank yet
     Job::connect(world, config, Arc::new(store), device?, &address.to_string())
 }
 
@@ -78,16 +80,17 @@ pub fn refuse(world: &World, error: anyhow::Error) -> anyhow::Error {
     if world.rank == 0 {
         return error; // it explains itself, and where it serves the store nobody waits
     }
-    let fault = Fault::of(&error);
-    let code = fault.code;
     let line = format!("rank {} on {}: error: {}", world.rank, world.host, error);
-    let tell = || -> Result<()> {
-        let store = Store::open(world, Duration::from_secs(3))?;
-        let failure = Failure::of_fault(world.rank, &world.host, &fault, None);
-        store.set_first(key::FAILED, &failure).map(drop)
-    };
-    let _ = tell();
-    Told { line, code }.into()
+    if let Ok(store) = Store::open(world, Duration::from_secs(3)) {
+        tell_of(&error, world, &store);
+    }
+    Told { line, code: error::exit_code(&error) }.into()
+}
+
+/// Ends the job for an error of this rank, as far as others can be reached.
+fn tell_of(error: &anyhow::Error, world: &World, store: &Store) {
+    let failure = Failure::of_fault(world.rank, &world.host, &Fault::of(error), None);
+    let _ = store.set_first(key::FAILED, &failure);
 }
 
 /// The store. On each node one rank tells why there is none.

@@ -4,6 +4,7 @@
 //! quarter of a second; into memory that the system has to find first, they take some ten times as long. Finding and
 //! locking it is done once, by a thread beside the first steps.
 
+use crate::config::counted;
 use crate::{doctor, ffi};
 use anyhow::{Context, Result, anyhow, ensure};
 use std::thread::{self, JoinHandle};
@@ -20,12 +21,17 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Starts to get page-locked memory for tensors of these sizes in bytes, for copies from `card`.
-    pub fn start(sizes: &[u64], card: Device) -> Result<Self> {
+    /// Starts to get page-locked memory for tensors of these sizes in bytes, for copies from `card`; as many as
+    /// `sharers` ranks do on this host.
+    pub fn start(sizes: &[u64], card: Device, sharers: usize) -> Result<Self> {
         let bytes = sizes.iter().map(|&bytes| aligned(bytes as i64)).sum();
         let get = move || {
-            let free = doctor::available_memory().unwrap_or(u64::MAX);
-            ensure!(free > 2 * bytes as u64, "{bytes} bytes are more than half of what is free");
+            let free = doctor::available_memory().unwrap_or(u64::MAX) / sharers.max(1) as u64;
+            ensure!(
+                free / 2 > bytes as u64,
+                "{bytes} bytes for each of {} here are more than half of what is free",
+                counted(sharers as u64, "rank")
+            );
             ffi::page_locked(bytes, card)
         };
         let coming = thread::Builder::new().name("staging".into()).spawn(get);
@@ -121,7 +127,7 @@ mod tests {
 
     #[test]
     fn memory_that_is_not_to_be_had_is_told_once() {
-        let mut staging = Staging::start(&[1 << 60], Device::Cuda(0)).unwrap();
+        let mut staging = Staging::start(&[1 << 60], Device::Cuda(0), 1).unwrap();
         let error = format!("{:#}", staging.reuse().unwrap_err());
         assert!(error.contains("more than half of what is free"), "{error}");
         staging.reuse().unwrap();

@@ -97,7 +97,8 @@ impl Chosen {
     }
 }
 
-/// Whether the decode kernels cover a model: a Llama without biases in bf16, with heads of 64 or 128.
+/// Whether the decode kernels cover a model: a Llama without biases in bf16, with heads of 64 or 128, whose weights all
+/// stay in their places.
 pub fn covers(model: &GPT) -> bool {
     let c = &model.config;
     let llama = |mlp: &Mlp| match mlp {
@@ -108,6 +109,7 @@ pub fn covers(model: &GPT) -> bool {
         && cfg!(cuda_kernels)
         && model.fused
         && model.kind() == Kind::BFloat16
+        && model.at_unit.is_none() // else a pass has to fetch them
         && matches!(c.head_size, 64 | 128)
         && c.rope_n_elem() % 16 == 0
         && c.n_embd % 8 == 0

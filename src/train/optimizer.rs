@@ -73,7 +73,7 @@ impl AdamW {
     pub fn new(model: &mut GPT, precision: Precision, config: &OptimizerConfig) -> Result<Self> {
         let fp32 = model.trained_parameters();
         let sizes: Vec<i64> = fp32.iter().map(|(_, p)| p.numel() as i64).collect();
-        let offload = Self::offload(&sizes, model.device(), model.fused, precision, config)?;
+        let offload = Self::offload(&sizes, model.device(), model.fused, precision, config, 1)?;
         let masters: Vec<Tensor> = match (precision, &offload) {
             (_, Some(offload)) => offload.take_over(&fp32),
             (Precision::Bf16Mixed | Precision::Fp8Mixed, None) => {
@@ -146,7 +146,8 @@ impl AdamW {
         }
     }
 
-    /// Memory on the host for the state of parts of these sizes, where `config.cpu_offload` asks for it.
+    /// Memory on the host, which `sharers` ranks share, for the state of parts of these sizes, where
+    /// `config.cpu_offload` asks for it.
     ///
     /// # Errors
     /// As [`AdamW::new`].
@@ -156,12 +157,13 @@ impl AdamW {
         fused: bool,
         precision: Precision,
         config: &OptimizerConfig,
+        sharers: usize,
     ) -> Result<Option<Offload>> {
         if !config.cpu_offload || sizes.is_empty() {
             return Ok(None);
         }
         offload::require(device, precision.is_mixed(), fused)?;
-        Offload::new(sizes, config, device).map(Some)
+        Offload::new(sizes, config, device, sharers).map(Some)
     }
 
     /// Makes the CPU wait until masters and moments that lie on the host are those of the last step. What this type

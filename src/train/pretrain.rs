@@ -49,9 +49,10 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
         if let Some(before) = in_flight.replace(launched) {
             conclude(&mut run, before, &mut clock)?;
         }
-        let validates = due(eval.interval, step) && !run.finished();
-        let saves = due(train.save_interval, step) && !run.finished();
         let stops = ranks::stop_for(&run, &stop);
+        let goes_on = stops.is_none() && !run.finished();
+        let validates = goes_on && due(eval.interval, step);
+        let saves = goes_on && due(train.save_interval, step);
         let pause = validates || saves || stops.is_some() || run.finished();
         if (pause || !run.runs_ahead())
             && let Some(last) = in_flight.take()
@@ -59,13 +60,13 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
             conclude(&mut run, last, &mut clock)?;
         }
 
-        // ---- validate, save --------------------------------------------------------------------
+        // ---- save, validate --------------------------------------------------------------------
+        if saves {
+            save_periodic(&mut run, step)?; // first: a validation may take long
+        }
         if validates {
             run.validate(eval.max_iters)?;
             run.run_tasks()?;
-        }
-        if saves {
-            save_periodic(&mut run, step)?;
         }
         if run.saver.as_ref().is_some_and(Saver::is_done) {
             conclude_save(&mut run)?;
@@ -178,6 +179,7 @@ fn finish(run: &mut Run, stop: &StopSignal) -> Result<u8> {
         run.note(&format!("data        at an end after step {}: {why}", run.progress.step));
     }
     conclude_save(run)?;
+    run.progress.elapsed = run.elapsed(); // past `max_time`, where that ended the run
     let path = saver::save(run, "final")?; // first: what follows may take long, and a job's time may be up
     run.note(&format!("saved {}", path.display()));
     if run.config.eval.final_validation

@@ -115,6 +115,7 @@ pub fn parallelize(job: &Job, model: &mut GPT, config: &RunConfig) -> Result<(Ra
         reduce_dtype: config.distributed.reduce_dtype,
         precision: config.precision,
         optimizer: &config.optimizer,
+        sharers: sharers(job)?,
     };
     let groups = Groups::of(job, plan.strategy)?;
     distributed::parallelize(model, groups, Arc::clone(job.group()), plan)
@@ -125,6 +126,7 @@ pub fn parallelize(job: &Job, model: &mut GPT, config: &RunConfig) -> Result<(Ra
 /// # Sync
 /// The CPU waits for the other ranks.
 pub fn new_saver(job: &Job, ranks: &Ranks, optimizer: &AdamW, config: &RunConfig) -> Result<Saver> {
+    let sharers = sharers(job)?; // asked by all ranks
     let (replica, _) = ranks.groups().replicas();
     let (_, shards) = ranks.groups().shards();
     // The first replica's ranks are those of the first node, all, or, where nothing is cut, rank 0.
@@ -135,10 +137,18 @@ pub fn new_saver(job: &Job, ranks: &Ranks, optimizer: &AdamW, config: &RunConfig
     let group = || job.new_group("checkpoint", &members, Device::Cpu, day);
     let periodic = config.train.save_interval.is_some() && !config.optimizer.cpu_offload;
     let staging = match job.device().is_cuda() && writes && periodic {
-        true => Staging::start(&optimizer.saved_sizes(), job.device())?,
+        true => Staging::start(&optimizer.saved_sizes(), job.device(), sharers)?,
         false => Staging::default(),
     };
     Saver::new(writes.then(group).transpose()?, staging)
+}
+
+/// As many ranks as there are on a node share its memory. All ranks call this.
+///
+/// # Sync
+/// The CPU waits for the other ranks.
+fn sharers(job: &Job) -> Result<usize> {
+    Ok(job.nodes()?.iter().map(Vec::len).max().unwrap_or(1))
 }
 
 /// A line that says who keeps what.

@@ -172,9 +172,7 @@ impl<'j> Run<'j> {
             };
             let card = ffi::cuda_device(index)?.total_memory as u64;
             let memory = config.memory_limit_bytes().map_or(card, |limit| limit.min(card));
-            if config.lora().is_none() {
-                memory::check_fits(config, &model_config, share, sequence as u64, memory)?;
-            }
+            memory::check_fits(config, &model_config, share, sequence as u64, memory)?;
         }
 
         // 1. Which checkpoint, before anything is prepared; tokenizer and data.
@@ -212,7 +210,11 @@ impl<'j> Run<'j> {
         };
         tch::manual_seed(config.seed as i64);
         let lora = config.lora();
+        // Rank 0's weights go to the others, who need none of their own but beside adapters and as a reference.
+        let is_given =
+            job.is_some_and(|job| job.rank() > 0) && lora.is_none() && config.dpo().is_none();
         let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
+            (Some(_), _) | (_, Some(_)) if is_given => GPT::empty(&model_config, device),
             (Some(dir), _) if lora.is_none() => {
                 let model = GPT::empty(&model_config, device);
                 checkpoint::load_weights(&model, dir)?;
@@ -347,7 +349,9 @@ impl<'j> Run<'j> {
 
     /// Whether one of the stopping criteria is met.
     pub fn finished(&self) -> bool {
+        let max_time = self.config.train.max_time;
         self.plan.total_steps.is_some_and(|n| self.progress.step >= n)
+            || max_time.is_some_and(|limit| self.elapsed_before >= limit)
             || self.job.is_none() && self.time_is_up() // clocks differ: ranks agree on it as on a signal
     }
 
@@ -417,7 +421,7 @@ impl<'j> Run<'j> {
         let batches =
             (0..self.plan.accumulation).map(|_| self.loader.next()).collect::<Result<Vec<_>>>()?;
         self.note_epochs(step);
-        // Rows of conversations may be shorter than the plan's; ranks' are alike.
+        // Rows of conversations may be shorter than the plan's; on several ranks this takes all to be as long as here.
         let tokens: usize = batches.iter().map(|batch| batch.input.numel()).sum();
         let tokens = tokens as u64 * self.plan.world;
         self.tick("the step");

@@ -48,7 +48,7 @@ impl Way {
 
     fn plan<'a>(&self, optimizer: &'a OptimizerConfig) -> Plan<'a> {
         let Self { strategy, reduce_dtype, precision, .. } = *self;
-        Plan { strategy, reduce_dtype, precision, optimizer }
+        Plan { strategy, reduce_dtype, precision, optimizer, sharers: 2 }
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::common::card;
 use crate::gpu::small_llama;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 use tinyllama::ffi::{self, SampleState};
 use tinyllama::generate::card::covers;
@@ -10,7 +11,7 @@ use tinyllama::generate::engine::{Engine, EngineOptions, Event, Request, Request
 use tinyllama::generate::request::{FinishReason, GenerateOptions, Token};
 use tinyllama::generate::sampler::{Sampler, SamplingParams};
 use tinyllama::model::paged_cache::Batch;
-use tinyllama::model::{GPT, ModelConfig, PagedCache};
+use tinyllama::model::{AtUnit, GPT, ModelConfig, PagedCache};
 use tinyllama::quant::{Scheme, quantise, to_card};
 
 /// A bf16 model on the card whose logits differ enough that rounding rarely changes their order.
@@ -24,6 +25,14 @@ fn spread_model(config: &ModelConfig, device: Device) -> GPT {
     model.to_kind(Kind::BFloat16);
     assert!(covers(&model));
     model
+}
+
+#[test]
+fn a_model_whose_weights_come_and_go_is_not_decoded_by_their_addresses() {
+    let Some((device, _card)) = card("a_model_whose_weights_come_and_go") else { return };
+    let mut model = spread_model(&small_llama(), device);
+    model.at_unit = Some(AtUnit(Arc::new(|_, _| ())));
+    assert!(!covers(&model));
 }
 
 /// Tokens and end of each sample.

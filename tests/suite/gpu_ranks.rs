@@ -61,7 +61,7 @@ fn train(
         None => (None, AdamW::new(&mut model, precision, optimizer).unwrap()),
         Some((groups, world, strategy)) => {
             let reduce_dtype = ReduceDtype::Fp32;
-            let plan = Plan { strategy, reduce_dtype, precision, optimizer };
+            let plan = Plan { strategy, reduce_dtype, precision, optimizer, sharers: 2 };
             let (ranks, adamw) = parallelize(&mut model, groups, Arc::clone(world), plan).unwrap();
             (Some(ranks), adamw)
         }

@@ -106,11 +106,15 @@ impl Scene {
 
     /// One rank, as a shell loop starts it.
     fn rank(&self, rank: usize, size: usize, port: u16, plan: &Value) -> Child {
+        self.rank_command(rank, size, port, plan).spawn().unwrap()
+    }
+
+    fn rank_command(&self, rank: usize, size: usize, port: u16, plan: &Value) -> Command {
         let mut command = self.command(plan);
         command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
         command.env("WORLD_SIZE", size.to_string());
         command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
-        command.spawn().unwrap()
+        command
     }
 
     fn ranks(&self, size: usize, plan: &Value) -> Vec<Child> {
@@ -269,6 +273,17 @@ fn ranks_with_another_configuration_are_refused_by_key_rank_and_host() {
     let ends: Vec<_> = scene.ranks(2, &json!({ "refuses": 1 })).into_iter().map(end).collect();
     assert_told_once(&ends[0].1, &["rank 1 on ", "failed", "caused by: my YAML is broken"]);
     assert_eq!((ends[0].0, ends[1].0), (Some(1), Some(1)));
+}
+
+#[test]
+fn a_rank_that_finds_no_interface_ends_the_others_who_wait_for_it() {
+    let (scene, port, plan) = (Scene::new(), free_port(), json!({ "timeout": 600 }));
+    let first = scene.rank(0, 2, port, &plan);
+    let mut second = scene.rank_command(1, 2, port, &plan);
+    let second = second.env("GLOO_SOCKET_IFNAME", "ib7").spawn().unwrap();
+    let ends = [end(first), end(second)];
+    assert_eq!(ends.each_ref().map(|(code, _)| *code), [Some(2), Some(2)], "{ends:?}");
+    assert_told_once(&ends[0].1, &["rank 1 on ", "GLOO_SOCKET_IFNAME=`ib7`: no such interface"]);
 }
 
 #[test]

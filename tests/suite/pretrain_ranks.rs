@@ -191,6 +191,36 @@ fn what_ranks_cannot_do_is_told_before_training() {
     assert_eq!(refused.status.code(), Some(2));
     let told = text(&refused);
     assert!(told.contains("distributed.strategy") && told.contains("hybrid_shard"), "{told}");
+    // One task of Slurm on each of two nodes, which have three cards each.
+    let mut task = Command::new(env!("CARGO_BIN_EXE_tinyllama"));
+    task.args(setup.args("c", &with(&["--devices", "3", "--set", "num_nodes=2"])));
+    task.env("SLURM_PROCID", "0").env("SLURM_LOCALID", "0").env("SLURM_NTASKS", "2");
+    let refused = task.env("SLURM_JOB_NODELIST", "localhost").env("SLURM_JOB_ID", "7").output();
+    let refused = refused.unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    let told = text(&refused);
+    assert!(told.contains("one task on each of 2 nodes") && told.contains("NODE_RANK"), "{told}");
+}
+
+#[test]
+fn ranks_whose_time_was_up_are_through_when_they_are_started_again() {
+    let setup = Setup::new();
+    let more = ["--resume", "auto", "--devices", "2", "--set", "train.max_steps=1000000"];
+    let more =
+        [&more[..], &["--set", "train.max_time=1.5", "--set", "eval.interval=null"]].concat();
+    let first = setup.run("out", &more);
+    assert!(first.status.success(), "{}", text(&first));
+    let end = setup.path("out").join("final");
+    let (steps, before) = (setup.losses("out").len(), weights(&end));
+    let again = setup.run("out", &more);
+    assert!(again.status.success(), "{}", text(&again));
+    assert!(
+        text(&again).contains(&format!("finished    step {steps} was the last")),
+        "{}",
+        text(&again)
+    );
+    assert_eq!(setup.losses("out").len(), steps);
+    assert!(weights(&end) == before);
 }
 
 /// Two network namespaces with a cable between them: two nodes on one machine.
@@ -330,15 +360,35 @@ fn the_script_that_checks_a_machines_ranks_passes_here_and_tells_ranks_that_trai
     assert!(code == Some(1) && told.contains("(SIGKILL)"), "{told}");
 }
 
-#[test]
-fn a_signal_in_the_last_validation_loses_nothing_and_it_is_made_up_for() {
-    let setup = Setup::new();
+/// A validation set that takes minutes.
+fn long_validation(setup: &Setup) -> String {
     let long = setup.path("long");
     fs::create_dir(&long).unwrap();
     let mut writer = PackedWriter::new(&long, "long", 1_000_000, 90);
-    writer.add(&(0..8_000_000).map(|i| i % 90).collect::<Vec<u32>>()).unwrap(); // minutes of validation
+    writer.add(&(0..8_000_000).map(|i| i % 90).collect::<Vec<u32>>()).unwrap();
     writer.finish().unwrap();
-    let long = format!("data.val={}", long.display());
+    format!("data.val={}", long.display())
+}
+
+#[test]
+fn a_checkpoint_is_written_before_the_validation_of_its_step() {
+    let setup = Setup::new();
+    let long = long_validation(&setup);
+    let more = ["--set", &long, "--set", "eval.interval=5", "--set", "eval.max_iters=null"];
+    let mut run = setup.start("out", &more);
+    let saved = setup.path("out").join("step-00000005");
+    wait_for("a checkpoint", || saved.join("config.json").is_file());
+    run.kill().unwrap();
+    run.wait().unwrap();
+    assert_eq!(setup.losses("out").len(), 5);
+    let text = fs::read_to_string(setup.path("out").join("metrics.jsonl")).unwrap();
+    assert!(!text.contains("val_loss"), "{text}");
+}
+
+#[test]
+fn a_signal_in_the_last_validation_loses_nothing_and_it_is_made_up_for() {
+    let setup = Setup::new();
+    let long = long_validation(&setup);
     for devices in ["1", "2"] {
         let all = ["--devices", devices, "--resume", "auto", "--set", "eval.interval=null"];
         let mut job = setup.start(devices, &[&all[..], &["--set", &long]].concat());

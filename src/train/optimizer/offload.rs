@@ -237,16 +237,22 @@ struct OnCard {
 }
 
 impl Offload {
-    /// State of zeros for parameters of these sizes, and staging memory on the card.
+    /// State of zeros for parameters of these sizes, and staging memory on the card; as many as `sharers` ranks have on
+    /// this host.
     ///
     /// # Errors
     /// Not enough memory on the host.
-    pub fn new(sizes: &[i64], config: &OptimizerConfig, device: Device) -> Result<Self> {
+    pub fn new(
+        sizes: &[i64],
+        config: &OptimizerConfig,
+        device: Device,
+        sharers: usize,
+    ) -> Result<Self> {
         let layout = Layout::new(sizes, SLICE, GROUP);
         let (blocks, staged) = (layout.total / BLOCK, layout.longest() / BLOCK);
         let needed = blocks as u64 * block_bytes(config);
         let memory = |bytes| ffi::page_locked(bytes, device);
-        check_memory(needed, doctor::available_memory())?;
+        check_memory(needed, doctor::available_memory().map(|free| free / sharers.max(1) as u64))?;
         let buffer = |(kept, kind, each): (Kept, Kind, i64)| -> Result<Buffer> {
             let bytes = blocks * each * kind.elt_size_in_bytes() as i64;
             let context = || format!("{}, which the system did not give", needs(needed));
@@ -359,7 +365,8 @@ fn needs(bytes: u64) -> String {
 fn check_memory(needed: u64, available: Option<u64>) -> Result<()> {
     match available {
         Some(bytes) if bytes < needed => {
-            Err(anyhow!("{}, {:.2} GiB are available", needs(needed), gib(bytes))).hint(SMALLER)
+            Err(anyhow!("{}, {:.2} GiB are available to a rank", needs(needed), gib(bytes)))
+                .hint(SMALLER)
         }
         _ => Ok(()),
     }
