@@ -21,7 +21,8 @@ pub struct Beat {
     pub host: String,
     /// Rises with every beat.
     pub count: u64,
-    /// Rises with every sign of progress; 0: training has not begun. All ranks go through the same ones.
+    /// Rises with every sign of progress; 0: training has not begun. All ranks go through the same ones, but for those
+    /// of waiting for a checkpoint.
     pub ticks: u64,
     /// Optimizer step that the rank is in.
     pub step: u64,

@@ -61,7 +61,7 @@ pub struct Saver {
     /// Process id of rank 0, part of the temporary folder's name.
     leader: u32,
     staging: Staging,
-    writing: Option<JoinHandle<Result<PathBuf>>>,
+    writing: Option<(String, JoinHandle<Result<PathBuf>>)>,
 }
 
 impl Saver {
@@ -90,7 +90,12 @@ impl Saver {
 
     /// Whether [`Saver::wait`] would not wait.
     pub fn is_done(&self) -> bool {
-        self.writing.as_ref().is_some_and(JoinHandle::is_finished)
+        self.writing.as_ref().is_some_and(|(_, thread)| thread.is_finished())
+    }
+
+    /// The name of the checkpoint that is being written, or was and nobody has waited for it.
+    pub fn begun(&self) -> Option<String> {
+        self.writing.as_ref().map(|(name, _)| name.clone())
     }
 
     /// Copies of this rank's exact weights and moments in host memory, for a [`Snapshot`]; none on a rank that does not
@@ -123,12 +128,13 @@ impl Saver {
             bail!("a checkpoint was begun while another was being written");
         }
         let (group, leader) = (self.group.clone(), self.leader);
+        let name = snapshot.name.clone();
         let write = move || match group {
             Some(group) => write(&snapshot, &group, leader),
             None => Ok(snapshot.out_dir.join(&snapshot.name)),
         };
         let thread = thread::Builder::new().name("checkpoint".into()).spawn(write);
-        self.writing = Some(thread.context("cannot start a thread")?);
+        self.writing = Some((name, thread.context("cannot start a thread")?));
         Ok(())
     }
 
@@ -149,7 +155,7 @@ impl Saver {
             looks += 1;
             thread::sleep(Duration::from_millis(20));
         }
-        let Some(thread) = self.writing.take() else { return Ok(None) };
+        let Some((_, thread)) = self.writing.take() else { return Ok(None) };
         let outcome = thread.join().map_err(|_| anyhow!("the thread that wrote it panicked"))?;
         outcome.map(Some)
     }

@@ -8,7 +8,6 @@ use super::{LOWER, saver};
 use crate::config::{OnSaveError, RunConfig, with_commas};
 use crate::data::ValidationSet;
 use crate::distributed::Job;
-use crate::distributed::saver::Saver;
 use crate::error::{WithHint, exit};
 use crate::generate::{GenerateOptions, generate_text};
 use crate::guard;
@@ -68,7 +67,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
             run.validate(eval.max_iters)?;
             run.run_tasks()?;
         }
-        if run.saver.as_ref().is_some_and(Saver::is_done) {
+        if ranks::leads_a_save_that_is_done(&run) {
             conclude_save(&mut run)?;
         }
         if pause {

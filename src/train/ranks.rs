@@ -204,18 +204,40 @@ pub fn begin_save(run: &mut Run, name: &str) -> Result<f64> {
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Waits for the checkpoint that is being written, if one is.
+/// Whether this is rank 0, and the checkpoint that was begun is there: rank 0 says so at once, the others wait for it
+/// when they need it.
+pub fn leads_a_save_that_is_done(run: &Run) -> bool {
+    run.job.is_none_or(|job| job.rank() == 0) && run.saver.as_ref().is_some_and(Saver::is_done)
+}
+
+/// Waits for the checkpoint that is being written, if one is: on each rank until rank 0 has given it its name, with signs
+/// of progress, so that a slow disk is not taken for a rank that hangs in the next collective.
 ///
 /// # Sync
 /// The CPU waits for the disk and the other ranks.
 pub fn finish_save(run: &mut Run) -> Result<Option<PathBuf>> {
     let (job, step) = (run.job, run.progress.step + 1);
     let Some(writer) = &mut run.saver else { return Ok(None) };
-    let path = writer.wait(|| {
+    let tick = || {
         if let Some(job) = job {
             job.tick(step, "saving");
         }
-    })?;
+    };
+    let begun = writer.begun();
+    let written = writer.wait(tick);
+    if let (Some(job), Some(name)) = (job, begun) {
+        let key = format!("saved/{name}");
+        match job.rank() {
+            0 => job.store().set(&key, b"1")?, // written or not
+            _ => {
+                while !job.store().check(&key)? {
+                    tick();
+                    thread::sleep(Duration::from_millis(200));
+                }
+            }
+        }
+    }
+    let path = written?;
     if path.is_some() {
         run.last_checkpoint = path.clone();
     }
