@@ -11,10 +11,11 @@ by token, which flatters 1,024 cards.
 """
 
 # Name, parameters, blocks, width, vocabulary, micro-batch of 2,048 tokens, its seconds on one H100, the optimizer's, and
-# activations in GiB. 1.1B: `bench train` (docs/performance.md). 7B: the same FLOP/s, by arithmetic.
+# activations with the head's in GiB (`pretrain --dry-run`). 1.1B: `bench train` (docs/performance.md). 7B: the same
+# FLOP/s, by arithmetic.
 MODELS = [
     ("1.1B", 1_100_048_384, 22, 2048, 32000, 16, 0.400, 0.0126, 34.0),
-    ("7B", 6_738_415_616, 32, 4096, 32000, 4, 0.640, 0.077, 17.0),
+    ("7B", 6_738_415_616, 32, 4096, 32000, 4, 0.640, 0.077, 28.0),
 ]
 GLOBAL = 1024  # sequences a step: 2,097,152 tokens
 NODE = 8

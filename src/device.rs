@@ -22,7 +22,7 @@ pub fn resolve(choice: &str) -> Result<Device> {
     };
     if count == 0 {
         return Err(anyhow!("device `{choice}`: no GPU is visible")).usage(
-            "use `--device cpu`; `tinyllama doctor` says what is wrong with the driver, and \
+            "take the CPU (`--device cpu`, in a run `--set device=cpu`); `tinyllama doctor` says what is wrong with the driver, and \
              CUDA_VISIBLE_DEVICES may hide cards",
         );
     }
@@ -35,6 +35,15 @@ pub fn resolve(choice: &str) -> Result<Device> {
     }
     check_capability(index)?;
     Ok(Device::Cuda(index))
+}
+
+/// Whether a `device` setting is one, without a look at the machine.
+///
+/// # Errors
+/// What it may be.
+pub fn check(choice: &str) -> Result<()> {
+    const KNOWN: &str = "one of `auto`, `cpu`, `cuda`, `cuda:N` with N from 0";
+    parse(choice).map(drop).map_err(|_| anyhow!("`{choice}` is not known; {KNOWN}"))
 }
 
 enum Choice {

@@ -11,8 +11,10 @@ use super::adapter;
 use super::disk::explain_full_disk;
 use super::formats::{is_checkpoint_file, is_checkpoint_folder};
 use super::hf::weights_files;
+use super::litgpt;
 use super::train_state::load_counters;
 use crate::bail_hint;
+use crate::error::WithHint;
 use anyhow::{Context, Result};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -21,6 +23,9 @@ const TEMPORARY: &str = ".tmp-";
 const OLD: &str = ".old-";
 const FINAL: &str = "final";
 const STEP: &str = "step-";
+/// Files that say what the weights beside them are.
+const DESCRIBE: [&str; 4] =
+    ["config.json", "adapter_config.json", "params.json", "lit_config.json"];
 
 /// Fills a temporary folder beside the target, syncs every file and folder, then renames it into
 /// place. A crash at any moment leaves what was there before.
@@ -191,6 +196,24 @@ fn is_complete(dir: &Path) -> bool {
     adapter::is_one(dir) || dir.join("config.json").is_file() && weights_files(dir, false).is_ok()
 }
 
+/// Refuses a run whose `final` cannot be gone on from: it may be the newest, and a run that goes on from another
+/// checkpoint, or begins anew, would end by taking its place.
+///
+/// # Errors
+/// `final` holds weights, but no `train_state/` that can be read.
+pub fn check_final(out_dir: &Path) -> Result<()> {
+    let last = out_dir.join(FINAL);
+    if !is_complete(&last) {
+        return Ok(());
+    }
+    let told =
+        || format!("`{}` cannot be gone on from, and this run would replace it", last.display());
+    load_counters(&last).map(drop).with_context(told).hint(
+        "give it another name first, or choose another `out_dir`; its weights alone are a start with \
+         `initial_checkpoint_dir`, an earlier checkpoint is one with `--resume PATH`",
+    )
+}
+
 /// The checkpoint of the highest step, counted as an integer.
 pub fn latest(out_dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(out_dir)?.pop().map(|(_, path)| path))
@@ -255,17 +278,36 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     )
 }
 
-/// The folder of a file: its own, or the one above where the file is part of `train_state/`.
+/// The folder of a file, of whose weights or configuration it is a part: its own, or the one above where the file is
+/// part of `train_state/`.
 fn resolve_file(file: &Path) -> Result<PathBuf> {
     let folder = match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
     let above = folder.parent().filter(|_| folder.ends_with("train_state"));
-    for folder in [Some(folder), above].into_iter().flatten() {
-        if is_checkpoint_folder(folder) {
+    if let Some(above) = above.filter(|above| is_checkpoint_folder(above)) {
+        return Ok(above.to_owned());
+    }
+    if is_checkpoint_folder(folder) {
+        let kinds = [weights_files(folder, false), weights_files(folder, true)];
+        let mut parts: Vec<PathBuf> = kinds.into_iter().filter_map(Result::ok).flatten().collect();
+        parts.extend(litgpt::weights_file(folder));
+        let name = name_of(file);
+        let describes = DESCRIBE.contains(&&name[..]) || name.ends_with(".index.json");
+        if describes || adapter::is_one(folder) || parts.iter().any(|part| name_of(part) == name) {
             return Ok(folder.to_owned());
         }
+        let those = match parts.as_slice() {
+            [] => "there are no weights under a known name".to_owned(),
+            [one] => format!("they are in `{}`", name_of(one)),
+            [one, ..] => format!("they are in {} files, `{}` first", parts.len(), name_of(one)),
+        };
+        bail_hint!(
+            "name the folder for its weights; a file by itself goes into a folder of its own, as \
+             `model.safetensors` beside its `config.json`";
+            "`{}` is no part of the weights of its folder: {those}", file.display()
+        );
     }
     bail_hint!(
         "the folder of the weights must hold their `config.json`";

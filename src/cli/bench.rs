@@ -172,7 +172,7 @@ pub(super) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("expected at least 1; leave it out for the default".into()),
         Ok(n) => Ok(n),
-        Err(e) => Err(format!("{e}")),
+        Err(_) => Err("expected a whole number from 1".into()),
     }
 }
 
@@ -297,6 +297,13 @@ fn print_train(r: &train::Report, json: bool) -> Result<()> {
     Ok(())
 }
 
+fn mib_as_bytes(mib: u64) -> Result<u64> {
+    match mib {
+        1..=0x10_0000 => Ok(mib << 20),
+        _ => Err(anyhow!("`--sizes`: {mib} MiB")).usage("give from 1 to 1,048,576 MiB each"),
+    }
+}
+
 fn run_comm(args: CommArgs) -> Result<()> {
     let device = |rank| match args.device {
         CommDevice::Cpu => Ok(Device::Cpu),
@@ -304,7 +311,7 @@ fn run_comm(args: CommArgs) -> Result<()> {
     };
     let devices: Vec<Device> = (0..args.ranks).map(device).collect::<Result<_>>()?;
     let options = comm::Options {
-        sizes: args.sizes.iter().map(|mib| mib << 20).collect(),
+        sizes: args.sizes.iter().map(|mib| mib_as_bytes(*mib)).collect::<Result<_>>()?,
         kind: match args.dtype {
             CommType::Bf16 => tch::Kind::BFloat16,
             CommType::Fp16 => tch::Kind::Half,

@@ -54,8 +54,10 @@ pub fn run(args: &Args) -> Result<()> {
     let sampling =
         SamplingParams { temperature: args.temperature, top_k: None, ..Default::default() };
     sampling.validate()?;
-    if [args.prompts, args.samples, args.new_tokens, args.repeats].contains(&0) {
-        return Err(anyhow!("a number is 0")).usage("give 1 or more of everything");
+    for n in [args.prompts, args.samples, args.new_tokens, args.repeats] {
+        if !(1..=1 << 20).contains(&n) {
+            return Err(anyhow!("a number is {n}")).usage("give from 1 to 1,048,576 of everything");
+        }
     }
     let lower = "fewer prompts, samples or tokens";
     guard::catch("the benchmark", device, lower, || measure(args, device, &sampling))

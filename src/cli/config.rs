@@ -70,7 +70,7 @@ fn print_keys(keys: &[Key]) {
 
 fn check(path: &Path, mut sets: Vec<String>, devices: Option<u64>) -> Result<()> {
     sets.extend(devices.map(|n| format!("devices={n}")));
-    let config = config::load(path, &sets)?;
+    let config = config::load_either(path, &sets)?;
     let model = config.model()?;
     let plan = BatchPlan::new(&config, config.sequence_length(&model), config.ranks())?;
     print!("{}", config::to_yaml(&config)?);
@@ -84,9 +84,8 @@ fn check(path: &Path, mut sets: Vec<String>, devices: Option<u64>) -> Result<()>
         eprintln!("length  {} = {}", counted(steps, "step"), counted(tokens, "token"));
     }
     if let Some(n) = config.data.epochs {
-        eprintln!(
-            "length  until a source is through {n} epoch(s), which shows when its files are read"
-        );
+        let n = counted(n, "epoch");
+        eprintln!("length  until a source is through {n}, which shows when its files are read");
     }
     Ok(())
 }

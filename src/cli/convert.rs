@@ -32,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "SCHEME", conflicts_with = "dtype")]
     quantize: Option<String>,
     /// Largest weights file in bytes, of --to hf
-    #[arg(long, value_name = "BYTES", default_value_t = MAX_SHARD_BYTES, value_parser = clap::value_parser!(u64).range(1 << 20..))]
+    #[arg(long, value_name = "BYTES", default_value_t = MAX_SHARD_BYTES, value_parser = shard_bytes)]
     max_shard_size: u64,
 }
 
@@ -51,6 +51,20 @@ enum Dtype {
     Fp32,
     Bf16,
     Fp16,
+}
+
+/// `5000000000`, `5GB` (as transformers') or `5GiB`, from 1 MiB.
+fn shard_bytes(text: &str) -> Result<u64, String> {
+    let units =
+        [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("KB", 1000), ("MB", 1_000_000)];
+    let units = units.into_iter().chain([("GB", 1_000_000_000), ("", 1)]);
+    let found = units.into_iter().find_map(|(unit, bytes): (&str, u64)| {
+        text.trim().strip_suffix(unit)?.trim().parse::<u64>().ok()?.checked_mul(bytes)
+    });
+    match found {
+        Some(bytes) if bytes >= 1 << 20 => Ok(bytes),
+        _ => Err("expected bytes from 1048576, such as 5000000000, 5GB or 5GiB".into()),
+    }
 }
 
 /// Runs `convert`.

@@ -29,7 +29,7 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Text to continue
-    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// File with the text to continue (one line break at its end is dropped)
     #[arg(long, value_name = "FILE")]
@@ -60,7 +60,7 @@ pub struct Args {
     stop: Vec<String>,
     /// Number of continuations
     #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u64).range(1..))]
+          value_parser = clap::value_parser!(u64).range(1..=100_000))]
     num_samples: u64,
     /// Print each text when it is complete
     #[arg(long)]

@@ -48,7 +48,17 @@ pub struct Args {
 
 /// Runs `inspect`.
 pub fn run(args: Args) -> Result<u8> {
-    if let Some(checkpoint) = checkpoint_at(&args.path) {
+    let checkpoint = checkpoint_at(&args.path);
+    let (what, strays) = match checkpoint {
+        Some(_) => ("a checkpoint", [("--verify", args.verify), ("--samples", args.samples > 0)]),
+        None => ("a dataset", [("--diff", args.diff.is_some()), ("--statistics", args.statistics)]),
+    };
+    if let Some((flag, _)) = strays.iter().find(|(_, given)| *given) {
+        let other = if checkpoint.is_some() { "packed datasets" } else { "checkpoints" };
+        return Err(anyhow!("`{}` is {what}, and `{flag}` is of {other}", args.path.display()))
+            .usage("leave it out");
+    }
+    if let Some(checkpoint) = checkpoint {
         return super::inspect_checkpoint::run(&args, &checkpoint);
     }
     require_dataset(&args.path)?;

@@ -14,7 +14,7 @@ use tch::Device;
 /// Arguments of `pretrain` and `finetune`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The run's YAML, e.g. configs/quickstart.yaml or configs/finetune/quickstart.yaml
+    /// The run's YAML: for `pretrain` one of configs/, for `finetune` one of configs/finetune/
     config: PathBuf,
     /// Worker processes on this node, one a card; on the CPU as many as asked (the key `devices`)
     #[arg(long, value_name = "N")]
@@ -105,9 +105,8 @@ fn dry_run(config: &RunConfig) -> Result<u8> {
         println!("length    {}", counted(steps, "step"));
     }
     if let Some(n) = config.data.epochs {
-        println!(
-            "length    until a source is through {n} epoch(s), which shows when its files are read"
-        );
+        let n = counted(n, "epoch");
+        println!("length    until a source is through {n}, which shows when its files are read");
     }
     let micro = config.train.micro_batch_size;
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;

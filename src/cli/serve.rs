@@ -1,5 +1,6 @@
 //! `tinyllama serve`.
 
+use super::bench::at_least_one;
 use super::model_args::ModelArgs;
 use crate::error::{WithHint, exit};
 use crate::generate::engine::EngineOptions;
@@ -41,22 +42,22 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     chat_template: Option<String>,
     /// Largest request, KiB
-    #[arg(long, value_name = "KIB", default_value_t = Limits::BODY_KIB)]
+    #[arg(long, value_name = "KIB", default_value_t = Limits::BODY_KIB, value_parser = at_least_one)]
     max_body: usize,
     /// Longest prompt, tokens [default: the model's context]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_prompt_tokens: Option<usize>,
     /// Longest answer, tokens [default: the model's context]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_new_tokens: Option<usize>,
     /// Most answers of a request: `n` times its prompts
-    #[arg(long, value_name = "N", default_value_t = Limits::CHOICES)]
+    #[arg(long, value_name = "N", default_value_t = Limits::CHOICES, value_parser = at_least_one)]
     max_choices: usize,
     /// Answers that may wait for a place; more are refused with 429
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUE)]
     max_queue: usize,
     /// Longest time of a request, seconds
-    #[arg(long, value_name = "S", default_value_t = Limits::SECONDS)]
+    #[arg(long, value_name = "S", default_value_t = Limits::SECONDS, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     request_timeout: u64,
     /// After SIGINT or SIGTERM, running requests have so many seconds
     #[arg(long, value_name = "S", default_value_t = 60)]

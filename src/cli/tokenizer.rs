@@ -41,6 +41,9 @@ struct TrainArgs {
     /// Folder for tokenizer.json and tokenizer_config.json
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Write over a tokenizer that is there
+    #[arg(long)]
+    overwrite: bool,
     /// What to learn
     #[arg(long, value_enum, default_value = "byte-bpe")]
     kind: Kind,
@@ -64,7 +67,7 @@ struct EncodeArgs {
     #[arg(long, value_name = "DIR")]
     tokenizer: PathBuf,
     /// The text; neither --text nor --file: standard input
-    #[arg(long, conflicts_with = "file")]
+    #[arg(long, conflicts_with = "file", allow_hyphen_values = true)]
     text: Option<String>,
     /// File that holds the text
     #[arg(long)]
@@ -111,6 +114,10 @@ pub fn run(args: Args) -> Result<u8> {
 }
 
 fn train(args: TrainArgs) -> Result<()> {
+    if Tokenizer::is_in(&args.out) && !args.overwrite {
+        return Err(anyhow!("`{}` holds a tokenizer already", args.out.display()))
+            .usage("choose another `--out`, or add `--overwrite`");
+    }
     let options = train::Options {
         kind: args.kind,
         vocab_size: args.vocab_size,

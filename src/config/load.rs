@@ -8,6 +8,7 @@ use super::{ConfigError, RunConfig, validate};
 use crate::checkpoint;
 use crate::error::WithHint;
 use crate::model::ModelConfig;
+use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 use std::path::Path;
@@ -29,10 +30,22 @@ pub fn parse(text: &str, sets: &[String]) -> Result<RunConfig> {
     let (mut tree, schema, mut problems) = tree(text, sets)?;
     check::check(&mut tree, &schema, &mut problems);
     if !tree["finetune"].is_null() {
-        problems
-            .push("`finetune`: this is for `tinyllama finetune`; leave it out to pretrain".into());
+        problems.push(
+            "`finetune`: this is for `tinyllama finetune CONFIG`; leave it out to pretrain".into(),
+        );
     }
     finish(tree, problems)
+}
+
+/// [`load`] or, where the YAML says what is to be finetuned, [`load_finetune`].
+///
+/// # Errors
+/// Theirs.
+pub fn load_either(path: &Path, sets: &[String]) -> Result<RunConfig> {
+    let text = std::fs::read_to_string(path).unwrap_or_default(); // they say what is wrong with it
+    let finetunes =
+        yaml(&text).is_ok_and(|tree| tree.get("finetune").is_some_and(|f| !f.is_null()));
+    if finetunes { load_finetune(path, sets) } else { load(path, sets) }
 }
 
 /// [`load`] of a finetuning run: the model is that of `initial_checkpoint_dir`, as is the tokenizer unless
@@ -94,7 +107,17 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
     tree["model_config"] =
         serde_json::to_value(&model).context("the checkpoint's configuration")?;
     if tree["tokenizer_dir"].is_null() {
-        tree["tokenizer_dir"] = folder.to_string_lossy().into_owned().into();
+        // Of a file: what lies beside it.
+        let beside = if folder.is_file() { folder.parent() } else { Some(folder.as_path()) };
+        let beside = beside.filter(|dir| dir.is_dir() && Tokenizer::is_in(dir));
+        if beside.is_none() && folder.is_file() {
+            problems.push(format!(
+                "`tokenizer_dir`: `{dir}` is a file without a tokenizer beside it; name one, or make a folder with both \
+                 by `tinyllama convert {dir} FOLDER --to hf`"
+            ));
+        }
+        let place = beside.unwrap_or(&folder);
+        tree["tokenizer_dir"] = place.to_string_lossy().into_owned().into();
     }
     finish(tree, problems)
 }

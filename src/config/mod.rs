@@ -17,7 +17,9 @@ pub use explain::{Key, explain, keys};
 pub use finetune::{
     ChatDataConfig, ChatFormat, DpoConfig, FinetuneConfig, LoraConfig, LossOn, Method, Reference,
 };
-pub use load::{diff, load, load_finetune, parse, parse_finetune, save_resolved, to_yaml};
+pub use load::{
+    diff, load, load_either, load_finetune, parse, parse_finetune, save_resolved, to_yaml,
+};
 pub use prepare::{OnError, PrepareConfig, TokenDtype, chunk_tokens};
 pub use run::*;
 pub use validate::{BatchPlan, counted, with_commas};

@@ -9,6 +9,7 @@ use super::{
     Resume, RunConfig, StateFormat, Strategy,
 };
 use crate::checkpoint::hf_config;
+use crate::eval;
 use crate::model::ModelConfig;
 use serde_json::{Map, Value};
 use std::fmt;
@@ -25,7 +26,8 @@ impl RunConfig {
 
     /// The model's name, and whether it is still the preset's model.
     pub fn model_told(&self, model: &ModelConfig) -> String {
-        match self.model_config.is_empty() {
+        // A finetuned model's keys are those of its checkpoint.
+        match self.model_config.is_empty() || self.finetune.is_some() {
             true => model.name.clone(),
             false => format!("{}, changed by `model_config`,", model.name),
         }
@@ -153,6 +155,9 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_optimizer_formats(config, &mut problems);
     check_offload(config, &mut problems);
     data::check(config, &mut problems);
+    if let Err(error) = eval::task::find(&config.eval.tasks) {
+        problems.push(format!("`eval.tasks`: {error:#}"));
+    }
     if let Some(gib) = config.memory_limit.filter(|gib| !(*gib > 0.0 && gib.is_finite())) {
         problems.push(format!("`memory_limit`: must be above 0 GiB, or null, got {gib}"));
     }
@@ -263,6 +268,9 @@ fn check_ranks(config: &RunConfig, problems: &mut Vec<String>) {
         }
     }
     let device = &config.device.0;
+    if let Err(error) = crate::device::check(device) {
+        problems.push(format!("`device`: {error}"));
+    }
     if config.devices > 1 && device.starts_with("cuda:") {
         problems.push(format!(
             "`device`: `{device}` is one card, but `devices` asks for {}; use `cuda`, and CUDA_VISIBLE_DEVICES to \

@@ -57,7 +57,7 @@ pub fn samples(
     let (split, judged) = judged
         .filter(|(_, rows)| !rows.is_empty())
         .ok_or_else(|| no_rows(task, &dir))
-        .hint("`scripts/fetch_eval_data.py` fetches the sets; `--data` names the folder that has them")?;
+        .hint("`scripts/fetch_eval_data.py` fetches the sets; `--data`, in a run `eval.data`, names the folder that has them")?;
     let n = limit.map_or(judged.len(), |limit| limit.min(judged.len()));
     let questions = judged[..n].par_iter().map(|row| task.question(row));
     let questions: Vec<Question> = questions.collect::<Result<_>>()?;

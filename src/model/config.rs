@@ -222,7 +222,15 @@ impl ModelConfig {
             ("intermediate_size", self.intermediate_size),
         ];
         for (key, value) in sizes {
-            check(value > 0, format!("`{key}`: must be at least 1, got {value}"));
+            // Parameters are counted in 64 bits.
+            let most = if key == "n_layer" { 100_000 } else { 1 << 26 };
+            check(
+                (1..=most).contains(&value),
+                match value {
+                    ..1 => format!("`{key}`: must be at least 1, got {value}"),
+                    _ => format!("`{key}`: must be at most {most}, got {value}"),
+                },
+            );
         }
         let (h, g) = (self.n_head, self.n_query_groups.max(1));
         check(h % g == 0, format!("`n_query_groups`: must divide `n_head` = {h}, got {g}"));

@@ -110,7 +110,11 @@ fn base_tokens(options: &Options) -> Result<Vec<String>> {
         Kind::Llama => tokens.extend((0..=255u8).map(|b| format!("<0x{b:02X}>"))),
     }
     let least = tokens.len() + 1;
-    if *vocab_size < least || *vocab_size > u32::MAX as usize {
+    if *vocab_size > 1 << 24 {
+        return Err(anyhow!("a vocabulary of {vocab_size} ids is too large"))
+            .usage("give `--vocab-size` of 16,777,216 or less");
+    }
+    if *vocab_size < least {
         let special = tokens.len() - 256;
         return Err(anyhow!(
             "a vocabulary of {vocab_size} is too small: 256 bytes and {special} special"

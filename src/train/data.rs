@@ -1,6 +1,6 @@
 //! The data of a run: opened, told of, and where they end.
 
-use crate::config::{BatchPlan, DataConfig, DataSource, RunConfig, Weight};
+use crate::config::{BatchPlan, DataConfig, DataSource, RunConfig, Weight, counted};
 use crate::data::packed::Access;
 use crate::data::{Borders, DataLoader, LoaderOptions, ValidationSet, chat};
 use crate::error::WithHint;
@@ -84,11 +84,12 @@ pub fn end_with(
     let at_most = plan.total_steps.map_or(u64::MAX, |steps| steps.saturating_mul(plan.global));
     let Some(end) = loader.end(epochs, at_most) else { return Ok(None) };
     plan.limit_samples(end.samples);
+    let told = counted(epochs, "epoch");
     let (name, steps) = (loader.name(end.source), plan.total_steps.unwrap_or(0));
     if steps == 0 {
         let samples = end.samples;
         return Err(anyhow!(
-            "`data.epochs`: `{name}` is through {epochs} epoch(s) after {samples} samples, a step takes {}",
+            "`data.epochs`: `{name}` is through {told} after {samples} samples, a step takes {}",
             plan.global
         ))
         .usage("prepare more text, lower `train.global_batch_size`, or leave `data.epochs` out");
@@ -100,5 +101,5 @@ pub fn end_with(
         ))
         .usage("lower it, prepare more text, or raise `data.epochs`");
     }
-    Ok(Some(format!("`{name}` is through {epochs} epoch(s) (`data.epochs`)")))
+    Ok(Some(format!("`{name}` is through {told} (`data.epochs`)")))
 }

@@ -27,8 +27,9 @@ use crate::model::{Fp8, GPT};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 use crate::{bail_hint, checkpoint, config, device, ffi, guard, model};
 use anyhow::{Context, Result, anyhow};
+use rustix::fs::Access;
 use std::cell::Cell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -184,6 +185,12 @@ impl<'j> Run<'j> {
         if let Some(tokenizer) = &tokenizer {
             crate::generate::check_vocabulary(tokenizer, &model_config)?;
         }
+        // What may fail at once does so before data are prepared, which may take a day.
+        let tasks = evaluate::tasks(config, &model_config, job.map_or(1, Job::size))?;
+        if let (Some(dir), None) = (&config.initial_checkpoint_dir, &resume_from) {
+            checkpoint::resolve(dir)?;
+        }
+        check_out_dir(&config.out_dir)?;
         let prepare_listed = || prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref());
         let prepare_raw = || prepare::with_raw_prepared(&config.data, tokenizer.as_ref());
         match job {
@@ -200,7 +207,6 @@ impl<'j> Run<'j> {
             data::open(config, &packed, &model_config, tokenizer, sequence, place)?
         };
         let ends_with = data::end_with(config, &mut plan, &loader)?;
-        let tasks = evaluate::tasks(config, &model_config, place.1)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
         let pick = || pick_attention(config, &model_config, sequence, device);
@@ -553,6 +559,24 @@ fn reference(
 }
 
 /// The run's folder, and what is logged there.
+/// Whether the run's folder can be there, before it is.
+fn check_out_dir(out_dir: &Path) -> Result<()> {
+    let here = Path::new(".");
+    let there = out_dir.ancestors().find(|dir| dir.exists()).filter(|dir| *dir != Path::new(""));
+    let there = there.unwrap_or(here);
+    let why = match rustix::fs::access(there, Access::WRITE_OK | Access::EXEC_OK) {
+        _ if !there.is_dir() => "is no folder".to_owned(),
+        Err(e) => format!("cannot be written to: {}", std::io::Error::from(e)),
+        Ok(()) => return Ok(()),
+    };
+    Err(anyhow!(
+        "`out_dir`: `{}` cannot be created, `{}` {why}",
+        out_dir.display(),
+        there.display()
+    ))
+    .hint("name a folder that can be written")
+}
+
 fn open_log(config: &RunConfig, plan: &BatchPlan, resumed: Option<u64>) -> Result<RunLog> {
     std::fs::create_dir_all(&config.out_dir)
         .with_context(|| format!("cannot create `{}`", config.out_dir.display()))?;
@@ -570,10 +594,12 @@ fn find_resume(config: &RunConfig) -> Result<Option<PathBuf>> {
                 "continue it with `--resume auto`, or choose another `out_dir`";
                 "`out_dir` holds a run already: found `{}`", found.display()
             ),
-            None => Ok(None),
+            None => checkpoint::check_final(&config.out_dir).map(|()| None),
         },
-        Resume::Switch(true) => Ok(newest),
-        Resume::Text(text) if text == "auto" => Ok(newest),
+        Resume::Switch(true) => checkpoint::check_final(&config.out_dir).map(|()| newest),
+        Resume::Text(text) if text == "auto" => {
+            checkpoint::check_final(&config.out_dir).map(|()| newest)
+        }
         Resume::Text(path) => {
             let dir = checkpoint::resolve(path.as_ref())?;
             if dir.join("train_state").is_dir() {

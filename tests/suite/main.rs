@@ -1,5 +1,6 @@
 //! All integration tests, one crate: a test binary links libtorch, which is worth doing once.
 
+mod arguments;
 mod bench_serve;
 mod chat_template;
 mod checkpoint;

@@ -183,6 +183,38 @@ fn a_finished_run_keeps_its_newest_checkpoints_and_validates_over_the_whole_set(
 }
 
 #[test]
+fn a_final_that_cannot_be_gone_on_from_is_not_replaced() {
+    let s = Setup::new();
+    let more = ["--set", "train.max_steps=6", "--set", "train.save_interval=3"];
+    assert!(s.run("run", &more).status.success());
+    let (state, weights) = (s.path("run/final/train_state"), s.path("run/final/model.safetensors"));
+    let before = fs::read(&weights).unwrap();
+    for damage in ["{", ""] {
+        match damage {
+            "" => fs::remove_dir_all(&state).unwrap(),
+            text => fs::write(state.join("state.json"), text).unwrap(),
+        }
+        for (steps, resume) in [(true, "auto"), (true, "false"), (false, "auto"), (false, "false")]
+        {
+            let aside = s.path("aside");
+            let step = s.path("run/step-00000003");
+            if !steps {
+                fs::rename(&step, &aside).unwrap();
+            }
+            let again = s.run("run", &["--resume", resume, "--set", "train.max_steps=8"]);
+            if !steps {
+                fs::rename(&aside, &step).unwrap();
+            }
+            assert_eq!(again.status.code(), Some(1));
+            let told = text(&again);
+            assert!(told.contains("run/final") || told.contains("step-00000003"), "{told}");
+            assert!(told.contains("hint:") && told.contains("out_dir"), "{told}");
+            assert!(fs::read(&weights).unwrap() == before);
+        }
+    }
+}
+
+#[test]
 fn continued_pretraining_starts_from_the_weights_with_a_fresh_optimizer() {
     let s = Setup::new();
     assert!(s.run("base", &[]).status.success());
@@ -416,7 +448,7 @@ fn a_run_ends_with_the_epochs_of_its_data_and_says_which_begin() {
     assert!(
         told.contains("data        train: 4 file(s), 4.00k tokens, 235 blocks of 17, weight 1")
     );
-    assert!(told.contains("length      29 steps, then `train` is through 1 epoch(s)"), "{told}");
+    assert!(told.contains("length      29 steps, then `train` is through 1 epoch"), "{told}");
     assert!(told.contains("data        at an end after step 29: `train` is through 1"), "{told}");
     let rows = s.losses("one");
     assert_eq!(rows.len(), 29);
@@ -436,7 +468,7 @@ fn a_run_ends_with_the_epochs_of_its_data_and_says_which_begin() {
         s.run("none", &with(&["--set", "data.epochs=1", "--set", "train.global_batch_size=240"]));
     assert_eq!(none.status.code(), Some(2));
     let told = text(&none);
-    assert!(told.contains("through 1 epoch(s) after 235 samples, a step takes 240"), "{told}");
+    assert!(told.contains("through 1 epoch after 235 samples, a step takes 240"), "{told}");
     let warmup = [
         "--set",
         "data.epochs=1",

@@ -1,6 +1,8 @@
 //! Problems of a run's data: sources, weights, preparations.
 
 use crate::config::{AttentionBackend, DataOrder, RunConfig, Weight};
+use crate::data::documents::Schema;
+use crate::error;
 
 /// What is wrong with `data`; whether files are there shows when they are opened.
 pub(super) fn check(config: &RunConfig, problems: &mut Vec<String>) {
@@ -22,7 +24,15 @@ pub(super) fn check(config: &RunConfig, problems: &mut Vec<String>) {
             "`attention`: cuDNN's knows no documents; with `data.document_mask` say `auto` or `flash`".into(),
         );
     }
+    let prefetch = config.data.prefetch;
+    if prefetch > 1 << 16 {
+        problems.push(format!("`data.prefetch`: must be at most 65,536, got {prefetch}"));
+    }
     for (i, p) in config.data.prepare.iter().enumerate() {
+        if let Err(error) = Schema::from_name(&p.kind) {
+            let known = error::hint(&error).unwrap_or_default();
+            problems.push(format!("`data.prepare.{i}.kind`: {error}; {known}"));
+        }
         if p.chunk_tokens == 0 {
             problems.push(format!("`data.prepare.{i}.chunk_tokens`: must be at least 1, got 0"));
         }

@@ -273,7 +273,7 @@ impl Selection {
 /// hidden), or a pattern with `*`.
 ///
 /// SlimPajama lies in folders `train`, `validation` and `test`: where the source is the folder above them,
-/// only the files of `split` are taken.
+/// only the files of `split` are taken, which must be one of them.
 pub fn files(source: &str, selection: &Selection, split: &str) -> Result<Vec<PathBuf>> {
     let (path, schema) = (Path::new(source), selection.schema);
     let mut found = Vec::new();
@@ -282,6 +282,18 @@ pub fn files(source: &str, selection: &Selection, split: &str) -> Result<Vec<Pat
     } else if path.is_dir() {
         let of_split = path.join(split);
         let whole = schema != Schema::SlimPajama || !of_split.is_dir();
+        let splits =
+            ["train", "validation", "test"].into_iter().filter(|name| path.join(name).is_dir());
+        let splits: Vec<&str> = splits.filter(|_| whole && schema == Schema::SlimPajama).collect();
+        if !splits.is_empty() {
+            return Err(anyhow!(
+                "no folder `{split}` in `{source}`, which has {}",
+                splits.join(", ")
+            ))
+            .usage(
+                "name one of them with `--split` (in YAML `split`), or its folder as the source",
+            );
+        }
         walk(if whole { path } else { &of_split }, &mut found)?;
         found.retain(|p| schema.takes(p) && selection.takes_file(path, p));
     } else if source.contains('*') {

@@ -196,6 +196,15 @@ fn a_checkpoint_is_found_by_its_folder_its_run_or_a_file_in_it() {
     }
     assert_eq!(checkpoint::resolve(out.path()).unwrap(), last);
 
+    // A file beside a model is not the model.
+    for name in ["model-00002.safetensors", "tokenizer.json"] {
+        fs::write(last.join(name), "{}").unwrap();
+        let told = message(checkpoint::resolve(&last.join(name)));
+        assert!(told.contains("no part of the weights"), "{told}");
+        assert!(told.contains("they are in `model.safetensors`"), "{told}");
+    }
+    assert_eq!(checkpoint::resolve(&last.join("config.json")).unwrap(), last);
+
     let empty = tempfile::tempdir().unwrap();
     let told = message(checkpoint::resolve(empty.path()));
     for looked_for in ["config.json", "final/", "step-*/", "model.safetensors"] {

@@ -459,3 +459,29 @@ fn rows_that_hold_no_conversation_are_counted_and_the_first_shown() {
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output).contains("no conversation in"), "{}", text(&output));
 }
+
+#[test]
+fn a_gguf_file_is_finetuned_with_a_tokenizer_beside_it_or_asks_for_one() {
+    let folder = Folder::new();
+    let gguf = folder.path("one/base.gguf");
+    std::fs::create_dir(folder.path("one")).unwrap();
+    let mut command = assert_cmd::cargo::cargo_bin_cmd!("tinyllama");
+    command.args(["convert", &folder.path("base"), &gguf, "--to", "gguf"]).assert().success();
+    let yaml = format!(
+        "{STEPS}finetune: {{data: {{train: {}, template: guanaco}}}}\n",
+        folder.path("rows.jsonl")
+    );
+    let from = format!("initial_checkpoint_dir={gguf}");
+    let output = folder.finetune(&yaml, &["--set", &from]);
+    let told = text(&output);
+    assert_eq!(output.status.code(), Some(2), "{told}");
+    for word in ["`tokenizer_dir`", "a file without a tokenizer beside it", "FOLDER --to hf"] {
+        assert!(told.contains(word), "`{word}` is not in {told}");
+    }
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        let from = format!("data/quickstart/tokenizer/{file}");
+        std::fs::copy(from, folder.path(&format!("one/{file}"))).unwrap();
+    }
+    let output = folder.finetune(&yaml, &["--set", &from, "--set", "train.max_steps=2"]);
+    assert!(output.status.success(), "{}", text(&output));
+}
