@@ -169,6 +169,13 @@ impl Args {
     }
 }
 
+/// What a file says that an argument names.
+pub(super) fn text_of_file(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the file `{}`", path.display()))
+        .hint("name a file of UTF-8 text that can be read")
+}
+
 /// The prompt of `--prompt`, `--prompt-file` or stdin, the latter two without a line break at the
 /// end.
 fn read_prompt(args: &Args) -> Result<String> {
@@ -176,8 +183,7 @@ fn read_prompt(args: &Args) -> Result<String> {
     if let Some(prompt) = &args.prompt {
         return Ok(prompt.clone());
     } else if let Some(path) = &args.prompt_file {
-        text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the prompt file `{}`", path.display()))?;
+        text = text_of_file(path)?;
     } else {
         if std::io::stdin().is_terminal() {
             eprintln!("reading the prompt from the terminal; Ctrl-D ends it");

@@ -1,12 +1,12 @@
 //! `tinyllama score`.
 
-use super::generate::{is_broken_pipe, write_stdout};
+use super::generate::{is_broken_pipe, text_of_file, write_stdout};
 use super::model_args::ModelArgs;
 use crate::generate::score::{Score, score_tokens, score_windows};
 use crate::generate::text::parse_ids;
 use crate::tokenizer::Tokenizer;
 use crate::{device, error, guard};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::fmt::Write;
 use std::path::PathBuf;
 use tch::Device;
@@ -53,8 +53,7 @@ fn score(args: &Args, device: Device) -> Result<u8> {
     let given_ids = args.tokens.as_deref().map(parse_ids).transpose()?;
     let text = match (&args.text, &args.file) {
         (Some(text), _) => text.clone(),
-        (None, Some(path)) => std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the file `{}`", path.display()))?,
+        (None, Some(path)) => text_of_file(path)?,
         (None, None) => String::new(),
     };
     let loaded = args.model.load(device, given_ids.is_none())?;

@@ -1,5 +1,6 @@
 //! `tinyllama tokenizer train|encode|decode|info`.
 
+use super::generate::text_of_file;
 use crate::error::{WithHint, exit};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::train::{self, Kind};
@@ -162,8 +163,7 @@ fn encode(args: EncodeArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&args.tokenizer)?;
     let text = match (args.text, &args.file) {
         (Some(text), _) => text,
-        (None, Some(file)) => std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read {}", file.display()))?,
+        (None, Some(file)) => text_of_file(file)?,
         (None, None) => stdin()?,
     };
     let ids = tokenizer.encode(&text, args.bos, args.eos)?;

@@ -42,12 +42,18 @@ fn collect(path: &str, node: &Value, defaults: &Value, schema: &Schema, out: &mu
         let path = check::join(path, name);
         let target = schema.non_null(child);
         let doc = [child, target].iter().find_map(|n| n.get("description")?.as_str());
-        let default = defaults.get(name);
+        // An entry of a list has its own; a model's keys have those of its preset.
+        let of_entry = child.get("default").filter(|_| path.contains(".N."));
+        let default = defaults.get(name).or(of_entry);
+        let shown = match path.as_str() {
+            "finetune" => Some(&Value::Null), // filled in above for the keys below it
+            _ => default,
+        };
         out.push(Key {
             doc: doc.unwrap_or("").replace('\n', " "),
             kind: check::expected(child, schema),
             finetune: default.map_or(String::new(), |default| in_finetuning(&path, default)),
-            default: default.map_or(String::new(), Value::to_string),
+            default: shown.map_or(String::new(), Value::to_string),
             choices: choice_docs(target),
             path: path.clone(),
         });

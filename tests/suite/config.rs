@@ -249,7 +249,16 @@ fn every_key_is_explained() {
     for key in config::keys() {
         assert!(!key.doc.is_empty(), "`{}` has no doc", key.path);
     }
-    assert_eq!(config::explain("train.max_norm").unwrap()[0].default, "1.0");
+    for (key, default) in [
+        ("train.max_norm", "1.0"),
+        ("data.prepare.0.chunk_tokens", "2098176"),
+        ("data.prepare.0.split", "\"train\""),
+        ("data.prepare.0.kind", ""), // must be given
+        ("finetune", "null"),
+        ("finetune.lora.r", "8"),
+    ] {
+        assert_eq!(config::explain(key).unwrap()[0].default, default, "{key}");
+    }
     for (key, finetune) in [
         ("train.max_norm", ""),
         ("train.lr_warmup_steps", "0"),
