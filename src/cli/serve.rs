@@ -110,7 +110,13 @@ fn start(args: &Args, device: Device) -> Result<u8> {
     let mut loaded = args.model.load(device, true)?;
     let template = template(args, &mut loaded)?;
     let sizes = args.engine.sizes(&loaded)?;
-    let context = loaded.network.borrow().config().max_length() as usize;
+    let (model, whole) = (loaded.network.borrow(), loaded.network.borrow().config().max_length());
+    let context = sizes.context(model);
+    if (context as i64) < whole {
+        eprintln!(
+            "context     {context} tokens of the model's {whole}: the cache holds no more (`--cache-gib`)"
+        );
+    }
     let options = Options {
         host: args.host.clone(),
         port: args.port,

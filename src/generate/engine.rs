@@ -431,13 +431,18 @@ impl<'m> Engine<'m> {
     }
 
     /// Once sequence i has its prompt read, its siblings run beside it: they share its full blocks and copy the last.
-    /// Those that find no block wait and read the prompt again. Returns where they run; `copies` gets blocks to copy.
+    /// Those that find no place or block wait and read the prompt again. Returns where they run; `copies` gets blocks to copy.
     fn fork(&mut self, i: usize, copies: &mut Vec<(u32, u32)>) -> Range<usize> {
         let first_new = self.running.len();
         let siblings = std::mem::take(&mut self.running[i].siblings);
         for index in 1..=siblings {
+            let has_place = self.running.len() < self.options.max_sequences;
             let leader = &self.running[i];
             let mut sequence = leader.sibling(index);
+            if !has_place {
+                self.waiting.push_back(sequence);
+                continue;
+            }
             let full = leader.cached / BLOCK;
             let last =
                 leader.table.get(full).copied().filter(|_| !leader.cached.is_multiple_of(BLOCK));

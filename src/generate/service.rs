@@ -97,7 +97,7 @@ pub enum Refused {
     #[error("the service is shutting down")]
     Stopping,
     /// The prompt leaves no room for a new token.
-    #[error("the prompt has {prompt} tokens, the model's context is {context}")]
+    #[error("the prompt has {prompt} tokens, the context is {context}")]
     TooLong {
         /// Tokens of the prompt.
         prompt: usize,
@@ -176,7 +176,7 @@ impl Service {
     pub fn start(loaded: Loaded, sizes: EngineOptions, max_waiting: usize) -> Result<Self> {
         let Loaded { network, tokenizer, eos } = loaded;
         let tokenizer = Arc::new(tokenizer.context("this model has no tokenizer")?);
-        let context = network.borrow().config().max_length() as usize;
+        let context = sizes.context(network.borrow());
         let shared = Arc::new(Shared::default());
         let (orders, taken) = channel();
         let (ready, is_ready) = channel();
@@ -196,11 +196,16 @@ impl Service {
     ///
     /// # Errors
     /// See [`Refused`].
-    pub fn submit(&self, request: TextRequest, on_update: OnUpdate) -> Result<RequestId, Refused> {
+    pub fn submit(
+        &self,
+        mut request: TextRequest,
+        on_update: OnUpdate,
+    ) -> Result<RequestId, Refused> {
         let (prompt, context) = (request.prompt.len(), self.context);
         if prompt >= context {
             return Err(Refused::TooLong { prompt, context });
         }
+        request.max_new_tokens = request.max_new_tokens.min(context - prompt);
         if prompt == 0 || request.n == 0 {
             let what =
                 if prompt == 0 { "the prompt has no tokens" } else { "`n` must be 1 or more" };
@@ -221,9 +226,17 @@ impl Service {
             state.on_the_way += request.n;
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let order = Order::Take(id, Box::new(request), on_update);
-        orders.send(order).map_err(|_| Refused::Stopping)?;
+        let n = request.n;
+        orders.send(Order::Take(id, Box::new(request), on_update)).map_err(|_| {
+            lock(&self.shared.state).on_the_way -= n;
+            Refused::Stopping
+        })?;
         Ok(id)
+    }
+
+    /// Whether the thread runs: where it does not, nothing is answered any more.
+    pub fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Ends a request; its function is told `Cancelled` for each sample that had not ended. After
@@ -308,17 +321,21 @@ fn serve(
     };
     loop {
         desk.report(shared);
+        let mut first = None;
         if desk.engine.is_idle() {
             match orders.recv() {
-                Ok(order) => desk.take(order),
+                Ok(order) => first = Some(order),
                 Err(_) => return, // nobody can order anything any more
             }
         }
-        orders.try_iter().for_each(|order| desk.take(order));
-        let step = guard::catch("a step", model.device(), lower, || Ok(desk.engine.step()));
-        match step {
-            Ok(events) => events.into_iter().for_each(|event| desk.tell(event)),
-            Err(error) => desk.fail_all(&error),
+        let step = guard::catch("a step", model.device(), lower, || {
+            first.into_iter().chain(orders.try_iter()).for_each(|order| desk.take(order));
+            let events = desk.engine.step();
+            events.into_iter().for_each(|event| desk.tell(event));
+            Ok(())
+        });
+        if let Err(error) = step {
+            desk.fail_all(&error);
         }
     }
 }

@@ -69,7 +69,7 @@ fn prompt(app: &App, template: &ChatTemplate, messages: &[Message]) -> Result<Ve
         // Not the client's fault: the checkpoint's template does not work.
         _ => ApiError::internal("template_failed", error.to_string()),
     })?;
-    let ids = template.encode(app.service.tokenizer(), &text);
+    let ids = super::at_length(|| template.encode(app.service.tokenizer(), &text));
     let ids = ids.map_err(|e| ApiError::field("messages", format!("{e:#}")))?;
     app.check_length("messages", ids.len())?;
     Ok(ids)

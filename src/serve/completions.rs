@@ -118,7 +118,7 @@ fn prompts(app: &App, value: Value) -> Result<Vec<Prompt>, ApiError> {
 
 fn of_text(app: &App, name: &str, text: String) -> Result<Prompt, ApiError> {
     let tokenizer = app.service.tokenizer();
-    let encoded = tokenizer.encode_default(&text);
+    let encoded = super::at_length(|| tokenizer.encode_default(&text));
     let mut ids = encoded.map_err(|e| ApiError::field(name, format!("{e:#}")))?;
     if ids.is_empty() {
         // Without bos, eos is what separates documents.

@@ -147,8 +147,9 @@ impl Fields {
     pub fn finish(self) -> Result<(), ApiError> {
         let Some(name) = self.rest.keys().next() else { return Ok(()) };
         let distance = |known: &&str| strsim::damerau_levenshtein(known, name);
-        let near = self.known.iter().min_by_key(|known| distance(known));
-        let near = near.filter(|known| distance(known) <= 3 && name.len() < 64);
+        // Of a name as long as a body may be, no distance is taken.
+        let known = self.known.iter().filter(|_| name.len() < 64);
+        let near = known.min_by_key(|known| distance(known)).filter(|known| distance(known) <= 3);
         let hint = near.map_or(String::new(), |known| format!("; did you mean `{known}`?"));
         let path = shortened(&self.path(name));
         let error = ApiError::field(&path, format_args!("there is no such field{hint}"));

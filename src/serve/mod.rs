@@ -45,7 +45,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Runtime, RuntimeFlavor};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
@@ -111,7 +111,7 @@ impl App {
     fn check_length(&self, name: &str, tokens: usize) -> Result<(), ApiError> {
         let (limit, context) = (self.limits.prompt_tokens, self.service.context());
         let (most, why) = match tokens {
-            _ if tokens >= context => (context - 1, format!("the model's context is {context}")),
+            _ if tokens >= context => (context - 1, format!("the context is {context}")),
             _ if tokens > limit => (limit, "`--max-prompt-tokens`".into()),
             _ => return Ok(()),
         };
@@ -165,6 +165,14 @@ fn endpoint(path: &str) -> &'static str {
     }
 }
 
+/// Does what may take a while, such as encoding a long text, without keeping this thread's other clients waiting.
+fn at_length<T>(work: impl FnOnce() -> T) -> T {
+    match tokio::runtime::Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
+        _ => work(), // there is no other thread for them
+    }
+}
+
 fn json_response(body: String) -> Response {
     let mut response = Response::new(Body::from(body));
     let json = HeaderValue::from_static("application/json");
@@ -175,6 +183,10 @@ fn json_response(body: String) -> Response {
 async fn health(State(app): State<Arc<App>>) -> Response {
     if app.stopping.load(Relaxed) {
         return ApiError::stopping().into_response();
+    }
+    if !app.service.is_alive() {
+        return ApiError::internal("engine_ended", "the engine has ended: start the server again")
+            .into_response();
     }
     let status = app.service.status();
     let (running, waiting) = (status.running, status.waiting);

@@ -340,7 +340,7 @@ fn a_prompt_that_is_too_long_is_refused() {
     let (status, answer) = server.chat(json!({"messages": [{"role": "user", "content": content}]}));
     let (text, param, code) = error(&answer);
     assert_eq!((status, param, code), (400, "messages", "context_length_exceeded"));
-    assert!(text.contains("the model's context is 256"), "{text}");
+    assert!(text.contains("the context is 256"), "{text}");
 }
 
 #[test]

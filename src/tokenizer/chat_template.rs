@@ -149,36 +149,47 @@ impl ChatTemplate {
         template.render(values).map_err(|e| self.failed(&e))
     }
 
-    /// Ids of a rendered prompt. Bos goes before it where the tokenizer puts one by default and the template has not. In
-    /// a `tokenizer.model`, whose encoder knows no special tokens, bos and eos are found by their names here.
+    /// Ids of a rendered prompt. Bos goes before it where the tokenizer puts one by default and the template has not. A
+    /// `tokenizer.json` finds special tokens in a text itself; for a `tokenizer.model`, whose encoder knows none, bos and
+    /// eos are found by their names here.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode(&self, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
+        let ids = match tokenizer.finds_special_tokens() {
+            true => tokenizer.encode(prompt, false, false)?,
+            false => self.encode_between(tokenizer, prompt)?,
+        };
+        let bos = tokenizer.bos_id().filter(|bos| tokenizer.use_bos() && ids.first() != Some(bos));
+        Ok(bos.into_iter().chain(ids).collect())
+    }
+
+    /// Ids of the pieces between bos and eos, and theirs.
+    fn encode_between(&self, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
         let special: Vec<(&str, u32)> = [&self.tokens.bos, &self.tokens.eos]
             .into_iter()
             .filter_map(|token| Some((token.as_deref()?, tokenizer.id_of(token.as_deref()?)?)))
             .filter(|(token, _)| !token.is_empty())
             .collect();
         let mut ids = Vec::new();
-        let mut rest = prompt;
-        while !rest.is_empty() {
-            let next =
-                special.iter().filter_map(|&(token, id)| Some((rest.find(token)?, token, id)));
-            let (text, found, after) = match next.min_by_key(|&(at, ..)| at) {
-                Some((at, token, id)) => (&rest[..at], Some(id), &rest[at + token.len()..]),
-                None => (rest, None, ""),
-            };
-            if !text.is_empty() {
-                ids.extend(tokenizer.encode(text, false, false)?);
+        let mut begin = 0;
+        // Where each is next; looked for again only once that place is passed, so that a prompt is read once.
+        let mut places: Vec<Option<usize>> =
+            special.iter().map(|(token, _)| prompt.find(token)).collect();
+        while begin < prompt.len() {
+            let next = (0..special.len()).filter_map(|i| Some((places[i]?, special[i])));
+            let next = next.min_by_key(|&(at, _)| at);
+            let end = next.map_or(prompt.len(), |(at, _)| at);
+            if begin < end {
+                ids.extend(tokenizer.encode(&prompt[begin..end], false, false)?);
             }
-            ids.extend(found);
-            rest = after;
-        }
-        if let Some(bos) = tokenizer.bos_id().filter(|_| tokenizer.use_bos())
-            && ids.first() != Some(&bos)
-        {
-            ids.insert(0, bos);
+            ids.extend(next.map(|(_, (_, id))| id));
+            begin = next.map_or(end, |(at, (token, _))| at + token.len());
+            for (place, (token, _)) in places.iter_mut().zip(&special) {
+                if place.is_some_and(|at| at < begin) {
+                    *place = prompt[begin..].find(token).map(|at| begin + at);
+                }
+            }
         }
         Ok(ids)
     }

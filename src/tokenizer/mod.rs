@@ -217,6 +217,11 @@ impl Tokenizer {
         self.vocab.tokens.get(id as usize)?.clone()
     }
 
+    /// Whether special tokens are found in a text by their names: in a `tokenizer.json` they are.
+    pub fn finds_special_tokens(&self) -> bool {
+        matches!(self.backend, Backend::Json(_))
+    }
+
     /// The id of a token, as the tokenizer's file spells it.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.vocab.id_of(token)

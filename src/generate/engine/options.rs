@@ -35,12 +35,12 @@ impl EngineOptions {
     /// For these requests and no others, as `(prompt tokens, new tokens, samples)`: room for all of them, or for as many
     /// as run at a time.
     pub fn for_requests(model: NetworkRef, requests: &[(usize, usize, usize)]) -> Self {
+        let most = if model.device().is_cuda() { 1024 } else { 64 };
         let blocks_of = |&(prompt, new, samples): &(usize, usize, usize)| {
             let room = (model.config().max_length() as usize).saturating_sub(prompt);
             let (shared, all) = (prompt / BLOCK, (prompt + new.min(room)).div_ceil(BLOCK));
-            shared + samples * (all - shared)
+            shared + samples.min(most) * (all - shared)
         };
-        let most = if model.device().is_cuda() { 1024 } else { 64 };
         let mut needs: Vec<usize> = requests.iter().map(blocks_of).collect();
         needs.sort_unstable_by(|a, b| b.cmp(a));
         let blocks = needs.iter().take(most).sum();
@@ -54,6 +54,11 @@ impl EngineOptions {
             share_prefixes,
             ..Self::default()
         }
+    }
+
+    /// Tokens that a sequence can have: those of the model's context, or of the whole cache where that holds fewer.
+    pub fn context(&self, model: NetworkRef) -> usize {
+        (model.config().max_length() as usize).min(self.blocks * BLOCK)
     }
 
     /// For requests that are not known yet, within so many bytes of cache: at most what all sequences can use.
