@@ -61,6 +61,7 @@ pub struct Adapter {
     pub path: PathBuf,
     /// The checkpoint that they are of; as their configuration names it, before [`Adapter::chain`] finds it.
     pub base: PathBuf,
+    rank: i64,
     scale: f64,
     file: TensorFile,
 }
@@ -109,7 +110,7 @@ impl Adapter {
             };
         let file = TensorFile::open(&dir.join(WEIGHTS)).hint("copy the file again")?;
         let base = config.base_model_name_or_path.unwrap_or_default().into();
-        Ok(Self { path: dir.to_owned(), base, scale, file })
+        Ok(Self { path: dir.to_owned(), base, rank: config.r, scale, file })
     }
 
     /// Refuses adapters that are not of matrices of this model.
@@ -136,16 +137,23 @@ impl Adapter {
                 Some((module, rest))
             });
             let fits = |(rows, columns): (i64, i64), rest: &str| match (rest, &shape[..]) {
-                ("A.weight", [_, c]) => *c == columns,
-                ("B.weight", [r, _]) => *r == rows,
+                ("A.weight", [r, c]) => (*r, *c) == (self.rank, columns),
+                ("B.weight", [n, r]) => (*n, *r) == (rows, self.rank),
                 _ => false,
+            };
+            let other = match name.strip_suffix("A.weight") {
+                Some(start) => format!("{start}B.weight"),
+                None => format!("{}A.weight", name.strip_suffix("B.weight").unwrap_or(&name)),
             };
             match module.and_then(|(module, rest)| Some((known.get(module)?, rest))) {
                 None => problems.push(format!("`{name}`: the model has no such matrix")),
                 Some((at, rest)) if !fits(*at, rest) => problems.push(format!(
-                    "`{name}`: shape {shape:?} does not fit a matrix of {} x {}",
-                    at.0, at.1
+                    "`{name}`: shape {shape:?} does not fit rank {} of a matrix of {} x {}",
+                    self.rank, at.0, at.1
                 )),
+                Some(_) if self.file.shape(&other).is_none() => {
+                    problems.push(format!("`{name}`: without `{other}`"));
+                }
                 Some(_) => {}
             }
         }

@@ -4,6 +4,7 @@
 //! out_dir/step-00005000/        complete: it got its name after every byte was on disk
 //! out_dir/final/                the same, at the end of a run
 //! out_dir/.tmp-NAME-PID/        being written, or left by a process that died: ignored, swept
+//! out_dir/aside-NAME/           later than the step from which the run was gone on from: no part of it any more
 //! out_dir/.old-NAME/            moved aside while a folder of the same name takes its place
 //! ```
 
@@ -23,6 +24,7 @@ const TEMPORARY: &str = ".tmp-";
 const OLD: &str = ".old-";
 const FINAL: &str = "final";
 const STEP: &str = "step-";
+const ASIDE: &str = "aside-";
 /// Files that say what the weights beside them are.
 const DESCRIBE: [&str; 4] =
     ["config.json", "adapter_config.json", "params.json", "lit_config.json"];
@@ -212,6 +214,25 @@ pub fn check_final(out_dir: &Path) -> Result<()> {
         "give it another name first, or choose another `out_dir`; its weights alone are a start with \
          `initial_checkpoint_dir`, an earlier checkpoint is one with `--resume PATH`",
     )
+}
+
+/// Renames the checkpoints of a run that are later than `step`, from which it now goes on another way: they would count
+/// as the newest, and outlive those to come. Their new names.
+///
+/// # Errors
+/// A folder that cannot be renamed.
+pub fn set_aside_later(out_dir: &Path, step: u64) -> Result<Vec<PathBuf>> {
+    let mut aside = Vec::new();
+    for (_, path) in list(out_dir)?.into_iter().filter(|(later, _)| *later > step) {
+        let name = format!("{ASIDE}{}", name_of(&path).trim_start_matches(OLD));
+        let free = |n: u32| out_dir.join(if n == 0 { name.clone() } else { format!("{name}-{n}") });
+        let Some(to) = (0..1000).map(free).find(|to| !to.exists()) else {
+            bail_hint!("remove some of them"; "too many folders like `{}`", free(0).display());
+        };
+        rename(&path, &to)?;
+        aside.push(to);
+    }
+    Ok(aside)
 }
 
 /// The checkpoint of the highest step, counted as an integer.

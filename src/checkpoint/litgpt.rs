@@ -66,6 +66,26 @@ fn from_litgpt(config: &Value) -> Result<ModelConfig> {
             );
         }
     }
+    for key in [
+        "post_attention_norm",
+        "sliding_window_size",
+        "sliding_window_indices",
+        "attention_logit_softcapping",
+        "final_logit_softcapping",
+        "attention_scores_scalar",
+        "rope_local_base_freq",
+        "rope_indices",
+        "n_expert",
+    ] {
+        let value =
+            config.get(key).filter(|v| !v.is_null() && **v != Value::Bool(false) && **v != 0);
+        if let Some(value) = value {
+            bail!("`{key}`: {value} is not supported, expected a model without it");
+        }
+    }
+    if let Some(kind) = text("gelu_approximate").filter(|kind| *kind != "none") {
+        bail!("`gelu_approximate`: expected none, got {kind}");
+    }
     let norm_class = match text("norm_class_name").unwrap_or("LayerNorm") {
         "RMSNorm" | "FusedRMSNorm" => NormClass::RMSNorm,
         "LayerNorm" => NormClass::LayerNorm,
@@ -119,13 +139,19 @@ fn rope_scaling(config: &Value) -> Result<Option<RopeScaling>> {
     let Some(adjust) = config.get("rope_adjustments").filter(|a| !a.is_null()) else {
         return Ok((ratio != 1.0).then(|| RopeScaling::new(RopeType::Linear, ratio)));
     };
+    let whole = |x: f64| match x.fract() == 0.0 {
+        true => Ok(x as i64),
+        false => {
+            Err(anyhow!("`rope_adjustments.original_max_seq_len`: expected an integer, got {x}"))
+        }
+    };
     let float = |key: &str| {
         adjust[key].as_f64().with_context(|| format!("`rope_adjustments.{key}`: expected a number"))
     };
     Ok(Some(RopeScaling {
         low_freq_factor: Some(float("low_freq_factor")?),
         high_freq_factor: Some(float("high_freq_factor")?),
-        original_max_position_embeddings: Some(float("original_max_seq_len")? as i64),
+        original_max_position_embeddings: Some(whole(float("original_max_seq_len")?)?),
         ..RopeScaling::new(RopeType::Llama3, float("factor")?)
     }))
 }
@@ -169,7 +195,10 @@ fn to_litgpt(config: &ModelConfig) -> Result<Value> {
         "norm_eps": config.norm_eps,
         "mlp_class_name": config.mlp_class,
         "intermediate_size": config.intermediate_size,
-        "rope_base": config.rope_base as i64,
+        "rope_base": match config.rope_base.fract() == 0.0 {
+            true => json!(config.rope_base as i64),
+            false => json!(config.rope_base), // which litgpt takes, though it writes integers
+        },
         "rope_condense_ratio": 1,
     });
     match &config.rope_scaling {
@@ -229,6 +258,12 @@ mod tests {
         let got = read_config(dir.path()).unwrap().unwrap();
         let want = ModelConfig::preset("tiny-llama-1.1b").unwrap();
         assert_eq!(ModelConfig { name: want.name.clone(), ..got }, want);
+        for (key, value) in [("sliding_window_size", "4096"), ("post_attention_norm", "true")] {
+            let other = json.replacen('{', &format!("{{\"{key}\": {value}, "), 1);
+            std::fs::write(dir.path().join("lit_config.json"), other).unwrap();
+            let error = format!("{:#}", read_config(dir.path()).unwrap_err());
+            assert!(error.contains(&format!("`{key}`: {value} is not supported")), "{error}");
+        }
         let damaged = json.replace("LLaMAMLP", "GemmaMLP");
         std::fs::write(dir.path().join("lit_config.json"), damaged).unwrap();
         let error = format!("{:#}", read_config(dir.path()).unwrap_err());

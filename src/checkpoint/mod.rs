@@ -27,7 +27,7 @@ pub use convert::{Converted, Target, convert};
 pub use disk::{check_space, free_bytes, required_bytes};
 pub use folder::{
     check_final, copy_files, create_atomically, latest, list, prune, resolve, save_atomically,
-    sweep, temporary_folder,
+    set_aside_later, sweep, temporary_folder,
 };
 pub use hf::{
     MAX_SHARD_BYTES, save, save_chat_template, save_model, save_parameters, save_quantised,

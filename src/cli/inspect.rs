@@ -49,6 +49,9 @@ pub struct Args {
 /// Runs `inspect`.
 pub fn run(args: Args) -> Result<u8> {
     let checkpoint = checkpoint_at(&args.path);
+    if checkpoint.is_none() {
+        require_dataset(&args.path)?;
+    }
     let (what, strays) = match checkpoint {
         Some(_) => ("a checkpoint", [("--verify", args.verify), ("--samples", args.samples > 0)]),
         None => ("a dataset", [("--diff", args.diff.is_some()), ("--statistics", args.statistics)]),
@@ -61,7 +64,6 @@ pub fn run(args: Args) -> Result<u8> {
     if let Some(checkpoint) = checkpoint {
         return super::inspect_checkpoint::run(&args, &checkpoint);
     }
-    require_dataset(&args.path)?;
     let tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
     let report = inspect::inspect(Options {
         path: &args.path,

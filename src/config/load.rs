@@ -108,7 +108,8 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
         serde_json::to_value(&model).context("the checkpoint's configuration")?;
     if tree["tokenizer_dir"].is_null() {
         // Of a file: what lies beside it.
-        let beside = if folder.is_file() { folder.parent() } else { Some(folder.as_path()) };
+        let parent = folder.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
+        let beside = Some(if folder.is_file() { parent } else { folder.as_path() });
         let beside = beside.filter(|dir| dir.is_dir() && Tokenizer::is_in(dir));
         if beside.is_none() && folder.is_file() {
             problems.push(format!(

@@ -165,6 +165,12 @@ impl Job {
         self.watch.tick(step, stage);
     }
 
+    /// Notes that this rank waits, as for a disk, for what other ranks may not wait for, or less often: it is not stuck. Who
+    /// is to blame for a job that is shows by [`Job::tick`] alone.
+    pub fn wait_on(&self, step: u64, stage: &'static str) {
+        self.watch.wait_on(step, stage);
+    }
+
     /// Writes a line to this rank's stderr; if the rank fails, the message names the last one.
     pub fn say(&self, line: &str) {
         self.note(line);

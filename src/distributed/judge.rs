@@ -41,7 +41,8 @@ impl Seen {
         let before = self.beat.replace(beat);
         let (Some(before), Some(now)) = (before, &self.beat) else { return };
         self.quiet = if now.count == before.count { self.quiet + elapsed } else { Duration::ZERO };
-        self.still = if now.ticks == before.ticks { self.still + elapsed } else { Duration::ZERO };
+        let same = (now.ticks, now.waits) == (before.ticks, before.waits);
+        self.still = if same { self.still + elapsed } else { Duration::ZERO };
     }
 
     fn running(&self) -> Option<&Beat> {
@@ -186,6 +187,18 @@ mod tests {
         let failure = scene.pass(3, &[0], &[0]).unwrap();
         assert_eq!(failure.rank, 1);
         assert!(failure.causes[0].starts_with("rank 1 on a gave no sign of life for 15 s"));
+    }
+
+    #[test]
+    fn a_rank_that_waits_for_a_disk_is_not_stuck_and_its_signs_of_waiting_blame_nobody() {
+        let mut scene = Scene::new();
+        for _ in 0..100 {
+            scene.beats.iter_mut().skip(1).for_each(|beat| beat.waits += 5);
+            scene.beats[0].waits += 1;
+            assert_eq!(scene.pass(1, &ALL, &[]), None);
+        }
+        let failure = scene.pass(61, &ALL, &[0, 1]).unwrap();
+        assert_eq!(failure.rank, 2);
     }
 
     #[test]

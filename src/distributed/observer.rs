@@ -21,9 +21,10 @@ pub struct Beat {
     pub host: String,
     /// Rises with every beat.
     pub count: u64,
-    /// Rises with every sign of progress; 0: training has not begun. All ranks go through the same ones, but for those
-    /// of waiting for a checkpoint.
+    /// Rises with every sign of progress; 0: training has not begun. All ranks go through the same ones.
     pub ticks: u64,
+    /// Rises while the rank waits for something outside the job, such as a disk.
+    pub waits: u64,
     /// Optimizer step that the rank is in.
     pub step: u64,
     /// What it does in it.

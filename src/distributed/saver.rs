@@ -215,6 +215,9 @@ fn write_part(s: &Snapshot, group: &ProcessGroup, dir: &Path) -> Result<()> {
         0 => write_model(s, dir, &weights),
         _ => Ok(()),
     });
+    if let (Err(error), true) = (&written, group.rank() > 0) {
+        eprintln!("warning: cannot write this rank's part of `{}`: {error:#}", s.name); // into its log
+    }
     let all = all_well(group, written.is_ok())?;
     written.with_context(|| format!("cannot write this rank's part of `{}`", s.name))?;
     if !all {

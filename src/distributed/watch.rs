@@ -98,6 +98,13 @@ impl Watch {
         (beat.step, beat.stage) = (step, stage.into());
     }
 
+    /// Notes that this rank waits for something outside the job, in `stage` of `step`.
+    pub fn wait_on(&self, step: u64, stage: &'static str) {
+        let beat = &mut self.shared.lock().beat;
+        beat.waits += 1;
+        (beat.step, beat.stage) = (step, stage.into());
+    }
+
     /// Notes the last line that this rank wrote.
     pub fn note(&self, line: &str) {
         line.clone_into(&mut self.shared.lock().beat.line);

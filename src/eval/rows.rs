@@ -4,10 +4,13 @@ use crate::data::documents::objects;
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type};
-use arrow_array::{Array, RecordBatch};
+use arrow_array::types::{
+    Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type,
+    UInt32Type, UInt64Type,
+};
+use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
-use arrow_schema::DataType;
+use arrow_schema::{DataType, FieldRef};
 use serde_json::{Map, Value};
 use std::fs::File;
 use std::io::BufReader;
@@ -84,39 +87,52 @@ fn of_arrow(path: &Path) -> Result<Vec<Row>> {
         let schema = batch.schema();
         for i in 0..batch.num_rows() {
             let fields = schema.fields().iter().zip(batch.columns());
-            rows.push(
-                fields.map(|(field, column)| (field.name().clone(), value(column, i))).collect(),
-            );
+            let field = |(field, column): (&FieldRef, &ArrayRef)| {
+                Some((field.name().clone(), value(column, i)?))
+            };
+            rows.push(fields.filter_map(field).collect());
         }
     }
     Ok(rows)
 }
 
-/// Value `i` of a column; of a type that no set here has, null.
-fn value(column: &dyn Array, i: usize) -> Value {
+/// Value `i` of a column; `None` of a type that is not read: a task that names such a column is told that there is none,
+/// which a null would not.
+fn value(column: &dyn Array, i: usize) -> Option<Value> {
     if column.is_null(i) {
-        return Value::Null;
+        return Some(Value::Null);
     }
-    let list = |items: &dyn Array| (0..items.len()).map(|i| value(items, i)).collect();
-    match column.data_type() {
+    let list =
+        |items: &dyn Array| (0..items.len()).map(|i| value(items, i)).collect::<Option<Vec<_>>>();
+    Some(match column.data_type() {
         DataType::Boolean => column.as_boolean().value(i).into(),
         DataType::Int8 => column.as_primitive::<Int8Type>().value(i).into(),
         DataType::Int16 => column.as_primitive::<Int16Type>().value(i).into(),
         DataType::Int32 => column.as_primitive::<Int32Type>().value(i).into(),
         DataType::Int64 => column.as_primitive::<Int64Type>().value(i).into(),
+        DataType::UInt8 => column.as_primitive::<UInt8Type>().value(i).into(),
+        DataType::UInt16 => column.as_primitive::<UInt16Type>().value(i).into(),
+        DataType::UInt32 => column.as_primitive::<UInt32Type>().value(i).into(),
+        DataType::UInt64 => column.as_primitive::<UInt64Type>().value(i).into(),
         DataType::Float32 => column.as_primitive::<Float32Type>().value(i).into(),
         DataType::Float64 => column.as_primitive::<Float64Type>().value(i).into(),
         DataType::Utf8 => column.as_string::<i32>().value(i).into(),
         DataType::LargeUtf8 => column.as_string::<i64>().value(i).into(),
-        DataType::List(_) => list(&column.as_list::<i32>().value(i)),
-        DataType::LargeList(_) => list(&column.as_list::<i64>().value(i)),
+        DataType::Utf8View => column.as_string_view().value(i).into(),
+        DataType::Dictionary(..) => {
+            let dictionary = column.as_any_dictionary();
+            return value(dictionary.values(), dictionary.normalized_keys()[i]);
+        }
+        DataType::List(_) => Value::Array(list(&column.as_list::<i32>().value(i))?),
+        DataType::LargeList(_) => Value::Array(list(&column.as_list::<i64>().value(i))?),
+        DataType::FixedSizeList(..) => Value::Array(list(&column.as_fixed_size_list().value(i))?),
         DataType::Struct(fields) => {
             let columns = column.as_struct().columns();
-            let pair = |(field, column): (&arrow_schema::FieldRef, &arrow_array::ArrayRef)| {
-                (field.name().clone(), value(column, i))
+            let pair = |(field, column): (&FieldRef, &ArrayRef)| {
+                Some((field.name().clone(), value(column, i)?))
             };
-            Value::Object(fields.iter().zip(columns).map(pair).collect())
+            Value::Object(fields.iter().zip(columns).filter_map(pair).collect())
         }
-        _ => Value::Null,
-    }
+        _ => return None,
+    })
 }

@@ -232,10 +232,15 @@ impl<'a> Planner<'a> {
             let bytes = parts.iter().map(|(_, bytes)| bytes).sum();
             parts = vec![("adapters, their gradients and AdamW's state".into(), bytes)];
         }
-        // All in fp32, beside what is kept of it.
-        let sharded =
-            if share.weights > 1 { parts.iter().map(|(_, bytes)| bytes).sum() } else { 0 };
-        let mut reading = 4 * model.n_params() + sharded;
+        // In fp32, beside what a rank keeps of them but for the moments, which come last.
+        let master = match (self.precision, optimizer.master, optimizer.cpu_offload) {
+            (Precision::Bf16True, ..) | (_, MasterFormat::Bf16, _) | (.., true) => 0,
+            (_, MasterFormat::Fp32, _) => 4,
+            (_, MasterFormat::Split, _) => 2,
+        };
+        let buffers: u64 = per_parameter.iter().map(|(_, bytes)| bytes * n_kept).sum();
+        let shared = if share.state > 1 { buffers + master * n_updated } else { 0 };
+        let mut reading = 4 * model.n_params() + shared;
         match &self.adapters {
             Some(adapters) if adapters.nf4 => {
                 let blocks = model.n_params() - n_outside_matrices(model);
@@ -324,8 +329,8 @@ fn optimizer_parts(optimizer: &OptimizerConfig, n_params: u64) -> Vec<(String, u
     parts
 }
 
-/// Refuses a run whose plan does not fit into `memory` bytes, before anything is allocated. A run without a plan, or
-/// with rows of conversations, which may be shorter than `sequence`, passes.
+/// Refuses a run whose plan does not fit into `memory` bytes, before anything is allocated. A run without a plan passes;
+/// of rows of conversations, which may be shorter than `sequence`, what no token needs is looked at.
 ///
 /// # Errors
 /// The largest part, and the micro-batch that would fit.
@@ -336,10 +341,10 @@ pub fn check_fits(
     sequence: u64,
     memory: u64,
 ) -> Result<()> {
-    let planner = Planner::of(config, model, share)?.filter(|_| config.has_fixed_shapes());
-    let Some(planner) = planner else { return Ok(()) };
+    let Some(planner) = Planner::of(config, model, share)? else { return Ok(()) };
     let micro = config.train.micro_batch_size;
-    let plan = planner.plan(micro, sequence);
+    let tokens_known = config.has_fixed_shapes();
+    let plan = planner.plan(if tokens_known { micro } else { 0 }, sequence);
     if plan.total() <= memory {
         return Ok(());
     }
@@ -367,8 +372,12 @@ pub fn check_fits(
         }
         (n, _) => format!("set `train.micro_batch_size` to {n} or less (accumulation rises by itself)"),
     };
+    let what = match tokens_known {
+        true => format!("`train.micro_batch_size`: {micro} needs"),
+        false => "a row of any length needs more than".to_owned(),
+    };
     Err(anyhow!(
-        "`train.micro_batch_size`: {micro} needs {:.1} GiB, the card offers {:.1}; the largest part is {name}, \
+        "{what} {:.1} GiB, the card offers {:.1}; the largest part is {name}, \
          {:.1} GiB",
         gib(plan.total()),
         gib(memory),

@@ -67,12 +67,15 @@ pub struct ValRecord {
     pub val_loss: f64,
     /// Perplexity: `exp(val_loss)`.
     pub val_ppl: f64,
+    /// It went through the whole set.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub whole: bool,
 }
 
 impl ValRecord {
-    /// A validation with this loss; fills in the perplexity.
+    /// A validation of a part of the set with this loss; fills in the perplexity.
     pub fn new(step: u64, tokens: u64, val_loss: f64) -> ValRecord {
-        ValRecord { step, tokens, val_loss, val_ppl: val_loss.exp() }
+        ValRecord { step, tokens, val_loss, val_ppl: val_loss.exp(), whole: false }
     }
 }
 
@@ -293,7 +296,10 @@ fn metrics_path(out_dir: &Path) -> PathBuf {
     out_dir.join("metrics.jsonl")
 }
 
-/// Whether a validation after this step is in the run's `metrics.jsonl`.
+/// Whether a validation over the whole set after this step is in the run's `metrics.jsonl`.
+///
+/// # Errors
+/// The file is there and cannot be read.
 pub fn holds_validation(out_dir: &Path, step: u64) -> Result<bool> {
     let path = metrics_path(out_dir);
     let text = match fs::read_to_string(&path) {
@@ -302,7 +308,7 @@ pub fn holds_validation(out_dir: &Path, step: u64) -> Result<bool> {
     };
     let of_it = |line: &str| {
         let line: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-        line["step"] == step && line.get("val_loss").is_some()
+        line["step"] == step && line["whole"] == true
     };
     Ok(text.lines().rev().any(of_it))
 }

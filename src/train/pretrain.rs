@@ -178,7 +178,9 @@ fn finish(run: &mut Run, stop: &StopSignal) -> Result<u8> {
         run.note(&format!("data        at an end after step {}: {why}", run.progress.step));
     }
     conclude_save(run)?;
-    run.progress.elapsed = run.elapsed(); // past `max_time`, where that ended the run
+    // Not less than `max_time`, where that ended the run by another rank's clock.
+    let at_least = run.config.train.max_time.filter(|_| !run.finished()).unwrap_or(0.0);
+    run.progress.elapsed = run.elapsed().max(at_least);
     let path = saver::save(run, "final")?; // first: what follows may take long, and a job's time may be up
     run.note(&format!("saved {}", path.display()));
     if run.config.eval.final_validation
@@ -219,7 +221,9 @@ fn tell_finished(run: &mut Run, stop: &StopSignal) -> Result<u8> {
     let step = run.progress.step;
     if run.config.eval.final_validation
         && run.val.is_some()
-        && !metrics::holds_validation(&run.config.out_dir, step)?
+        && !ranks::as_rank_0(run.job, "validated", || {
+            metrics::holds_validation(&run.config.out_dir, step)
+        })?
         && let Some(signal) = validate_whole(run, stop)?
     {
         return leave_validation(run, signal);

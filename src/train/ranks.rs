@@ -137,7 +137,7 @@ pub fn new_saver(job: &Job, ranks: &Ranks, optimizer: &AdamW, config: &RunConfig
     let group = || job.new_group("checkpoint", &members, Device::Cpu, day);
     let periodic = config.train.save_interval.is_some() && !config.optimizer.cpu_offload;
     let staging = match job.device().is_cuda() && writes && periodic {
-        true => Staging::start(&optimizer.saved_sizes(), job.device(), sharers)?,
+        true => Staging::start(&optimizer.saved_sizes(), job.device(), sharers.min(members.len()))?,
         false => Staging::default(),
     };
     Saver::new(writes.then(group).transpose()?, staging)
@@ -215,12 +215,15 @@ pub fn leads_a_save_that_is_done(run: &Run) -> bool {
 ///
 /// # Sync
 /// The CPU waits for the disk and the other ranks.
+///
+/// # Errors
+/// Why it was not written.
 pub fn finish_save(run: &mut Run) -> Result<Option<PathBuf>> {
     let (job, step) = (run.job, run.progress.step + 1);
     let Some(writer) = &mut run.saver else { return Ok(None) };
     let tick = || {
         if let Some(job) = job {
-            job.tick(step, "saving");
+            job.wait_on(step, "saving");
         }
     };
     let begun = writer.begun();
@@ -259,8 +262,28 @@ pub fn stop_for(run: &Run, stop: &signals::StopSignal) -> Option<i32> {
     job.agree_to_stop(local, run.progress.step)
 }
 
+/// What rank 0 says to a question that each rank could answer otherwise, of a folder that they see at different times.
+///
+/// # Sync
+/// The CPU waits for rank 0.
+///
+/// # Errors
+/// Rank 0's own.
+pub fn as_rank_0(job: Option<&Job>, key: &str, ask: impl FnOnce() -> Result<bool>) -> Result<bool> {
+    let Some(job) = job else { return ask() };
+    if job.rank() > 0 {
+        return Ok(job.store().get(key)? == b"1");
+    }
+    let yes = ask()?;
+    job.store().set(key, if yes { b"1" } else { b"0" })?;
+    Ok(yes)
+}
+
 /// For which signal all ranks stop here, if they do. `place`: where a rank is after the steps, counted on from them; all
 /// stop at the same one. Where time was up none is heard: ranks agree on one stop.
+///
+/// # Sync
+/// As [`Job::agree_to_stop`].
 pub fn signal_for(job: Option<&Job>, stop: &signals::StopSignal, place: u64) -> Option<i32> {
     let Some(job) = job else { return stop.requested() };
     job.agree_to_stop(stop.requested(), place).filter(|signal| *signal != TIME_IS_UP)

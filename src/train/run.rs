@@ -503,11 +503,17 @@ impl<'j> Run<'j> {
     }
 
     /// Validates and logs the result, where there is a validation set.
+    ///
+    /// # Sync
+    /// As [`validate::validate`].
     pub fn validate(&mut self, max_iters: Option<u64>) -> Result<()> {
         self.validate_while(max_iters, &|_| true).map(drop)
     }
 
     /// The last validation, over the whole set: given up, and not logged, for a signal, which is returned.
+    ///
+    /// # Sync
+    /// As [`validate::validate`].
     pub fn validate_whole(&mut self, stop: &StopSignal) -> Result<Option<i32>> {
         let (job, step) = (self.job, self.progress.step);
         let signal = Cell::new(None);
@@ -535,7 +541,8 @@ impl<'j> Run<'j> {
             validate::validate(model, objective, set, max_iters, ranks, &each)
         })?;
         if let (Some(loss), Some(log)) = (loss, &mut self.log) {
-            log.validation(&ValRecord::new(self.progress.step, self.progress.tokens, loss))?;
+            let record = ValRecord::new(self.progress.step, self.progress.tokens, loss);
+            log.validation(&ValRecord { whole: max_iters.is_none(), ..record })?;
         }
         Ok(())
     }
@@ -558,7 +565,6 @@ fn reference(
     Ok(Dpo::new(dpo.beta, Some(copy)))
 }
 
-/// The run's folder, and what is logged there.
 /// Whether the run's folder can be there, before it is.
 fn check_out_dir(out_dir: &Path) -> Result<()> {
     let here = Path::new(".");
@@ -577,9 +583,15 @@ fn check_out_dir(out_dir: &Path) -> Result<()> {
     .hint("name a folder that can be written")
 }
 
+/// The run's folder, and what is logged there.
 fn open_log(config: &RunConfig, plan: &BatchPlan, resumed: Option<u64>) -> Result<RunLog> {
     std::fs::create_dir_all(&config.out_dir)
         .with_context(|| format!("cannot create `{}`", config.out_dir.display()))?;
+    for path in
+        resumed.map_or(Ok(Vec::new()), |step| checkpoint::set_aside_later(&config.out_dir, step))?
+    {
+        eprintln!("aside       a later checkpoint is now {}", path.display());
+    }
     config::save_resolved(config, &config.out_dir.join("config.yaml"))?;
     let totals = Totals { steps: plan.total_steps, tokens: plan.total_tokens() };
     RunLog::open(&config.out_dir, resumed, totals, false)

@@ -321,10 +321,35 @@ fn adapters_of_another_model_are_refused_with_names_and_shapes() {
     set_base(dir.path(), &other.to_string_lossy());
     let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
     assert!(error.contains("are not of the model in"), "{error}");
-    assert!(error.contains("shape [4, 32] does not fit a matrix of 48 x 48"), "{error}");
+    assert!(error.contains("shape [4, 32] does not fit rank 4 of a matrix of 48 x 48"), "{error}");
     set_base(dir.path(), "nowhere");
     let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
     assert!(error.contains("are of `nowhere`, which is no folder here"), "{error}");
+}
+
+#[test]
+fn adapters_of_another_rank_than_they_say_or_without_their_other_half_are_refused() {
+    let dir = copied_adapters();
+    set_base(dir.path(), &Path::new(LORA).join("base").canonicalize().unwrap().to_string_lossy());
+    let config = dir.path().join("adapter_config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    json["r"] = 8.into();
+    std::fs::write(&config, json.to_string()).unwrap();
+    let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
+    assert!(error.contains("does not fit rank 8 of a matrix"), "{error}");
+    std::fs::write(&config, text).unwrap();
+    checkpoint::load_config(dir.path()).unwrap();
+
+    let weights = dir.path().join("adapter_model.safetensors");
+    let all = Tensor::read_safetensors(&weights).unwrap();
+    let gone = all.iter().find(|(name, _)| name.ends_with("lora_B.weight")).unwrap().0.clone();
+    let rest: Vec<_> = all.iter().filter(|(name, _)| *name != gone).collect();
+    let rest: Vec<(&str, &Tensor)> = rest.iter().map(|(name, t)| (&name[..], t)).collect();
+    std::fs::remove_file(&weights).unwrap();
+    Tensor::write_safetensors(&rest, &weights).unwrap();
+    let error = format!("{:#}", checkpoint::load_config(dir.path()).unwrap_err());
+    assert!(error.contains(&format!("without `{gone}`")), "{error}");
 }
 
 fn copied_adapters() -> tempfile::TempDir {

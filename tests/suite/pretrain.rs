@@ -183,6 +183,35 @@ fn a_finished_run_keeps_its_newest_checkpoints_and_validates_over_the_whole_set(
 }
 
 #[test]
+fn checkpoints_later_than_the_one_gone_on_from_step_aside() {
+    let s = Setup::new();
+    let with = |save: &str, keep: &str, steps: &str| {
+        let sets = [("save_interval", save), ("keep_last", keep), ("max_steps", steps)];
+        sets.map(|(key, value)| format!("train.{key}={value}"))
+    };
+    let run = |sets: &[String], resume: &str| {
+        let mut more = vec!["--resume", resume, "--set", "eval.interval=null"];
+        more.extend(sets.iter().flat_map(|set| ["--set", set]));
+        let output = s.run("run", &more);
+        assert!(output.status.success(), "{}", text(&output));
+        text(&output)
+    };
+    run(&with("2", "3", "8"), "auto");
+    let from = s.path("run/step-00000002").display().to_string();
+    let told = run(&with("2", "1", "6"), &from);
+    assert_eq!(told.matches("aside       a later checkpoint is now").count(), 3, "{told}");
+    let there = |name: &str| s.path("run").join(name).join("config.json").is_file();
+    for name in
+        ["aside-step-00000004", "aside-step-00000006", "aside-final", "step-00000004", "final"]
+    {
+        assert!(there(name), "{name}");
+    }
+    assert!(!there("step-00000006") && !there("step-00000002"));
+    let told = run(&with("2", "1", "6"), "auto");
+    assert!(told.contains("finished    step 6 was the last"), "{told}");
+}
+
+#[test]
 fn a_final_that_cannot_be_gone_on_from_is_not_replaced() {
     let s = Setup::new();
     let more = ["--set", "train.max_steps=6", "--set", "train.save_interval=3"];

@@ -61,19 +61,33 @@ fn of_parquet(source: &Source) -> Result<Vec<Object>> {
 }
 
 fn of_row(row: &Row) -> Map<String, Value> {
-    row.get_column_iter().map(|(name, field)| (name.clone(), of_field(field))).collect()
+    row.get_column_iter()
+        .filter_map(|(name, field)| Some((name.clone(), of_field(field)?)))
+        .collect()
 }
 
-/// Numbers other than integers, dates and bytes are of no use here: null.
-fn of_field(field: &Field) -> Value {
-    match field {
+/// `None`: dates, decimals, maps and bytes that are no text, which are not read: the row has no such column then.
+fn of_field(field: &Field) -> Option<Value> {
+    Some(match field {
+        Field::Null => Value::Null,
         Field::Str(text) => Value::String(text.clone()),
         Field::Bool(on) => Value::Bool(*on),
         Field::Int(n) => (*n).into(),
         Field::Long(n) => (*n).into(),
+        Field::Byte(n) => (*n).into(),
+        Field::Short(n) => (*n).into(),
+        Field::UByte(n) => (*n).into(),
+        Field::UShort(n) => (*n).into(),
+        Field::UInt(n) => (*n).into(),
+        Field::ULong(n) => (*n).into(),
+        Field::Float(x) => (*x).into(),
         Field::Double(x) => (*x).into(),
+        // Text of writers that do not mark it as such.
+        Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).ok()?.into(),
         Field::Group(row) => Value::Object(of_row(row)),
-        Field::ListInternal(list) => list.elements().iter().map(of_field).collect(),
-        _ => Value::Null,
-    }
+        Field::ListInternal(list) => {
+            Value::Array(list.elements().iter().map(of_field).collect::<Option<_>>()?)
+        }
+        _ => return None,
+    })
 }
