@@ -37,12 +37,13 @@ pub fn resolve(choice: &str) -> Result<Device> {
     Ok(Device::Cuda(index))
 }
 
+const KNOWN: &str = "one of `auto`, `cpu`, `cuda`, `cuda:N` with N from 0";
+
 /// Whether a `device` setting is one, without a look at the machine.
 ///
 /// # Errors
 /// What it may be.
 pub fn check(choice: &str) -> Result<()> {
-    const KNOWN: &str = "one of `auto`, `cpu`, `cuda`, `cuda:N` with N from 0";
     parse(choice).map(drop).map_err(|_| anyhow!("`{choice}` is not known; {KNOWN}"))
 }
 
@@ -59,10 +60,7 @@ fn parse(choice: &str) -> Result<Choice> {
         "cuda" => Some(0),
         _ => choice.strip_prefix("cuda:").and_then(|n| n.parse().ok()),
     };
-    index
-        .map(Choice::Cuda)
-        .with_context(|| format!("device `{choice}` is not known"))
-        .usage("one of `auto`, `cpu`, `cuda`, `cuda:N` with N from 0")
+    index.map(Choice::Cuda).with_context(|| format!("device `{choice}` is not known")).usage(KNOWN)
 }
 
 /// Refuses a card that the kernels were not compiled for.

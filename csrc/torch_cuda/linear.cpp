@@ -60,15 +60,13 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const at::Tensor dy = matrix(block(grads[0]));
     at::Tensor dx, dw;
     if (fp8.on()) {
-      const Casted d = cast(dy, fp8.gradient(), true, x.defined(), true);
+      const Casted d = cast(dy, fp8.gradient(), true, true, true);
       dx = input_gradient(d.rows, fp8);
-      if (x.defined()) {
-        const Casted x8 = cast(matrix(x), fp8.input(), false, true, false);
-        dw = weight_gradient_fp8(weight, d.transposed, fp8.gradient(), x8.transposed, fp8.input());
-      }
+      const Casted x8 = cast(matrix(x), fp8.input(), false, true, false);  // trained: adapters are refused in fp8
+      dw = weight_gradient_fp8(weight, d.transposed, fp8.gradient(), x8.transposed, fp8.input());
     } else {
       if (ctx->needs_input_grad(0)) dx = product(dy, weight);
-      if (x.defined() && ctx->needs_input_grad(1)) dw = weight_gradient(weight, dy, matrix(x));
+      if (ctx->needs_input_grad(1)) dw = weight_gradient(weight, dy, matrix(x));
     }
     auto shape = grads[0].sizes().vec();
     shape.back() = weight.size(1);

@@ -217,13 +217,16 @@ pub fn check_final(out_dir: &Path) -> Result<()> {
 }
 
 /// Renames the checkpoints of a run that are later than `step`, from which it now goes on another way: they would count
-/// as the newest, and outlive those to come. Their new names.
+/// as the newest, and outlive those to come; a `final` of an unknown step too, which the run would replace. Their new
+/// names.
 ///
 /// # Errors
 /// A folder that cannot be renamed.
 pub fn set_aside_later(out_dir: &Path, step: u64) -> Result<Vec<PathBuf>> {
+    let later = list(out_dir)?.into_iter().filter(|(at, _)| *at > step).map(|(_, path)| path);
+    let unknown = check_final(out_dir).is_err().then(|| out_dir.join(FINAL));
     let mut aside = Vec::new();
-    for (_, path) in list(out_dir)?.into_iter().filter(|(later, _)| *later > step) {
+    for path in later.chain(unknown) {
         let name = format!("{ASIDE}{}", name_of(&path).trim_start_matches(OLD));
         let free = |n: u32| out_dir.join(if n == 0 { name.clone() } else { format!("{name}-{n}") });
         let Some(to) = (0..1000).map(free).find(|to| !to.exists()) else {

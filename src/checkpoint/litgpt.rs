@@ -57,16 +57,12 @@ fn from_litgpt(config: &Value) -> Result<ModelConfig> {
         config.get(key).or(config.get(old)).and_then(Value::as_str)
     };
     let need = |key: &str| int(key).with_context(|| format!("`{key}`: expected an integer"));
-    for key in
-        ["shared_attention_norm", "lm_head_bias", "scale_embeddings", "norm_qk", "post_mlp_norm"]
-    {
-        if flag(key) == Some(true) {
-            bail!(
-                "`{key}`: true is not supported, expected a model of the Llama or the GPT-NeoX family"
-            );
-        }
-    }
     for key in [
+        "shared_attention_norm",
+        "lm_head_bias",
+        "scale_embeddings",
+        "norm_qk",
+        "post_mlp_norm",
         "post_attention_norm",
         "sliding_window_size",
         "sliding_window_indices",
@@ -77,10 +73,11 @@ fn from_litgpt(config: &Value) -> Result<ModelConfig> {
         "rope_indices",
         "n_expert",
     ] {
-        let value =
-            config.get(key).filter(|v| !v.is_null() && **v != Value::Bool(false) && **v != 0);
-        if let Some(value) = value {
-            bail!("`{key}`: {value} is not supported, expected a model without it");
+        let without = |v: &Value| v.is_null() || *v == Value::Bool(false) || *v == 0;
+        if let Some(value) = config.get(key).filter(|value| !without(value)) {
+            bail!(
+                "`{key}`: {value} is not supported, expected a model of the Llama or the GPT-NeoX family"
+            );
         }
     }
     if let Some(kind) = text("gelu_approximate").filter(|kind| *kind != "none") {

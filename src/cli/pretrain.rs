@@ -70,9 +70,8 @@ impl Args {
 /// One rank of many.
 fn work(world: World, config: &RunConfig) -> Result<u8> {
     let (rank, size) = (world.rank, world.size as u64);
-    let launchers =
-        world.starter == Starter::Slurm && size == config.num_nodes && config.devices > 1;
-    if launchers && config.num_nodes > 1 {
+    let one_a_node = size == config.num_nodes && size > 1;
+    if world.starter == Starter::Slurm && one_a_node && config.devices > 1 {
         return Err(anyhow!(
             "Slurm started one task on each of {size} nodes, of `devices`: {} each", config.devices
         ))

@@ -155,7 +155,9 @@ pub fn problems(config: &RunConfig) -> Vec<String> {
     check_optimizer_formats(config, &mut problems);
     check_offload(config, &mut problems);
     data::check(config, &mut problems);
-    if let Err(error) = eval::task::find(&config.eval.tasks) {
+    if !config.eval.tasks.is_empty()
+        && let Err(error) = eval::task::find(&config.eval.tasks)
+    {
         problems.push(format!("`eval.tasks`: {error:#}"));
     }
     if let Some(gib) = config.memory_limit.filter(|gib| !(*gib > 0.0 && gib.is_finite())) {

@@ -10,6 +10,7 @@ pub mod memory;
 pub mod metrics;
 pub mod objective;
 pub mod optimizer;
+mod out_dir;
 pub mod pick_attention;
 pub mod plot;
 pub mod pretrain;

@@ -184,7 +184,7 @@ fn finish(run: &mut Run, stop: &StopSignal) -> Result<u8> {
     let path = saver::save(run, "final")?; // first: what follows may take long, and a job's time may be up
     run.note(&format!("saved {}", path.display()));
     if run.config.eval.final_validation
-        && let Some(signal) = validate_whole(run, stop)?
+        && let Some(signal) = last_validation(run, stop)?
     {
         return leave_validation(run, signal);
     }
@@ -197,7 +197,7 @@ fn finish(run: &mut Run, stop: &StopSignal) -> Result<u8> {
 }
 
 /// Validation over the whole set, and the tasks; the signal that ended it before, if one did.
-fn validate_whole(run: &mut Run, stop: &StopSignal) -> Result<Option<i32>> {
+fn last_validation(run: &mut Run, stop: &StopSignal) -> Result<Option<i32>> {
     let batches = run.val.as_ref().map_or(0, ValidationSet::n_batches);
     if run.config.eval.max_iters.is_some_and(|n| n < batches) {
         run.note(&format!("validation  over the whole set: {} batches", with_commas(batches)));
@@ -224,7 +224,7 @@ fn tell_finished(run: &mut Run, stop: &StopSignal) -> Result<u8> {
         && !ranks::as_rank_0(run.job, "validated", || {
             metrics::holds_validation(&run.config.out_dir, step)
         })?
-        && let Some(signal) = validate_whole(run, stop)?
+        && let Some(signal) = last_validation(run, stop)?
     {
         return leave_validation(run, signal);
     }

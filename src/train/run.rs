@@ -3,7 +3,7 @@
 use super::backends::set_backends;
 use super::flops::{self, FlopsPerToken};
 use super::memory::{self, Share};
-use super::metrics::{RunLog, StepRecord, Totals, ValRecord, unix_time};
+use super::metrics::{RunLog, StepRecord, ValRecord, unix_time};
 use super::objective::{Dpo, Objective};
 use super::optimizer::{AdamW, offload, weight_kind};
 use super::pick_attention::pick_attention;
@@ -11,25 +11,22 @@ use super::ranks;
 use super::schedule::lr_at;
 use super::signals::StopSignal;
 use super::step::{MicroStep, train_step};
-use super::{data, evaluate, saver, validate};
+use super::{data, evaluate, out_dir, saver, validate};
 use crate::checkpoint::adapter;
 use crate::config::{
-    ActivationCheckpointing, BatchPlan, CudaGraph, DpoConfig, Precision, Reference, Resume,
-    RunConfig,
+    ActivationCheckpointing, BatchPlan, CudaGraph, DpoConfig, Precision, Reference, RunConfig,
 };
 use crate::data::{DataLoader, ValidationSet, prepare};
 use crate::distributed::saver::Saver;
 use crate::distributed::{Job, Ranks};
-use crate::error::WithHint;
 use crate::eval::question::Task;
 use crate::ffi::ReadBack;
 use crate::model::{Fp8, GPT};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
-use crate::{bail_hint, checkpoint, config, device, ffi, guard, model};
-use anyhow::{Context, Result, anyhow};
-use rustix::fs::Access;
+use crate::{checkpoint, device, ffi, guard, model};
+use anyhow::Result;
 use std::cell::Cell;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -178,8 +175,8 @@ impl<'j> Run<'j> {
 
         // 1. Which checkpoint, before anything is prepared; tokenizer and data.
         let resume_from = match job {
-            Some(job) => ranks::find_resume(job, || find_resume(config))?,
-            None => find_resume(config)?,
+            Some(job) => ranks::find_resume(job, || out_dir::find_resume(config))?,
+            None => out_dir::find_resume(config)?,
         };
         let tokenizer = config.tokenizer_dir.as_deref().map(Tokenizer::load).transpose()?;
         if let Some(tokenizer) = &tokenizer {
@@ -190,7 +187,7 @@ impl<'j> Run<'j> {
         if let (Some(dir), None) = (&config.initial_checkpoint_dir, &resume_from) {
             checkpoint::resolve(dir)?;
         }
-        check_out_dir(&config.out_dir)?;
+        out_dir::check(&config.out_dir)?;
         let prepare_listed = || prepare::prepare_missing(&config.data.prepare, tokenizer.as_ref());
         let prepare_raw = || prepare::with_raw_prepared(&config.data, tokenizer.as_ref());
         match job {
@@ -296,7 +293,11 @@ impl<'j> Run<'j> {
         // 5. The run's folder and its log.
         let log = match job {
             Some(job) if job.rank() > 0 => None,
-            _ => Some(open_log(config, &plan, resume_from.is_some().then_some(progress.step))?),
+            _ => Some(out_dir::open_log(
+                config,
+                &plan,
+                resume_from.is_some().then_some(progress.step),
+            )?),
         };
 
         let alone = job.is_none(); // hooks that bring weights are no part of a graph
@@ -563,64 +564,6 @@ fn reference(
         checkpoint::load_initial_weights(&copy, &checkpoint::resolve(dir)?)?;
     }
     Ok(Dpo::new(dpo.beta, Some(copy)))
-}
-
-/// Whether the run's folder can be there, before it is.
-fn check_out_dir(out_dir: &Path) -> Result<()> {
-    let here = Path::new(".");
-    let there = out_dir.ancestors().find(|dir| dir.exists()).filter(|dir| *dir != Path::new(""));
-    let there = there.unwrap_or(here);
-    let why = match rustix::fs::access(there, Access::WRITE_OK | Access::EXEC_OK) {
-        _ if !there.is_dir() => "is no folder".to_owned(),
-        Err(e) => format!("cannot be written to: {}", std::io::Error::from(e)),
-        Ok(()) => return Ok(()),
-    };
-    Err(anyhow!(
-        "`out_dir`: `{}` cannot be created, `{}` {why}",
-        out_dir.display(),
-        there.display()
-    ))
-    .hint("name a folder that can be written")
-}
-
-/// The run's folder, and what is logged there.
-fn open_log(config: &RunConfig, plan: &BatchPlan, resumed: Option<u64>) -> Result<RunLog> {
-    std::fs::create_dir_all(&config.out_dir)
-        .with_context(|| format!("cannot create `{}`", config.out_dir.display()))?;
-    for path in
-        resumed.map_or(Ok(Vec::new()), |step| checkpoint::set_aside_later(&config.out_dir, step))?
-    {
-        eprintln!("aside       a later checkpoint is now {}", path.display());
-    }
-    config::save_resolved(config, &config.out_dir.join("config.yaml"))?;
-    let totals = Totals { steps: plan.total_steps, tokens: plan.total_tokens() };
-    RunLog::open(&config.out_dir, resumed, totals, false)
-}
-
-/// The checkpoint to resume from, by `resume:`; refuses to mix a new run into an old one's folder.
-fn find_resume(config: &RunConfig) -> Result<Option<PathBuf>> {
-    let newest = checkpoint::latest(&config.out_dir)?;
-    match &config.resume {
-        Resume::Switch(false) => match newest {
-            Some(found) => bail_hint!(
-                "continue it with `--resume auto`, or choose another `out_dir`";
-                "`out_dir` holds a run already: found `{}`", found.display()
-            ),
-            None => checkpoint::check_final(&config.out_dir).map(|()| None),
-        },
-        Resume::Switch(true) => checkpoint::check_final(&config.out_dir).map(|()| newest),
-        Resume::Text(text) if text == "auto" => {
-            checkpoint::check_final(&config.out_dir).map(|()| newest)
-        }
-        Resume::Text(path) => {
-            let dir = checkpoint::resolve(path.as_ref())?;
-            if dir.join("train_state").is_dir() {
-                return Ok(Some(dir));
-            }
-            Err(anyhow!("`{}` has no `train_state/` to resume from", dir.display()))
-                .hint("start from its weights alone with `initial_checkpoint_dir`")
-        }
-    }
 }
 
 /// Dense bf16 peak of the device in FLOP/s, where known.

@@ -241,6 +241,11 @@ fn a_final_that_cannot_be_gone_on_from_is_not_replaced() {
             assert!(fs::read(&weights).unwrap() == before);
         }
     }
+    // Gone on from an older one by name, the run leaves it too.
+    let from = s.path("run/step-00000003").display().to_string();
+    let gone_on = s.run("run", &["--resume", &from, "--set", "train.max_steps=4"]);
+    assert!(gone_on.status.success(), "{}", text(&gone_on));
+    assert!(fs::read(s.path("run/aside-final/model.safetensors")).unwrap() == before);
 }
 
 #[test]
