@@ -13,6 +13,7 @@ mod hf;
 pub mod hf_config;
 mod inspect;
 mod litgpt;
+mod load;
 mod moments;
 pub mod names;
 mod outline;
@@ -34,12 +35,10 @@ pub use hf::{
     save_weights, write_json,
 };
 pub use inspect::{Change, CheckpointReport, Statistics, TensorReport, inspect};
+pub use load::{WeightReader, load_config, load_initial_weights, load_model, load_weights};
 pub use moments::Moments;
 pub use outline::outline;
-pub use source::{
-    BlockValues, Blocks, Parameters, Source, StoredTensor, load_config, load_initial_weights,
-    load_model, load_weights,
-};
+pub use source::{BlockValues, Blocks, Parameters, Source, StoredTensor};
 pub use train_state::{
     Tensors, TrainState, load_counters, load_train_state, save_counters, save_shard,
     save_train_state,

@@ -61,9 +61,12 @@ mod tests {
             small.push(ModelConfig { bias: both || config.bias, attn_bias: true, ..config });
         }
         for config in small {
-            let named = GPT::empty(&config, Device::Cpu).named_parameters();
-            let want: Vec<_> = named.into_iter().map(|(name, p)| (name, p.size())).collect();
-            assert_eq!(outline(&config), want, "{}", config.name);
+            let of = |model: GPT| -> Vec<_> {
+                model.named_parameters().into_iter().map(|(name, p)| (name, p.size())).collect()
+            };
+            let outlined = outline(&config);
+            assert_eq!(outlined, of(GPT::empty(&config, Device::Cpu)), "{}", config.name);
+            assert_eq!(outlined, of(GPT::outline(&config, Device::Cpu)), "{}", config.name);
         }
     }
 }

@@ -9,54 +9,17 @@ use super::tensors::Entry;
 use super::weights::{Packed, Weights};
 use crate::bail_hint;
 use crate::ffi;
-use crate::model::{GPT, ModelConfig, RopeScaling, RopeType};
+use crate::model::{GPT, ModelConfig};
 use crate::quant::Groups;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use serde::Serialize;
-use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 /// Values of a tensor that are copied at a time: 16 MiB in fp32.
 const CHUNK: i64 = 1 << 22;
-
-/// The architecture of the checkpoint in `dir`.
-pub fn load_config(dir: &Path) -> Result<ModelConfig> {
-    Ok(Source::open(dir)?.config)
-}
-
-/// Builds the model of a checkpoint folder in the given dtype.
-pub fn load_model(dir: &Path, kind: Kind, device: Device) -> Result<GPT> {
-    Source::open(dir)?.load_model(kind, device)
-}
-
-/// Copies the weights in `dir` into a model in place, converting to its dtype. Everything is
-/// checked before anything is copied.
-///
-/// # Errors
-/// Another architecture (its differing fields are named); missing, unknown or mis-shaped tensors,
-/// all at once; a damaged file; a missing shard.
-pub fn load_weights(model: &GPT, dir: &Path) -> Result<()> {
-    let source = Source::open(dir)?;
-    refuse_architecture(differences(&model.config, &source.config), dir)?;
-    source.copy_into(model)
-}
-
-/// [`load_weights`] for continued pretraining: context length and RoPE may differ from the
-/// checkpoint's, since no tensor depends on them. What differs is said on stderr.
-pub fn load_initial_weights(model: &GPT, dir: &Path) -> Result<()> {
-    let of_positions = |d: &Difference| POSITIONS.contains(&d.key.as_str());
-    let source = Source::open(dir)?;
-    let (positions, other) =
-        differences(&model.config, &source.config).into_iter().partition::<Vec<_>, _>(of_positions);
-    refuse_architecture(other, dir)?;
-    for Difference { key, ours, theirs } in positions {
-        eprintln!("positions   `{key}`: expected {theirs}, got {ours}");
-    }
-    source.copy_into(model)
-}
 
 /// An opened checkpoint. Its files are mapped; no tensor is read before it is asked for.
 pub struct Source {
@@ -171,7 +134,7 @@ impl Source {
 
     /// What parameter lies where: name and shape in memory, parts on disk. Tied weights may have been saved under the
     /// head's name alone.
-    fn plan(&self) -> Vec<(String, Vec<i64>, Vec<Part>)> {
+    pub(super) fn plan(&self) -> Vec<(String, Vec<i64>, Vec<Part>)> {
         let head = self.head();
         let parts = |name: &str| {
             let mut parts = self.naming.parts(name, &self.config);
@@ -287,17 +250,20 @@ impl Source {
     /// As [`Source::check`].
     pub fn copy_into(&self, model: &GPT) -> Result<()> {
         self.check()?;
-        let _guard = tch::no_grad_guard();
         for ((name, ours), (planned, _, parts)) in model.named_parameters().iter().zip(self.plan())
         {
             assert_eq!(*name, planned, "outline and model differ");
             ffi::want_huge_pages(ours);
-            fill(ours, &self.weights, &parts, &self.config)?;
-            for adapter in &self.adapters {
-                adapter.add_to(name, ours, &self.config)?;
-            }
+            self.read(name, &parts, ours)?;
         }
         Ok(())
+    }
+
+    /// Copies the parameter that lies in `parts` into `ours`, with what adapters add to it.
+    pub(super) fn read(&self, name: &str, parts: &[Part], ours: &Tensor) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        fill(ours, &self.weights, parts, &self.config)?;
+        self.adapters.iter().try_for_each(|adapter| adapter.add_to(name, ours, &self.config))
     }
 
     /// Every parameter by its lit-gpt name, in `kind`, or in the dtype that it is stored in.
@@ -316,10 +282,7 @@ impl Source {
         let get = move |i: usize| {
             let Entry { name, kind, shape } = &all[i];
             let ours = Tensor::empty(shape, (*kind, Device::Cpu));
-            fill(&ours, &self.weights, &places[i], &self.config)?;
-            for adapter in &self.adapters {
-                tch::no_grad(|| adapter.add_to(name, &ours, &self.config))?;
-            }
+            self.read(name, &places[i], &ours)?;
             Ok(ours)
         };
         Ok(Parameters { entries, get: Box::new(get) })
@@ -458,56 +421,6 @@ impl<'a> Parameters<'a> {
     pub fn get(&self, i: usize) -> Result<Tensor> {
         (self.get)(i)
     }
-}
-
-/// Fields that no tensor depends on.
-const POSITIONS: [&str; 3] = ["block_size", "rope_base", "rope_scaling"];
-
-/// A field in which two configurations differ.
-struct Difference {
-    key: String,
-    ours: Value,
-    theirs: Value,
-}
-
-/// The name and the split of the vocabulary into real and padding ids are no part of it.
-fn differences(ours: &ModelConfig, theirs: &ModelConfig) -> Vec<Difference> {
-    let fields = |config: &ModelConfig| {
-        let mut config = config.clone();
-        (config.name, config.vocab_size) = (String::new(), 0);
-        // As `config.json` says it: some keys spelled out, those that a type does not use dropped.
-        if let Some(s) = &mut config.rope_scaling {
-            match s.rope_type {
-                RopeType::Linear | RopeType::Dynamic => {
-                    *s = RopeScaling::new(s.rope_type, s.factor)
-                }
-                RopeType::Yarn | RopeType::Llama3 => {
-                    s.original_max_position_embeddings.get_or_insert(config.block_size);
-                }
-            }
-        }
-        json!(config).as_object().cloned().unwrap_or_default()
-    };
-    let (ours, mut theirs) = (fields(ours), fields(theirs));
-    let pairs = ours.into_iter().map(|(key, ours)| {
-        let theirs = theirs.remove(&key).unwrap_or_default();
-        Difference { key, ours, theirs }
-    });
-    pairs.filter(|d| d.ours != d.theirs).collect()
-}
-
-/// One clear message where the folder holds another model than the run's configuration says.
-fn refuse_architecture(differing: Vec<Difference>, dir: &Path) -> Result<()> {
-    if differing.is_empty() {
-        return Ok(());
-    }
-    let line = |d: Difference| format!("`{}`: expected {}, got {}", d.key, d.ours, d.theirs);
-    let lines: Vec<String> = differing.into_iter().map(line).collect();
-    bail_hint!(
-        "choose the preset or `model_config` of the checkpoint, or another checkpoint";
-        "`{}` holds another architecture than the configuration:\n  {}",
-        dir.display(), lines.join("\n  ")
-    )
 }
 
 /// The name most like another one, if one is much like it.

@@ -25,7 +25,7 @@ mod world;
 pub use fsdp::{Fsdp, Groups, Held};
 pub use job::Job;
 pub use launch::launch;
-pub use parallelize::{Plan, Ranks, parallelize};
+pub use parallelize::{Fill, Plan, Ranks, parallelize};
 pub use rendezvous::meet;
 pub use store::Store;
 pub use world::{Address, Starter, World};

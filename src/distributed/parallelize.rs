@@ -37,15 +37,22 @@ pub struct Plan<'a> {
     pub sharers: usize,
 }
 
+/// Writes the fp32 values of a parameter, told by its name, into a tensor of its shape.
+pub type Fill<'a> = &'a dyn Fn(&str, &Tensor) -> Result<()>;
+
 /// Makes an fp32 model one of many, and gives it its optimizer:
 ///
-/// 0. all ranks take rank 0's weights: unlike cards draw unlike random numbers;
 /// 1. the parameters of each unit get places in one flat buffer, cut into equal shards ([`Layout`]);
-/// 2. this rank's part of the fp32 weights is kept: the optimizer's masters;
-/// 3. parameters and their gradients become views of buffers in the dtypes of `precision`, two that the units share in
-///    turn (`full_shard`, `hybrid_shard`) or one for each;
+/// 2. there are buffers in the dtypes of `precision`: two that the units share in turn (`full_shard`, `hybrid_shard`) or
+///    one for each, of weights and of gradients; and memory of the host for the optimizer, where it is to be there;
+/// 3. unit by unit all ranks take rank 0's weights, for unlike cards draw unlike random numbers. This rank's part of them
+///    is kept, in fp32 as masters; parameters and their gradients become views of the buffers, and what the unit was in
+///    before is given back;
 /// 4. AdamW gets this rank's parts of weights and gradients;
 /// 5. hooks on the passes bring weights and send off gradients ([`Fsdp`]).
+///
+/// With `fill` the model is a [`GPT::outline`] and rank 0 asks it for each parameter, in the model's order: no card ever
+/// holds more than one unit in whole fp32. Without, the model has weights.
 ///
 /// Of adapters each rank has all, beside all weights: their gradients, one buffer, travel once a step.
 ///
@@ -55,12 +62,13 @@ pub struct Plan<'a> {
 /// With Gloo the CPU waits for the other ranks.
 ///
 /// # Errors
-/// `fp8-mixed` or adapters with a strategy other than `ddp`; the optimizer's own.
+/// `fp8-mixed` or adapters with a strategy other than `ddp`; those of `fill`; the optimizer's own.
 pub fn parallelize(
     model: &mut GPT,
     groups: Groups,
     world: Arc<ProcessGroup>,
     plan: Plan,
+    fill: Option<Fill>,
 ) -> Result<(Ranks, AdamW)> {
     if plan.precision == Precision::Fp8Mixed && plan.strategy != Strategy::Ddp {
         bail_hint!(
@@ -80,66 +88,56 @@ pub fn parallelize(
     let (rank, ranks) = groups.shards();
     let device = model.device();
 
-    // 0. The same weights everywhere.
-    let parameters = model.units();
-    for (_, parameter) in parameters.iter().flatten() {
-        world.broadcast(&parameter.detach(), 0)?.wait()?;
-    }
-
     // 1. Places.
+    let parameters = model.units();
     let layout = |unit: &Vec<(String, Tensor)>| {
         Layout::new(unit.iter().map(|(name, p)| (name.clone(), p.size())), ranks)
     };
     let layouts: Vec<Layout> = parameters.iter().map(layout).collect();
 
-    // 2. This rank's part of the fp32 weights, as views of them.
-    let mut fp32 = Vec::new();
-    for (unit, layout) in parameters.iter().zip(&layouts) {
-        for slice in layout.slices(rank) {
-            let (name, parameter) = &unit[slice.place];
-            let part = parameter.detach().view([-1]).narrow(0, slice.in_parameter, slice.len);
-            fp32.push((name.clone(), part));
-        }
-    }
-    let sizes: Vec<i64> = fp32.iter().map(|(_, part)| part.numel() as i64).collect();
-    let (precision, fused) = (plan.precision, model.fused);
-    let offload = AdamW::offload(&sizes, device, fused, precision, plan.optimizer, plan.sharers)?;
-    let mut masters: Vec<Option<Tensor>> = match (&offload, precision.is_mixed()) {
-        (Some(offload), _) => offload.take_over(&fp32).into_iter().map(Some).collect(),
-        (None, true) => fp32.iter().map(|(_, part)| Some(part.copy())).collect(),
-        (None, false) => fp32.iter().map(|_| None).collect(),
-    };
-
-    // 3. Buffers, and the parameters as views of them.
-    let kinds = [weight_kind(precision), gradient_kind(precision)];
-    if adapted {
-        model.to_kind(kinds[0]); // the weights beside them, which have no place in a buffer
-    }
+    // 2. Buffers, and the host's memory.
+    let kinds = [weight_kind(plan.precision), gradient_kind(plan.precision)];
     let tied = model.lm_head.is_none();
     let cuts = matches!(plan.strategy, Strategy::FullShard | Strategy::HybridShard);
     let shares = cuts && groups.shard.is_some();
     let units = buffers(&layouts, kinds, device, rank, shares.then_some(tied));
-    for ((unit, layout), parameters) in units.iter().zip(&layouts).zip(&parameters) {
-        for (place, (_, parameter)) in layout.places.iter().zip(parameters) {
-            let at =
-                |flat: &Tensor| flat.narrow(0, place.start, place.numel()).view(&place.shape[..]);
-            let mut parameter = parameter.shallow_clone();
-            parameter.set_data(&at(&unit.weights));
-            let parameter = parameter.set_requires_grad(true);
-            ffi::set_grad(&parameter, &at(&unit.grads))?;
-        }
-    }
+    let (precision, fused) = (plan.precision, model.fused);
+    let sizes: Vec<i64> =
+        layouts.iter().flat_map(|layout| layout.slices(rank)).map(|slice| slice.len).collect();
+    let offload = AdamW::offload(&sizes, device, fused, precision, plan.optimizer, plan.sharers)?;
 
-    // 4. The optimizer of this rank's parts.
+    // 3. Weights.
+    let values = |unit: &Vec<(String, Tensor)>| -> Vec<Tensor> {
+        unit.iter().map(|(_, p)| p.detach()).collect()
+    };
+    let held: Vec<Vec<Tensor>> = match fill {
+        Some(_) => parameters.iter().map(|_| Vec::new()).collect(),
+        None => parameters.iter().map(values).collect(),
+    };
+    if adapted {
+        model.to_kind(kinds[0]); // the weights beside them, which have no place in a buffer
+    }
     let (mut parts, mut before) = (Vec::new(), 0); // parameters of the units before
-    for (unit, layout) in units.iter().zip(&layouts) {
+    for (((unit, layout), parameters), held) in
+        units.iter().zip(&layouts).zip(&parameters).zip(held)
+    {
+        let whole = match fill {
+            Some(fill) => drawn(parameters, device, fill, world.rank() == 0)?,
+            None => held,
+        };
+        for value in &whole {
+            world.broadcast(value, 0)?.wait()?;
+        }
         for slice in layout.slices(rank) {
-            let i = parts.len();
-            let cut = |shard: &Tensor| shard.narrow(0, slice.in_shard, slice.len);
+            let part = whole[slice.place].view([-1]).narrow(0, slice.in_parameter, slice.len); // (n,)
+            let cut = |shard: &Tensor| shard.narrow(0, slice.in_shard, slice.len); // (n,)
             let mut weight = cut(&unit.weight_shard);
-            let exact = masters[i].take();
+            let exact = match &offload {
+                Some(offload) => Some(offload.take_over(parts.len(), &part)),
+                None => precision.is_mixed().then(|| part.copy()),
+            };
             if exact.is_none() {
-                weight.copy_(&fp32[i].1);
+                weight.copy_(&part);
             }
             parts.push(Part {
                 name: layout.places[slice.place].name.clone(),
@@ -150,9 +148,18 @@ pub fn parallelize(
                 exact,
             });
         }
+        for (place, (_, parameter)) in layout.places.iter().zip(parameters) {
+            let at =
+                |flat: &Tensor| flat.narrow(0, place.start, place.numel()).view(&place.shape[..]);
+            let mut parameter = parameter.shallow_clone();
+            parameter.set_data(&at(&unit.weights));
+            let parameter = parameter.set_requires_grad(true);
+            ffi::set_grad(&parameter, &at(&unit.grads))?;
+        }
         before += layout.places.len();
     }
-    drop(fp32);
+
+    // 4. The optimizer of this rank's parts.
     let optimizer = AdamW::of_parts(parts, device, offload, fused, precision, plan.optimizer);
 
     // 5. Hooks.
@@ -168,6 +175,23 @@ pub fn parallelize(
     }
     fsdp.weights_changed()?;
     Ok((Ranks { fsdp, layouts, groups, world }, optimizer))
+}
+
+/// Memory for a unit's fp32 weights, filled where `leads`.
+fn drawn(
+    unit: &[(String, Tensor)],
+    device: Device,
+    fill: Fill,
+    leads: bool,
+) -> Result<Vec<Tensor>> {
+    let value = |(name, parameter): &(String, Tensor)| {
+        let value = Tensor::empty(parameter.size(), (Kind::Float, device));
+        if leads {
+            fill(name, &value)?;
+        }
+        Ok(value)
+    };
+    unit.iter().map(value).collect()
 }
 
 /// Zeroed buffers of all units, weights and gradients in `kinds`; units share slots where `shared` says whether the head

@@ -77,10 +77,16 @@ impl GPT {
 
     /// An fp32 model whose matrices are uninitialised, for loading a checkpoint into.
     pub fn empty(config: &ModelConfig, device: Device) -> Self {
+        let mut model = Self::without_blocks(config, device);
+        model.h = (0..config.n_layer).map(|_| Block::new(config, device)).collect();
+        model
+    }
+
+    fn without_blocks(config: &ModelConfig, device: Device) -> Self {
         let (c, v) = (config.n_embd, config.padded_vocab_size);
         Self {
             wte: Embedding::new(v, c, device),
-            h: (0..config.n_layer).map(|_| Block::new(config, device)).collect(),
+            h: Vec::new(),
             ln_f: Norm::new(config, device),
             lm_head: (!config.tie_embeddings).then(|| Linear::new(c, v, false, device)),
             attention: AttentionBackend::Auto,
@@ -95,6 +101,25 @@ impl GPT {
             rope: Rope::new(config, device),
             config: config.clone(),
         }
+    }
+
+    /// A model whose parameters have shapes and no memory: one value is seen everywhere in all of them. For who gives them
+    /// memory one after another.
+    pub fn outline(config: &ModelConfig, device: Device) -> Self {
+        let value = Tensor::zeros([1], (Kind::Float, device));
+        let hollow = |model: &Self| {
+            for (_, mut parameter) in model.named_parameters() {
+                let shape = parameter.size();
+                tch::no_grad(|| parameter.set_data(&value.expand(&shape, false)));
+            }
+        };
+        let mut model = Self::without_blocks(config, device);
+        hollow(&model);
+        for _ in 0..config.n_layer {
+            model.h.push(Block::new(config, device));
+            hollow(&model);
+        }
+        model
     }
 
     /// Logits of the next token at each position. With a cache, `idx` continues the cached sequence.
@@ -364,8 +389,10 @@ impl GPT {
             return;
         }
         let grown = |weight: &Tensor| {
-            let mean = weight.mean_dim(0, true, weight.kind()); // (1, C)
-            Tensor::cat(&[weight, &mean.expand([rows - have, -1], false)], 0) // (rows, C)
+            let grown = Tensor::empty([rows, self.config.n_embd], (weight.kind(), weight.device()));
+            grown.narrow(0, 0, have).copy_(weight);
+            fill_new_rows(&grown, have);
+            grown
         };
         tch::no_grad(|| {
             self.wte.weight = grown(&self.wte.weight);
@@ -396,4 +423,15 @@ impl GPT {
     pub fn kind(&self) -> Kind {
         self.wte.weight.kind()
     }
+}
+
+/// Fills the rows of a matrix behind the first `have` with the mean of those.
+///
+/// # Shapes
+/// weight (rows, C).
+pub fn fill_new_rows(weight: &Tensor, have: i64) {
+    let _guard = tch::no_grad_guard();
+    let old = weight.narrow(0, 0, have); // (have, C)
+    let mean = old.mean_dim(0, true, old.kind()); // (1, C)
+    weight.narrow(0, have, weight.size()[0] - have).copy_(&mean);
 }

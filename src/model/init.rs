@@ -34,16 +34,16 @@ pub fn std_of(name: &str, config: &ModelConfig) -> Option<f64> {
 
 /// Fills a model in place, in the order of its parameters, from libtorch's generator of its device.
 pub fn init_weights(model: &GPT) {
-    tch::no_grad(|| {
-        for (name, mut parameter) in model.named_parameters() {
-            match std_of(&name, &model.config) {
-                Some(std) => _ = parameter.normal_(0.0, std),
-                None => init_constant(&name, &mut parameter),
-            }
-        }
-    });
+    for (name, parameter) in model.named_parameters() {
+        init_parameter(&name, &parameter, &model.config);
+    }
 }
 
-fn init_constant(name: &str, parameter: &mut Tensor) {
-    let _ = parameter.fill_(if name.ends_with(".bias") { 0.0 } else { 1.0 });
+/// Fills one of them.
+pub fn init_parameter(name: &str, parameter: &Tensor, config: &ModelConfig) {
+    let mut parameter = parameter.shallow_clone();
+    let _ = tch::no_grad(|| match std_of(name, config) {
+        Some(std) => parameter.normal_(0.0, std),
+        None => parameter.fill_(if name.ends_with(".bias") { 0.0 } else { 1.0 }),
+    });
 }

@@ -20,7 +20,7 @@ mod units;
 
 pub use config::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
 pub use fp8::{Fp8, Fp8Record, obstacle as fp8_obstacle, require_fp8};
-pub use gpt::GPT;
+pub use gpt::{GPT, fill_new_rows};
 pub use kv_cache::KvCache;
 pub use mlp::Mlp;
 pub use paged_cache::PagedCache;

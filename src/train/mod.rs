@@ -6,6 +6,7 @@ mod backends;
 mod data;
 pub mod evaluate;
 pub mod flops;
+mod initial;
 pub mod memory;
 pub mod metrics;
 pub mod objective;

@@ -75,7 +75,9 @@ impl AdamW {
         let sizes: Vec<i64> = fp32.iter().map(|(_, p)| p.numel() as i64).collect();
         let offload = Self::offload(&sizes, model.device(), model.fused, precision, config, 1)?;
         let masters: Vec<Tensor> = match (precision, &offload) {
-            (_, Some(offload)) => offload.take_over(&fp32),
+            (_, Some(offload)) => {
+                fp32.iter().enumerate().map(|(i, (_, p))| offload.take_over(i, p)).collect()
+            }
             (Precision::Bf16Mixed | Precision::Fp8Mixed, None) => {
                 fp32.iter().map(|(_, p)| p.detach().copy()).collect()
             }

@@ -9,7 +9,7 @@ use crate::bail_hint;
 use crate::config::{DistributedConfig, RunConfig};
 use crate::distributed::saver::{Saver, Snapshot};
 use crate::distributed::staging::Staging;
-use crate::distributed::{self, Groups, Job, Plan, Ranks};
+use crate::distributed::{self, Fill, Groups, Job, Plan, Ranks};
 use crate::model::{Fp8, GPT, ModelConfig};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
@@ -108,8 +108,13 @@ pub fn share(job: &Job, config: &RunConfig, model: &ModelConfig) -> Result<Share
     Ok(Share::of(config.distributed.strategy, job.size() as u64, local, model))
 }
 
-/// Shares the model among the ranks as the configuration says.
-pub fn parallelize(job: &Job, model: &mut GPT, config: &RunConfig) -> Result<(Ranks, AdamW)> {
+/// Shares the model among the ranks as the configuration says; `fill`: an outline gets rank 0's weights.
+pub fn parallelize(
+    job: &Job,
+    model: &mut GPT,
+    config: &RunConfig,
+    fill: Option<Fill>,
+) -> Result<(Ranks, AdamW)> {
     let plan = Plan {
         strategy: config.distributed.strategy,
         reduce_dtype: config.distributed.reduce_dtype,
@@ -118,7 +123,7 @@ pub fn parallelize(job: &Job, model: &mut GPT, config: &RunConfig) -> Result<(Ra
         sharers: sharers(job)?,
     };
     let groups = Groups::of(job, plan.strategy)?;
-    distributed::parallelize(model, groups, Arc::clone(job.group()), plan)
+    distributed::parallelize(model, groups, Arc::clone(job.group()), plan, fill)
 }
 
 /// The writer of checkpoints, with a group of its own: it works beside training.

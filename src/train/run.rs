@@ -11,8 +11,7 @@ use super::ranks;
 use super::schedule::lr_at;
 use super::signals::StopSignal;
 use super::step::{MicroStep, train_step};
-use super::{data, evaluate, out_dir, saver, validate};
-use crate::checkpoint::adapter;
+use super::{data, evaluate, initial, out_dir, saver, validate};
 use crate::config::{
     ActivationCheckpointing, BatchPlan, CudaGraph, DpoConfig, Precision, Reference, RunConfig,
 };
@@ -213,42 +212,9 @@ impl<'j> Run<'j> {
         };
         tch::manual_seed(config.seed as i64);
         let lora = config.lora();
-        // Rank 0's weights go to the others, who need none of their own but beside adapters and as a reference.
-        let is_given =
-            job.is_some_and(|job| job.rank() > 0) && lora.is_none() && config.dpo().is_none();
-        let mut model = match (&resume_from, &config.initial_checkpoint_dir) {
-            (Some(_), _) | (_, Some(_)) if is_given => GPT::empty(&model_config, device),
-            (Some(dir), _) if lora.is_none() => {
-                let model = GPT::empty(&model_config, device);
-                checkpoint::load_weights(&model, dir)?;
-                model
-            }
-            (_, Some(dir)) if config.is_qlora() => {
-                let (dir, kind) = (checkpoint::resolve(dir)?, weight_kind(config.precision));
-                let mut model = checkpoint::load_model(&dir, kind, Device::Cpu)?;
-                model.quantise_base(device, kind, true)?;
-                model
-            }
-            (_, Some(dir)) => {
-                let dir = checkpoint::resolve(dir)?;
-                let mut theirs = model_config.clone();
-                if config.finetune.is_some() {
-                    theirs.padded_vocab_size = checkpoint::load_config(&dir)?.padded_vocab_size;
-                }
-                let mut model = GPT::empty(&theirs, device);
-                checkpoint::load_initial_weights(&model, &dir)?;
-                model.grow_vocabulary(model_config.padded_vocab_size);
-                model
-            }
-            (_, None) => GPT::new(&model_config, device),
-        };
-        if let Some(lora) = lora {
-            let targets = adapter::targets(&lora.targets)?;
-            model.add_lora(&targets, lora.r, lora.alpha, lora.dropout);
-            if let Some(dir) = &resume_from {
-                adapter::Adapter::open(dir)?.load_into(&model)?;
-            }
-        }
+        let resumed = resume_from.as_deref();
+        let rank = job.map(Job::rank);
+        let (mut model, fill) = initial::model(config, &model_config, resumed, device, rank)?;
         model.attention = attention.backend;
         model.fused = config.fused;
         model.recompute_norms =
@@ -262,7 +228,8 @@ impl<'j> Run<'j> {
         // 3. Optimizer: takes the fp32 weights over as masters.
         let (ranks, mut optimizer) = match job {
             Some(job) => {
-                let (ranks, optimizer) = ranks::parallelize(job, &mut model, config)?;
+                let (ranks, optimizer) =
+                    ranks::parallelize(job, &mut model, config, fill.as_deref())?;
                 (Some(ranks), optimizer)
             }
             None => (None, AdamW::new(&mut model, config.precision, &config.optimizer)?),

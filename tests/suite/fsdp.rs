@@ -122,7 +122,16 @@ fn steps(
     let (ranks, mut adamw) = match world {
         None => (None, AdamW::new(&mut model, way.precision, &optimizer).unwrap()),
         Some(world) => {
-            let (ranks, adamw) = parallelize(&mut model, groups, Arc::clone(world), plan).unwrap();
+            let weights: Named = model.named_parameters().into_iter().collect();
+            let fill = |name: &str, parameter: &Tensor| {
+                assert_eq!(world.rank(), 0, "the others get rank 0's");
+                parameter.shallow_clone().copy_(&weights[name]);
+                Ok(())
+            };
+            model = GPT::outline(&way.model, Device::Cpu);
+            model.recomputed_blocks = way.recomputed_blocks;
+            let (ranks, adamw) =
+                parallelize(&mut model, groups, Arc::clone(world), plan, Some(&fill)).unwrap();
             (Some(ranks), adamw)
         }
     };
@@ -363,7 +372,8 @@ fn a_norm_that_is_not_finite_on_one_rank_stops_all_of_them() {
         let optimizer = OptimizerConfig::default();
         let plan = way.plan(&optimizer);
         let groups = groups(&store, &world, &way);
-        let (ranks, mut adamw) = parallelize(&mut model, groups, Arc::clone(&world), plan).unwrap();
+        let (ranks, mut adamw) =
+            parallelize(&mut model, groups, Arc::clone(&world), plan, None).unwrap();
         let before: Vec<Tensor> = adamw.params.iter().map(|p| p.exact().copy()).collect();
         let norm = Tensor::from(if rank == 1 { f32::NAN } else { 1.0 });
         let loss = Tensor::from(1.0f32);
@@ -391,7 +401,7 @@ fn a_backward_pass_that_does_not_say_where_it_is_is_an_error() {
     let (mut model, optimizer) = (model(&way), OptimizerConfig::default());
     let groups = Groups { shard: None, replica: None };
     let (ranks, _) =
-        parallelize(&mut model, groups, Arc::clone(&world), way.plan(&optimizer)).unwrap();
+        parallelize(&mut model, groups, Arc::clone(&world), way.plan(&optimizer), None).unwrap();
     let batch = batch(&tokens(&way.model), 0, 0, 2);
     for again in 0..2 {
         ranks.fsdp.begin_step();

@@ -276,21 +276,16 @@ impl Offload {
         Some(buffer.range(&buffer.host, at, n * (BLOCK / buffer.each)).view(shape))
     }
 
-    /// The exact weights of an fp32 model whose weights are about to become bf16: with `master: fp32` where they will
+    /// The exact weights of a parameter, fp32, whose weights are about to become bf16: with `master: fp32` where they will
     /// stay, else in ordinary memory of the host for the time being.
-    pub fn take_over(&self, weights: &[(String, Tensor)]) -> Vec<Tensor> {
-        let take = |(i, (_, weight)): (usize, &(String, Tensor))| match self.part(
-            Kept::Master,
-            i,
-            &weight.size(),
-        ) {
+    pub fn take_over(&self, tensor: usize, weight: &Tensor) -> Tensor {
+        match self.part(Kept::Master, tensor, &weight.size()) {
             Some(mut exact) if exact.kind() == Kind::Float => {
                 tch::no_grad(|| exact.copy_(weight));
                 exact
             }
             _ => weight.detach().to_device(Device::Cpu),
-        };
-        weights.iter().enumerate().map(take).collect()
+        }
     }
 
     /// [`ffi::adamw`] of parameters whose state lies here, in groups. The CPU does not wait: before it reads or writes
