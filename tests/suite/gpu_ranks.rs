@@ -7,9 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 use tch::{Cuda, Device, Kind, Tensor};
-use tinyllama::config::{
-    MasterFormat, OptimizerConfig, Precision, ReduceDtype, StateFormat, Strategy, TrainConfig,
-};
+use tinyllama::config::{OptimizerConfig, Precision, ReduceDtype, Strategy, TrainConfig};
 use tinyllama::data::Batch;
 use tinyllama::distributed::{Groups, Plan, parallelize};
 use tinyllama::ffi::{self, Backend, ProcessGroup, TcpStore};
@@ -198,52 +196,45 @@ fn two_cards_train_over_nccl_as_one() {
     ffi::set_math_mode(true, false).unwrap();
 }
 
-/// Beside what they keep in the end, with a state of 4 bytes a parameter.
+/// Beside what it keeps in the end, with the optimizer's state on the host.
 #[test]
-fn of_two_cards_none_holds_more_than_a_unit_of_whole_weights() {
-    let name = "of_two_cards_none_holds_more_than_a_unit_of_whole_weights";
-    let Some((_, _card)) = card(name) else { return };
-    if Cuda::device_count() < 2 {
-        eprintln!("skipped {name}: one GPU is visible");
+fn no_card_holds_more_than_a_unit_of_whole_weights() {
+    let Some((device, _card)) = card("no_card_holds_more_than_a_unit_of_whole_weights") else {
         return;
-    }
-    let config = &ModelConfig { n_layer: 24, ..small_llama() };
-    let optimizer = &OptimizerConfig {
-        state: StateFormat::Int8,
-        master: MasterFormat::Split,
-        ..OptimizerConfig::default()
     };
-    let store = &TcpStore::serve(0, LONG).unwrap();
-    let rank = |rank: usize| {
-        ffi::cuda_set_device(rank).unwrap();
-        let world = nccl(store, "outline", rank, 2);
-        let before = ffi::cuda_memory(rank).unwrap().allocated;
-        ffi::cuda_reset_peak_memory(rank).unwrap();
-        let mut model = GPT::outline(config, Device::Cuda(rank));
-        let fill = |name: &str, parameter: &Tensor| {
-            init::init_parameter(name, parameter, config);
-            Ok(())
-        };
-        let (strategy, reduce_dtype) = (Strategy::FullShard, ReduceDtype::Fp32);
-        let precision = Precision::Bf16Mixed;
-        let plan = Plan { strategy, reduce_dtype, precision, optimizer, sharers: 2 };
-        let groups = groups(&world, strategy);
-        let (ranks, adamw) =
-            parallelize(&mut model, groups, Arc::clone(&world), plan, Some(&fill)).unwrap();
-        let memory = ffi::cuda_memory(rank).unwrap();
-        world.barrier().unwrap();
-        let largest = ranks.layouts.iter().map(|layout| 4 * layout.len).max().unwrap();
-        let whole = 4 * model.n_params() as i64;
-        let beside = memory.peak_allocated - memory.allocated.max(before);
-        eprintln!("rank {rank}: {beside} bytes beside what stays, a unit {largest}, all {whole}");
-        assert!(beside < largest + (1 << 20), "{beside} bytes, a unit has {largest}");
-        assert!(whole > 4 * (largest + (1 << 20)), "{whole} bytes are too few to tell");
-        drop(adamw);
-        world.finish().unwrap();
+    // Blocks of 44M parameters, beside which the allocator's rounding is little.
+    let config = ModelConfig {
+        n_layer: 6,
+        vocab_size: 8192,
+        padded_vocab_size: 8192,
+        ..ModelConfig::preset("tiny-llama-1.1b").unwrap()
     };
-    let rank = &rank;
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..2).map(|r| scope.spawn(move || rank(r))).collect();
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
-    });
+    let optimizer = OptimizerConfig { cpu_offload: true, ..OptimizerConfig::default() };
+    let store = TcpStore::serve(0, LONG).unwrap();
+    let world = nccl(&store, "outline", 0, 1);
+    let mut model = GPT::outline(&config, device);
+    ffi::cuda_reset_peak_memory(0).unwrap();
+    let fill = |name: &str, parameter: &Tensor| {
+        init::init_parameter(name, parameter, &config);
+        Ok(())
+    };
+    let plan = Plan {
+        strategy: Strategy::FullShard,
+        reduce_dtype: ReduceDtype::Fp32,
+        precision: Precision::Bf16Mixed,
+        optimizer: &optimizer,
+        sharers: 1,
+    };
+    let groups = groups(&world, plan.strategy);
+    let (ranks, adamw) =
+        parallelize(&mut model, groups, Arc::clone(&world), plan, Some(&fill)).unwrap();
+    let memory = ffi::cuda_memory(0).unwrap();
+    let largest = ranks.layouts.iter().map(|layout| 4 * layout.len).max().unwrap();
+    let whole = 4 * model.n_params() as i64;
+    let beside = memory.peak_allocated - memory.allocated;
+    eprintln!("{beside} bytes beside what stays, a unit {largest}, all {whole}");
+    assert!(beside < largest + (16 << 20), "{beside} bytes, a unit has {largest}");
+    assert!(whole > 6 * largest, "{whole} bytes are too few to tell");
+    drop(adamw);
+    world.finish().unwrap();
 }

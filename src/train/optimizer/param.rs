@@ -5,6 +5,9 @@ use super::offload::Kept;
 use crate::config::{MasterFormat, StateFormat};
 use tch::{Kind, Tensor};
 
+/// Values of a new parameter that are rounded at a time.
+const ROUNDED: i64 = 1 << 22;
+
 /// A parameter that an optimizer is to update, or the part of one that this rank keeps.
 #[derive(Debug)]
 pub struct Part {
@@ -114,17 +117,25 @@ impl ParamState {
 
     /// Keeps an updated fp32 weight in the format, and what the model computes with.
     pub(super) fn keep_weight(&mut self, format: MasterFormat, exact: &Tensor, noise: &Noise) {
-        match format {
-            MasterFormat::Fp32 => self.weight.copy_(&low_memory::nearest_bf16(exact)),
-            MasterFormat::Split => {
-                let (weight, low) = low_memory::split(exact);
-                self.weight.copy_(&weight);
-                self.master.copy_(&low);
-            }
-            MasterFormat::Bf16 => {
-                self.weight.copy_(&low_memory::stochastic_bf16(exact, &noise.weight));
-            }
+        keep_weight([&self.weight, &self.master], format, exact, noise);
+    }
+}
+
+fn keep_weight(
+    [weight, master]: [&Tensor; 2],
+    format: MasterFormat,
+    exact: &Tensor,
+    noise: &Noise,
+) {
+    let (mut weight, mut master) = (weight.shallow_clone(), master.shallow_clone());
+    match format {
+        MasterFormat::Fp32 => weight.copy_(&low_memory::nearest_bf16(exact)),
+        MasterFormat::Split => {
+            let (high, low) = low_memory::split(exact);
+            weight.copy_(&high);
+            master.copy_(&low);
         }
+        MasterFormat::Bf16 => weight.copy_(&low_memory::stochastic_bf16(exact, &noise.weight)),
     }
 }
 
@@ -144,7 +155,7 @@ pub(super) fn new_param(
     };
     let blocks = [low_memory::n_blocks(weight.numel() as i64)];
     let scale = |kept| zeros(kept, &blocks, Kind::Float);
-    let mut p = ParamState {
+    let p = ParamState {
         name,
         index,
         start,
@@ -159,8 +170,14 @@ pub(super) fn new_param(
         scales: (state == StateFormat::Int8).then(|| [scale(Kept::Scale), scale(Kept::ScaleSq)]),
         weight,
     };
-    if let Some(exact) = exact {
-        p.keep_weight(master, &exact.to_device(device), &Noise::half(&shape, device));
+    // Some values at a time: rounding takes up to 35 bytes for each.
+    let n = p.weight.numel() as i64;
+    for start in (0..n).step_by(ROUNDED as usize) {
+        let Some(exact) = &exact else { break };
+        let part = |t: &Tensor| t.view([-1]).narrow(0, start, ROUNDED.min(n - start));
+        let exact = part(exact).to_device(device);
+        let noise = Noise::half(&exact.size(), device);
+        keep_weight([&part(&p.weight), &part(&p.master)], master, &exact, &noise);
     }
     p
 }
