@@ -11,11 +11,17 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 /// The architecture of the checkpoint in `dir`.
+///
+/// # Errors
+/// No checkpoint there, or a damaged one.
 pub fn load_config(dir: &Path) -> Result<ModelConfig> {
     Ok(Source::open(dir)?.config)
 }
 
 /// Builds the model of a checkpoint folder in the given dtype.
+///
+/// # Errors
+/// As [`load_weights`], but for another architecture.
 pub fn load_model(dir: &Path, kind: Kind, device: Device) -> Result<GPT> {
     Source::open(dir)?.load_model(kind, device)
 }
@@ -32,6 +38,9 @@ pub fn load_weights(model: &GPT, dir: &Path) -> Result<()> {
 
 /// [`load_weights`] for continued pretraining: context length and RoPE may differ from the
 /// checkpoint's, since no tensor depends on them. What differs is said on stderr.
+///
+/// # Errors
+/// As [`load_weights`].
 pub fn load_initial_weights(model: &GPT, dir: &Path) -> Result<()> {
     open_initial(&model.config, dir)?.copy_into(model)
 }

@@ -247,13 +247,12 @@ impl Source {
     /// Copies all weights into a model of this architecture in place, converting to its dtype.
     ///
     /// # Errors
-    /// As [`Source::check`].
+    /// As [`Source::check`]; a damaged file.
     pub fn copy_into(&self, model: &GPT) -> Result<()> {
         self.check()?;
         for ((name, ours), (planned, _, parts)) in model.named_parameters().iter().zip(self.plan())
         {
             assert_eq!(*name, planned, "outline and model differ");
-            ffi::want_huge_pages(ours);
             self.read(name, &parts, ours)?;
         }
         Ok(())
@@ -262,6 +261,7 @@ impl Source {
     /// Copies the parameter that lies in `parts` into `ours`, with what adapters add to it.
     pub(super) fn read(&self, name: &str, parts: &[Part], ours: &Tensor) -> Result<()> {
         let _guard = tch::no_grad_guard();
+        ffi::want_huge_pages(ours);
         fill(ours, &self.weights, parts, &self.config)?;
         self.adapters.iter().try_for_each(|adapter| adapter.add_to(name, ours, &self.config))
     }

@@ -37,8 +37,8 @@ pub struct Plan<'a> {
     pub sharers: usize,
 }
 
-/// Writes the fp32 values of a parameter, told by its name, into a tensor of its shape.
-pub type Fill<'a> = &'a dyn Fn(&str, &Tensor) -> Result<()>;
+/// Writes the fp32 values of a parameter, told by its lit-gpt name, into a tensor of its shape.
+pub type Fill<'a> = dyn Fn(&str, &Tensor) -> Result<()> + 'a;
 
 /// Makes an fp32 model one of many, and gives it its optimizer:
 ///
@@ -51,24 +51,25 @@ pub type Fill<'a> = &'a dyn Fn(&str, &Tensor) -> Result<()>;
 /// 4. AdamW gets this rank's parts of weights and gradients;
 /// 5. hooks on the passes bring weights and send off gradients ([`Fsdp`]).
 ///
-/// With `fill` the model is a [`GPT::outline`] and rank 0 asks it for each parameter, in the model's order: no card ever
-/// holds more than one unit in whole fp32. Without, the model has weights.
+/// With `fill` the model is a [`GPT::outline`], and `fill` is asked for each parameter in the model's order; what it writes
+/// counts on rank 0. So no card holds more than one unit in whole fp32 beside what it keeps. Without, the model has weights.
 ///
 /// Of adapters each rank has all, beside all weights: their gradients, one buffer, travel once a step.
 ///
 /// Activation checkpointing, attention and fused kernels are the model's own and know nothing of this.
 ///
 /// # Sync
-/// With Gloo the CPU waits for the other ranks.
+/// With Gloo the CPU waits for the other ranks; with `cpu_offload` for the copies to the host.
 ///
 /// # Errors
-/// `fp8-mixed` or adapters with a strategy other than `ddp`; those of `fill`; the optimizer's own.
+/// `fp8-mixed` or adapters with a strategy other than `ddp`; the optimizer's own; those of `fill`, on rank 0 alone: the
+/// others wait in a collective operation until the watch ends the job.
 pub fn parallelize(
     model: &mut GPT,
     groups: Groups,
     world: Arc<ProcessGroup>,
     plan: Plan,
-    fill: Option<Fill>,
+    fill: Option<&Fill>,
 ) -> Result<(Ranks, AdamW)> {
     if plan.precision == Precision::Fp8Mixed && plan.strategy != Strategy::Ddp {
         bail_hint!(
@@ -122,7 +123,7 @@ pub fn parallelize(
         units.iter().zip(&layouts).zip(&parameters).zip(held)
     {
         let whole = match fill {
-            Some(fill) => drawn(parameters, device, fill, world.rank() == 0)?,
+            Some(fill) => filled(parameters, device, fill)?,
             None => held,
         };
         for value in &whole {
@@ -177,19 +178,11 @@ pub fn parallelize(
     Ok((Ranks { fsdp, layouts, groups, world }, optimizer))
 }
 
-/// Memory for a unit's fp32 weights, filled where `leads`.
-fn drawn(
-    unit: &[(String, Tensor)],
-    device: Device,
-    fill: Fill,
-    leads: bool,
-) -> Result<Vec<Tensor>> {
+/// A unit's fp32 weights in memory of their own.
+fn filled(unit: &[(String, Tensor)], device: Device, fill: &Fill) -> Result<Vec<Tensor>> {
     let value = |(name, parameter): &(String, Tensor)| {
         let value = Tensor::empty(parameter.size(), (Kind::Float, device));
-        if leads {
-            fill(name, &value)?;
-        }
-        Ok(value)
+        fill(name, &value).map(|()| value)
     };
     unit.iter().map(value).collect()
 }

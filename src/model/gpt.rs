@@ -104,7 +104,7 @@ impl GPT {
     }
 
     /// A model whose parameters have shapes and no memory: one value is seen everywhere in all of them. For who gives them
-    /// memory one after another.
+    /// memory one after another. Embedding and head, then one block after the other have memory for a moment.
     pub fn outline(config: &ModelConfig, device: Device) -> Self {
         let value = Tensor::zeros([1], (Kind::Float, device));
         let hollow = |model: &Self| {
@@ -380,27 +380,6 @@ impl GPT {
             }
         });
         self.h.iter_mut().for_each(|block| block.mlp.join(keep));
-    }
-
-    /// Gives embedding and head `rows` rows, where they have fewer; new ones are the mean of the others.
-    pub fn grow_vocabulary(&mut self, rows: i64) {
-        let have = self.config.padded_vocab_size;
-        if rows <= have {
-            return;
-        }
-        let grown = |weight: &Tensor| {
-            let grown = Tensor::empty([rows, self.config.n_embd], (weight.kind(), weight.device()));
-            grown.narrow(0, 0, have).copy_(weight);
-            fill_new_rows(&grown, have);
-            grown
-        };
-        tch::no_grad(|| {
-            self.wte.weight = grown(&self.wte.weight);
-            if let Some(head) = &mut self.lm_head {
-                head.weight = grown(&head.weight);
-            }
-        });
-        self.config.padded_vocab_size = rows;
     }
 
     /// Turns gradients of every parameter that is trained on or off; the weights beside adapters have none.

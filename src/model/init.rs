@@ -39,7 +39,7 @@ pub fn init_weights(model: &GPT) {
     }
 }
 
-/// Fills one of them.
+/// Fills one parameter, told by its name, as [`init_weights`] does.
 pub fn init_parameter(name: &str, parameter: &Tensor, config: &ModelConfig) {
     let mut parameter = parameter.shallow_clone();
     let _ = tch::no_grad(|| match std_of(name, config) {

@@ -3,16 +3,14 @@
 use super::optimizer::weight_kind;
 use crate::checkpoint::{self, WeightReader, adapter};
 use crate::config::RunConfig;
+use crate::distributed::Fill;
 use crate::model::{GPT, ModelConfig, fill_new_rows, init};
 use anyhow::Result;
 use std::path::Path;
-use tch::{Device, Tensor};
+use tch::Device;
 
-/// Writes one parameter of a model that ranks share ([`crate::distributed::Fill`]).
-pub type Fill = Box<dyn Fn(&str, &Tensor) -> Result<()>>;
-
-/// The model, and where ranks share all of its weights, what fills it on rank 0: it is an outline then. A process that
-/// trains alone needs all weights at once, and so does a rank that trains adapters beside them or keeps them as a reference.
+/// The model; where ranks share all of its weights an outline, and what fills it, on rank 0. A process that trains alone
+/// needs all weights at once, and so does a rank that trains adapters beside them or keeps them as a reference.
 ///
 /// # Errors
 /// No checkpoint, or one of another architecture or of other adapters.
@@ -22,10 +20,10 @@ pub fn model(
     resume_from: Option<&Path>,
     device: Device,
     rank: Option<usize>,
-) -> Result<(GPT, Option<Fill>)> {
+) -> Result<(GPT, Option<Box<Fill<'static>>>)> {
     match rank {
         Some(rank) if config.lora().is_none() && config.dpo().is_none() => {
-            let fill: Fill = match rank {
+            let fill: Box<Fill<'static>> = match rank {
                 0 => filler(config, sizes, resume_from)?,
                 _ => Box::new(|_, _| Ok(())), // is given rank 0's
             };
@@ -42,27 +40,19 @@ fn whole(
     device: Device,
 ) -> Result<GPT> {
     let lora = config.lora();
-    let mut model = match (resume_from, &config.initial_checkpoint_dir) {
-        (Some(dir), _) if lora.is_none() => {
-            let model = GPT::empty(sizes, device);
-            checkpoint::load_weights(&model, dir)?;
-            model
-        }
-        (_, Some(dir)) if config.is_qlora() => {
+    let mut model = match &config.initial_checkpoint_dir {
+        Some(dir) if config.is_qlora() => {
             let (dir, kind) = (checkpoint::resolve(dir)?, weight_kind(config.precision));
             let mut model = checkpoint::load_model(&dir, kind, Device::Cpu)?;
             model.quantise_base(device, kind, true)?;
             model
         }
-        (_, Some(dir)) => {
-            let dir = checkpoint::resolve(dir)?;
-            let theirs = stored(config, sizes, &dir)?;
-            let mut model = GPT::empty(&theirs, device);
-            checkpoint::load_initial_weights(&model, &dir)?;
-            model.grow_vocabulary(sizes.padded_vocab_size);
+        _ => {
+            let resume_from = resume_from.filter(|_| lora.is_none()); // adapters lie there
+            let (model, fill) = (GPT::empty(sizes, device), filler(config, sizes, resume_from)?);
+            model.named_parameters().iter().try_for_each(|(name, p)| fill(name, p))?;
             model
         }
-        (_, None) => GPT::new(sizes, device),
     };
     if let Some(lora) = lora {
         let targets = adapter::targets(&lora.targets)?;
@@ -74,8 +64,13 @@ fn whole(
     Ok(model)
 }
 
-/// The weights of [`whole`], a parameter at a time.
-fn filler(config: &RunConfig, sizes: &ModelConfig, resume_from: Option<&Path>) -> Result<Fill> {
+/// What writes the weights of a run's beginning, a parameter at a time in the model's order: of a checkpoint that is gone on
+/// from, of an initial one, whose vocabulary may be smaller in a finetuning run, or random ones.
+fn filler(
+    config: &RunConfig,
+    sizes: &ModelConfig,
+    resume_from: Option<&Path>,
+) -> Result<Box<Fill<'static>>> {
     if let Some(dir) = resume_from {
         let reader = WeightReader::open(sizes, dir)?;
         return Ok(Box::new(move |name, parameter| reader.read(name, parameter)));
@@ -88,26 +83,19 @@ fn filler(config: &RunConfig, sizes: &ModelConfig, resume_from: Option<&Path>) -
         }));
     };
     let dir = checkpoint::resolve(dir)?;
-    let theirs = stored(config, sizes, &dir)?;
+    let mut theirs = sizes.clone();
+    if config.finetune.is_some() {
+        theirs.padded_vocab_size = checkpoint::load_config(&dir)?.padded_vocab_size;
+    }
     let reader = WeightReader::open_initial(&theirs, &dir)?;
-    let have = theirs.padded_vocab_size;
+    let (have, rows) = (theirs.padded_vocab_size, sizes.padded_vocab_size);
     Ok(Box::new(move |name, parameter| {
         let of_tokens = ["transformer.wte.weight", "lm_head.weight"].contains(&name);
-        if !of_tokens || parameter.size()[0] <= have {
+        if !of_tokens || have == rows {
             return reader.read(name, parameter);
         }
         reader.read(name, &parameter.narrow(0, 0, have))?;
         fill_new_rows(parameter, have);
         Ok(())
     }))
-}
-
-/// The architecture of an initial checkpoint: where a run finetunes it, it may have fewer tokens.
-fn stored(config: &RunConfig, sizes: &ModelConfig, dir: &Path) -> Result<ModelConfig> {
-    let mut theirs = sizes.clone();
-    if config.finetune.is_some() {
-        let rows = checkpoint::load_config(dir)?.padded_vocab_size;
-        theirs.padded_vocab_size = rows.min(sizes.padded_vocab_size);
-    }
-    Ok(theirs)
 }

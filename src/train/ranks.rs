@@ -108,12 +108,18 @@ pub fn share(job: &Job, config: &RunConfig, model: &ModelConfig) -> Result<Share
     Ok(Share::of(config.distributed.strategy, job.size() as u64, local, model))
 }
 
-/// Shares the model among the ranks as the configuration says; `fill`: an outline gets rank 0's weights.
+/// Shares the model among the ranks as the configuration says. All ranks call this, with `fill` where it is an outline.
+///
+/// # Sync
+/// The CPU waits for the other ranks.
+///
+/// # Errors
+/// Those of [`distributed::parallelize`]; groups of ranks that do not come together.
 pub fn parallelize(
     job: &Job,
     model: &mut GPT,
     config: &RunConfig,
-    fill: Option<Fill>,
+    fill: Option<&Fill>,
 ) -> Result<(Ranks, AdamW)> {
     let plan = Plan {
         strategy: config.distributed.strategy,

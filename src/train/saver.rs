@@ -136,7 +136,9 @@ fn check_precision(state: &TrainState, precision: Precision) -> Result<()> {
 /// Says which settings differ from those the run was started with.
 fn report_changes(dir: &Path, config: &RunConfig) {
     let before = dir.parent().map(|run| run.join("config.yaml"));
-    let Some(Ok(before)) = before.map(|path| crate::config::load(&path, &[])) else { return };
+    let Some(Ok(before)) = before.map(|path| crate::config::load_either(&path, &[])) else {
+        return;
+    };
     for change in crate::config::diff(&before, config) {
         if !change.starts_with("resume") {
             eprintln!("changed     {change}");

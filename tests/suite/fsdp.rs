@@ -124,8 +124,9 @@ fn steps(
         Some(world) => {
             let weights: Named = model.named_parameters().into_iter().collect();
             let fill = |name: &str, parameter: &Tensor| {
-                assert_eq!(world.rank(), 0, "the others get rank 0's");
-                parameter.shallow_clone().copy_(&weights[name]);
+                if world.rank() == 0 {
+                    parameter.shallow_clone().copy_(&weights[name]);
+                }
                 Ok(())
             };
             model = GPT::outline(&way.model, Device::Cpu);

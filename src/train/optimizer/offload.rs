@@ -278,6 +278,9 @@ impl Offload {
 
     /// The exact weights of a parameter, fp32, whose weights are about to become bf16: with `master: fp32` where they will
     /// stay, else in ordinary memory of the host for the time being.
+    ///
+    /// # Sync
+    /// The CPU waits for the copy.
     pub fn take_over(&self, tensor: usize, weight: &Tensor) -> Tensor {
         match self.part(Kept::Master, tensor, &weight.size()) {
             Some(mut exact) if exact.kind() == Kind::Float => {

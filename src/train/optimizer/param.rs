@@ -170,14 +170,14 @@ pub(super) fn new_param(
         scales: (state == StateFormat::Int8).then(|| [scale(Kept::Scale), scale(Kept::ScaleSq)]),
         weight,
     };
-    // Some values at a time: rounding takes up to 35 bytes for each.
-    let n = p.weight.numel() as i64;
-    for start in (0..n).step_by(ROUNDED as usize) {
-        let Some(exact) = &exact else { break };
-        let part = |t: &Tensor| t.view([-1]).narrow(0, start, ROUNDED.min(n - start));
-        let exact = part(exact).to_device(device);
-        let noise = Noise::half(&exact.size(), device);
-        keep_weight([&part(&p.weight), &part(&p.master)], master, &exact, &noise);
+    if let Some(exact) = exact {
+        // Some values at a time: rounding takes up to 35 bytes for each.
+        let n = exact.numel() as i64;
+        for start in (0..n).step_by(ROUNDED as usize) {
+            let part = |t: &Tensor| t.view([-1]).narrow(0, start, ROUNDED.min(n - start));
+            let (exact, to) = (part(&exact).to_device(device), [part(&p.weight), part(&p.master)]);
+            keep_weight(to.each_ref(), master, &exact, &Noise::half(&exact.size(), device));
+        }
     }
     p
 }
