@@ -1,16 +1,21 @@
 //! `tinyllama evaluate`.
 
 use super::generate::{is_broken_pipe, write_stdout};
-use super::model_args::ModelArgs;
+use super::model_args::{InferencePrecision, ModelArgs};
 use crate::checkpoint::{self, TrainState};
 use crate::error::exit;
 use crate::eval::results::Results;
 use crate::eval::sandbox::{Limits, Sandbox};
 use crate::eval::{self, Model, Options, task};
+use crate::generate::load::Form;
+use crate::generate::network::Network;
+use crate::model::GPT;
+use crate::quant::Scheme;
 use crate::{device, guard};
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tch::Device;
 
@@ -34,7 +39,7 @@ pub struct Args {
     /// Folder for `results.json`, or that file
     #[arg(long, value_name = "PATH", default_value = "out/evaluate")]
     out: PathBuf,
-    /// Write over results that are there
+    /// Write over results and samples that are there
     #[arg(long)]
     overwrite: bool,
     /// Write each sample, with prompts and log-likelihoods, to `samples_TASK.jsonl`
@@ -73,22 +78,14 @@ pub fn run(args: Args) -> Result<u8> {
 fn evaluate(args: &Args, device: Device) -> Result<u8> {
     let tasks = task::find(&args.tasks)?;
     eval::check_programs(&tasks, args.allow_code_execution)?;
-    let trained = trained(args.model.path());
-    let config = json!({
-        "model": "tinyllama",
-        "model_args": args.model.path(),
-        "tokens": trained.as_ref().map(|state| state.tokens),
-        "step": trained.as_ref().map(|state| state.step),
-        "limit": args.limit,
-        "num_fewshot": args.num_fewshot,
-        "fewshot_seed": args.seed,
-    });
-    let mut results = Results::create(&args.out, args.overwrite, config)?;
+    let logged = if args.log_samples { &tasks[..] } else { &[] };
+    let mut results = Results::create(&args.out, args.overwrite, logged)?;
     let sandbox = match tasks.iter().any(|task| task.file.runs_programs()) {
         true => Some(open_sandbox()?),
         false => None,
     };
     let loaded = args.model.load(device, true)?;
+    results.set_config(config(args, &loaded.network));
     let tokenizer = loaded.tokenizer.as_ref().context("the checkpoint has no tokenizer")?;
     let options = Options {
         data: &args.data,
@@ -137,6 +134,51 @@ fn evaluate(args: &Args, device: Device) -> Result<u8> {
     }
 }
 
+/// What is evaluated, and how.
+fn config(args: &Args, network: &Network) -> Value {
+    let trained = trained(args.model.path());
+    let (precision, quantize) = form(args.model.load.form(), network);
+    json!({
+        "model": "tinyllama",
+        "model_args": args.model.path(),
+        "tokens": trained.as_ref().map(|state| state.tokens),
+        "step": trained.as_ref().map(|state| state.step),
+        "precision": precision,
+        "quantize": quantize,
+        "kv_cache_dtype": name(&args.model.load.kv_cache_dtype),
+        "limit": args.limit,
+        "num_fewshot": args.num_fewshot,
+        "fewshot_seed": args.seed,
+    })
+}
+
+/// What `--precision` and `--quantize` came to, one of them: what is usual depends on the device and on the file.
+fn form(asked: Form, network: &Network) -> (Option<String>, Option<String>) {
+    let is_packed = |model: &GPT| model.h.iter().any(|block| block.attn.proj.packed.is_some());
+    match (asked, network) {
+        (Form::Quantised(scheme), _) => (None, Some(scheme_name(scheme))),
+        (_, Network::Dense(model)) if !is_packed(model) => {
+            let all = InferencePrecision::value_variants().iter();
+            (all.filter(|one| one.kind() == model.kind()).find_map(name), None)
+        }
+        _ => (None, Some(scheme_name(Scheme::Stored))),
+    }
+}
+
+/// As [`parse_scheme`](crate::quant::parse_scheme) takes it.
+fn scheme_name(scheme: Scheme) -> String {
+    match scheme {
+        Scheme::Stored => "stored".into(),
+        Scheme::Int4 { group } => format!("int4:{group}"),
+        Scheme::Int8 { group } => format!("int8:{group}"),
+    }
+}
+
+/// An argument's value as the command line takes it.
+fn name<T: ValueEnum>(value: &T) -> Option<String> {
+    Some(value.to_possible_value()?.get_name().to_owned())
+}
+
 /// How far a checkpoint of a training run is; `None` of other checkpoints.
 fn trained(checkpoint: &Path) -> Option<TrainState> {
     checkpoint::load_counters(&checkpoint::resolve(checkpoint).ok()?).ok()
@@ -159,5 +201,20 @@ fn kept(through: usize, results: &Results) -> String {
     match through {
         0 => "no task was finished".into(),
         n => format!("{n} task(s) were finished and are in `{}`", results.path().display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::parse_scheme;
+
+    #[test]
+    fn a_schemes_name_is_what_the_argument_takes() {
+        let groups = [32, 64, 128];
+        let all = groups.map(|group| [Scheme::Int4 { group }, Scheme::Int8 { group }]).concat();
+        for scheme in all.into_iter().chain([Scheme::Stored]) {
+            assert_eq!(parse_scheme(&scheme_name(scheme)), Ok(scheme));
+        }
     }
 }

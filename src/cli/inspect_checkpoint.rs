@@ -71,10 +71,11 @@ fn text(r: &CheckpointReport, changes: Option<&[(String, Change)]>) -> Result<St
 
 fn write_tensors(out: &mut String, r: &CheckpointReport) -> Result<()> {
     let width = r.tensors.iter().map(|t| t.stored.name.len()).max().unwrap_or(0);
+    let dtypes = r.tensors.iter().map(|t| t.stored.dtype.len()).max().unwrap_or(0);
     for tensor in &r.tensors {
         let t = &tensor.stored;
         let shape = t.shape.iter().map(i64::to_string).collect::<Vec<_>>().join(" x ");
-        write!(out, "{:width$}  {:<5}{shape:<16}", t.name, t.dtype)?;
+        write!(out, "{:width$}  {:<dtypes$} {shape:<16}", t.name, t.dtype)?;
         if let Some(Statistics { mean, std, min, max, not_finite }) = tensor.statistics {
             write!(out, "mean {mean:<+10.3e} std {std:<9.3e} min {min:<+10.3e} max {max:<+10.3e}")?;
             if not_finite > 0 {

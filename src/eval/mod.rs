@@ -19,6 +19,7 @@ pub mod score;
 pub mod task;
 pub mod written;
 
+use crate::bail_hint;
 use crate::error::WithHint;
 use crate::ffi::ProcessGroup;
 use crate::generate::NetworkRef;
@@ -162,7 +163,7 @@ pub fn check_programs(tasks: &[Task], allowed: bool) -> Result<()> {
 /// The CPU waits once a row of requests, or once a step of answers.
 ///
 /// # Errors
-/// No such set; rows of another schema; a failure of the tokenizer or the model.
+/// No such set; rows of another schema; a failure of the tokenizer or the model; a log-likelihood that is not finite.
 pub fn evaluate(
     model: Model,
     task: &Task,
@@ -183,6 +184,7 @@ pub fn evaluate(
         Form::Text => (texts(model, &requests, options, &mut done)?, 0),
         Form::Written => written(model, task, &found.samples, options, &mut done)?,
     };
+    check_finite(task, &responses)?;
 
     let samples: Vec<Judged> = found
         .samples
@@ -196,6 +198,21 @@ pub fn evaluate(
     let scores = scores(task, &samples);
     let seconds = started.elapsed().as_secs_f64();
     Ok(Outcome { num_fewshot, split: found.split, rows: found.rows, samples, cut, scores, seconds })
+}
+
+/// Refuses log-likelihoods that are not finite: of such choices the first would count as the likeliest.
+fn check_finite(task: &Task, responses: &[Response]) -> Result<()> {
+    for (sample, response) in responses.iter().enumerate() {
+        let Response::Likelihoods(all) = response else { continue };
+        let not_finite = |one: &&Likelihood| !one.log_likelihood.is_finite();
+        if let Some(Likelihood { log_likelihood, .. }) = all.iter().find(not_finite) {
+            bail_hint!(
+                "weights that hold NaN or infinity give this, which `inspect --statistics` counts; else try `--precision 32-true`";
+                "a log-likelihood of the task `{}` is not finite: {log_likelihood}, in sample {sample} (from 0)", task.name
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Likelihoods of given answers.
@@ -320,5 +337,28 @@ pub fn sum(response: &Response) -> f64 {
     match response {
         Response::Likelihoods(of_windows) => of_windows.iter().map(|l| l.log_likelihood).sum(),
         Response::Written { .. } => 0.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_likelihood_that_is_not_finite_is_told_with_its_task_and_sample() {
+        let task = task::find(&["piqa".into()]).unwrap().remove(0);
+        let of = |values: &[f64]| {
+            let one = |&log_likelihood| Likelihood { log_likelihood, is_greedy: None };
+            Response::Likelihoods(values.iter().map(one).collect())
+        };
+        let good = of(&[-1.0, -2.5]);
+        check_finite(&task, &[good.clone(), of(&[])]).unwrap();
+        for bad in [f64::NAN, f64::NEG_INFINITY, f64::INFINITY] {
+            let error = check_finite(&task, &[good.clone(), of(&[-1.0, bad])]).unwrap_err();
+            let told = error.to_string();
+            let want = format!("of the task `piqa` is not finite: {bad}, in sample 1 (from 0)");
+            assert!(told.contains(&want), "{told}");
+            assert!(crate::error::hint(&error).is_some());
+        }
     }
 }

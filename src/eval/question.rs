@@ -9,6 +9,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
 use regex::Regex;
+use std::collections::HashSet;
 
 /// A task with its templates and expressions compiled.
 pub struct Task {
@@ -21,13 +22,31 @@ pub struct Task {
     /// The folder of its rows in the data folder.
     pub folder: String,
     /// The task whose subject it is.
-    pub group: Option<String>,
+    pub group: Option<Group>,
+    /// What named it: itself, a group of tasks, or the path of its file.
+    pub argument: String,
     /// One a filter: `None` takes all.
     pub(super) filters: Vec<Option<Regex>>,
     /// What counts as nothing in `exact_match`.
     pub(super) ignored: Vec<Regex>,
     subject: Option<String>,
     environment: Environment<'static>,
+}
+
+/// A task of several subjects, each of which is a task of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Name.
+    pub name: String,
+    /// How many subjects it has.
+    pub size: usize,
+}
+
+impl Group {
+    fn of(file: &TaskFile) -> Self {
+        let subjects: HashSet<&String> = file.subjects.iter().collect();
+        Self { name: file.task.clone(), size: subjects.len() }
+    }
 }
 
 /// A question, in texts.
@@ -118,8 +137,8 @@ impl Question {
 }
 
 impl Task {
-    /// Compiles a task, of a subject if it has several.
-    pub(super) fn new(file: TaskFile, subject: Option<String>) -> Result<Self> {
+    /// Compiles a task that `argument` named, of a subject if it has several.
+    pub(super) fn new(file: TaskFile, subject: Option<String>, argument: &str) -> Result<Self> {
         let mut environment = Environment::new();
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
@@ -156,7 +175,7 @@ impl Task {
             Some(subject) => (
                 format!("{}_{subject}", file.task),
                 format!("{}/{subject}", file.data.folder),
-                Some(file.task.clone()),
+                Some(Group::of(&file)),
             ),
             None => (file.task.clone(), file.data.folder.clone(), None),
         };
@@ -167,7 +186,19 @@ impl Task {
         let ignored = file.exact_match.ignore.iter();
         let ignored =
             ignored.map(|text| regex_of("exact_match.ignore", text)).collect::<Result<_>>()?;
-        Ok(Self { name, file, form, folder, group, filters, ignored, subject, environment })
+        let argument = argument.to_owned();
+        Ok(Self {
+            name,
+            file,
+            form,
+            folder,
+            group,
+            argument,
+            filters,
+            ignored,
+            subject,
+            environment,
+        })
     }
 
     /// The question of a row.

@@ -1,6 +1,6 @@
 //! `results.json` and `samples_TASK.jsonl`, in lm-evaluation-harness's shape.
 
-use super::question::{Question, Task};
+use super::question::{Group, Question, Task};
 use super::task::Metric;
 use super::{Judged, Key, Outcome, Response, Score, sum};
 use crate::error::WithHint;
@@ -21,34 +21,46 @@ pub struct Results {
 /// A task that is through.
 struct Entry {
     name: String,
-    group: Option<String>,
+    group: Option<Group>,
     /// `METRIC,FILTER` and `METRIC_stderr,FILTER`.
     scores: Map<String, Value>,
     /// How they came about, under the names that [`Results::json`] takes from here.
     about: Value,
 }
 
-/// The files of an evaluation.
+/// The file of an evaluation.
 const FILE: &str = "results.json";
 
+/// The file of a task's samples beside it.
+fn samples_file(results: &Path, task: &Task) -> PathBuf {
+    results.with_file_name(format!("samples_{}.jsonl", task.name))
+}
+
 impl Results {
-    /// In a folder, or in a file that ends with `.json`.
+    /// In a folder, or in a file that ends with `.json`. `logged`: the tasks whose samples are to be written, too.
     ///
     /// # Errors
-    /// Results that are there already, unless they are to be overwritten.
-    pub fn create(out: &Path, overwrite: bool, config: Value) -> Result<Self> {
+    /// Results or samples that are there already, unless they are to be overwritten.
+    pub fn create(out: &Path, overwrite: bool, logged: &[Task]) -> Result<Self> {
         let path = match out.extension().is_some_and(|extension| extension == "json") {
             true => out.to_owned(),
             false => out.join(FILE),
         };
-        if path.exists() && !overwrite {
-            return Err(anyhow!("`{}` exists", path.display()))
-                .usage("choose another `--out`, or say `--overwrite`");
+        let mut files = logged.iter().map(|task| samples_file(&path, task));
+        let there = if path.exists() { Some(path.clone()) } else { files.find(|f| f.exists()) };
+        if let Some(file) = there.filter(|_| !overwrite) {
+            return Err(anyhow!("`{}` exists", file.display()))
+                .usage("choose another folder for `--out`, or say `--overwrite`");
         }
         let dir = path.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(dir)
             .with_context(|| format!("cannot create `{}`", dir.display()))?;
-        Ok(Self { path, config, tasks: Vec::new() })
+        Ok(Self { path, config: Value::Null, tasks: Vec::new() })
+    }
+
+    /// Says what is evaluated, and how; it is written with the next task.
+    pub fn set_config(&mut self, config: Value) {
+        self.config = config;
     }
 
     /// Where `results.json` is.
@@ -71,13 +83,13 @@ impl Results {
             "split": outcome.split,
             "cut": outcome.cut,
             "seconds": outcome.seconds,
+            "argument": task.argument,
             "config": task.file,
         });
         let (name, group) = (task.name.clone(), task.group.clone());
         self.tasks.push(Entry { name, group, scores, about });
         if samples {
-            let path = self.path.with_file_name(format!("samples_{}.jsonl", task.name));
-            write(&path, &lines(task, outcome)?)?;
+            write(&samples_file(&self.path, task), &lines(task, outcome)?)?;
         }
         write(&self.path, &(serde_json::to_string_pretty(&self.json())? + "\n"))
     }
@@ -88,14 +100,10 @@ impl Results {
         for task in &self.tasks {
             results.insert(task.name.clone(), Value::Object(task.scores.clone()));
         }
-        let mut members: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
-        for (i, task) in self.tasks.iter().enumerate() {
-            if let Some(group) = &task.group {
-                members.entry(group).or_default().push(i);
-            }
-        }
         let mut subtasks = Map::new();
-        for (group, tasks) in members {
+        // A group whose tasks are not all there has no score: some subjects are no MMLU.
+        for (group, tasks) in self.groups().into_iter().filter(|(g, t)| t.len() == g.size) {
+            let group = &group.name;
             let names: Vec<&String> = tasks.iter().map(|&i| &self.tasks[i].name).collect();
             subtasks.insert(group.to_owned(), json!(names));
             let mean = self.group(&tasks);
@@ -114,12 +122,25 @@ impl Results {
             ("n-samples", "n-samples"),
             ("cut_contexts", "cut"),
             ("evaluation_seconds", "seconds"),
+            ("task_arguments", "argument"),
         ] {
             let of = |task: &Entry| (task.name.clone(), task.about[from].clone());
             all.insert(key.into(), Value::Object(self.tasks.iter().map(of).collect()));
         }
         all.insert("config".into(), self.config.clone());
         Value::Object(all)
+    }
+
+    /// The groups, each with its tasks that are through, by name.
+    fn groups(&self) -> Vec<(&Group, Vec<usize>)> {
+        let mut groups: BTreeMap<&str, (&Group, Vec<usize>)> = BTreeMap::new();
+        for (i, task) in self.tasks.iter().enumerate() {
+            if let Some(group) = &task.group {
+                let (_, tasks) = groups.entry(&group.name).or_insert((group, Vec::new()));
+                tasks.push(i);
+            }
+        }
+        groups.into_values().collect()
     }
 
     /// Scores of a group: means over all samples of its tasks, and the error of such a pool.
@@ -145,10 +166,10 @@ impl Results {
         Value::Object(out)
     }
 
-    /// A line for each task and group: samples, examples, and scores in per cent.
+    /// A line for each task and group: samples, examples, and scores in per cent; of a group that is not all there, how
+    /// many tasks are.
     pub fn table(&self) -> String {
         let mut out = String::new();
-        let json = self.json();
         let line = |out: &mut String, name: &str, about: String, scores: &Value| {
             let of = |(key, value): (&String, &Value)| -> Option<String> {
                 let (metric, filter) =
@@ -170,8 +191,12 @@ impl Results {
             let about = format!("{n} samples, {shots}-shot");
             line(&mut out, &task.name, about, &Value::Object(task.scores.clone()));
         }
-        for (name, scores) in json["groups"].as_object().into_iter().flatten() {
-            line(&mut out, name, "all of them".into(), scores);
+        for (Group { name, size }, tasks) in self.groups() {
+            let about = match tasks.len() {
+                n if n == *size => "all of them".to_owned(),
+                n => format!("mean of {n} of {size}"),
+            };
+            line(&mut out, name, about, &self.group(&tasks));
         }
         out
     }
@@ -260,4 +285,69 @@ fn write(path: &Path, text: &str) -> Result<()> {
     let beside = path.with_extension("tmp");
     std::fs::write(&beside, text).with_context(cannot)?;
     std::fs::rename(&beside, path).with_context(cannot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::prompt::Sample;
+    use super::super::task;
+    use super::*;
+    use crate::error;
+
+    fn tasks(name: &str) -> Vec<Task> {
+        task::find(&[name.into()]).unwrap()
+    }
+
+    /// Of two samples, one of them right.
+    fn outcome() -> Outcome {
+        let question = Question::Text { text: String::new(), words: 1, bytes: 1 };
+        let sample = Sample { row: Map::new(), question, requests: Vec::new() };
+        let judged = |x| Judged {
+            sample: sample.clone(),
+            response: Response::Likelihoods(Vec::new()),
+            values: vec![x],
+        };
+        let samples = vec![judged(0.0), judged(1.0)];
+        let key = Key { metric: Metric::Acc, filter: "none".into() };
+        let scores = vec![(key, Score::of(&[0.0, 1.0]))];
+        let split = "test".to_owned();
+        Outcome { num_fewshot: 0, split, rows: 2, samples, cut: 0, scores, seconds: 1.0 }
+    }
+
+    #[test]
+    fn a_group_has_a_score_where_all_of_its_tasks_are_there() {
+        let (dir, tasks) = (tempfile::tempdir().unwrap(), tasks("mmlu"));
+        let mut results = Results::create(dir.path(), false, &[]).unwrap();
+        tasks[..5].iter().for_each(|task| results.add(task, &outcome(), false).unwrap());
+        let json = results.json();
+        assert!(json["results"].get("mmlu").is_none() && json.get("groups").is_none(), "{json}");
+        assert_eq!(json["group_subtasks"], json!({}));
+        assert_eq!(json["task_arguments"]["mmlu_anatomy"], "mmlu");
+        let last = |results: &Results| results.table().lines().last().unwrap().to_owned();
+        let told = last(&results);
+        assert!(told.starts_with("mmlu ") && told.contains("mean of 5 of 57"), "{told}");
+        assert!(told.contains("acc 50.00"), "{told}");
+        tasks[5..].iter().for_each(|task| results.add(task, &outcome(), false).unwrap());
+        let json = results.json();
+        assert_eq!(json["groups"]["mmlu"]["acc,none"], 0.5);
+        assert_eq!(json["results"]["mmlu"], json["groups"]["mmlu"]);
+        assert_eq!(json["group_subtasks"]["mmlu"].as_array().unwrap().len(), 57);
+        assert!(last(&results).contains("all of them"), "{}", last(&results));
+    }
+
+    #[test]
+    fn samples_of_another_evaluation_are_not_written_over() {
+        let (dir, tasks) = (tempfile::tempdir().unwrap(), tasks("piqa"));
+        let out = |name: &str| dir.path().join(name);
+        let mut first = Results::create(&out("a.json"), false, &tasks).unwrap();
+        first.add(&tasks[0], &outcome(), true).unwrap();
+        let error = Results::create(&out("b.json"), false, &tasks).err().unwrap();
+        assert!(error.to_string().contains("samples_piqa.jsonl` exists"), "{error}");
+        assert_eq!(error::exit_code(&error), 2);
+        let error = Results::create(&out("a.json"), false, &tasks).err().unwrap();
+        assert!(error.to_string().contains("a.json` exists"), "{error}");
+        Results::create(&out("b.json"), false, &[]).unwrap();
+        Results::create(&out("b.json"), true, &tasks).unwrap();
+        Results::create(&out("b.json"), false, &self::tasks("boolq")).unwrap();
+    }
 }

@@ -1,5 +1,6 @@
 //! The rows of an evaluation set: JSON lines, Parquet or Arrow, below the data folder.
 
+use crate::bail_hint;
 use crate::data::documents::objects;
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
@@ -12,6 +13,7 @@ use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{DataType, FieldRef};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -23,7 +25,7 @@ pub type Row = Map<String, Value>;
 /// `DIR/SPLIT-00000-of-00002.parquet`), in the order of their names. `None` where there are no such files.
 ///
 /// # Errors
-/// A file that cannot be read, or that holds something else than rows.
+/// A file that cannot be read, or that holds something else than rows; one that is there plain and compressed.
 pub fn read(dir: &Path, split: &str) -> Result<Option<Vec<Row>>> {
     let files = files(dir, split)?;
     if files.is_empty() {
@@ -68,7 +70,25 @@ fn files(dir: &Path, split: &str) -> Result<Vec<PathBuf>> {
         }
     }
     found.sort();
+    refuse_twice(&found)?;
     Ok(found)
+}
+
+/// Refuses a file that is there both plain and compressed: its rows would count twice.
+fn refuse_twice(files: &[PathBuf]) -> Result<()> {
+    let mut plain: BTreeMap<PathBuf, &PathBuf> = BTreeMap::new();
+    for file in files {
+        let is_compressed = file.extension().is_some_and(|end| end == "gz" || end == "zst");
+        let name = if is_compressed { file.with_extension("") } else { file.clone() };
+        if let Some(other) = plain.insert(name, file) {
+            bail_hint!(
+                "delete one of the two, or move it out of the folder";
+                "expected a set plain or compressed, got `{}` and `{}`, whose rows would count twice",
+                other.display(), file.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Rows of an Arrow IPC file, of the stream that `datasets` saves or of the random-access kind.
@@ -135,4 +155,34 @@ fn value(column: &dyn Array, i: usize) -> Option<Value> {
         }
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_that_is_there_plain_and_compressed_is_refused_with_both_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str| std::fs::write(dir.path().join(name), "{}\n").unwrap();
+        std::fs::create_dir(dir.path().join("dev")).unwrap();
+        for name in
+            ["test.jsonl", "test-1.jsonl.gz", "train.jsonl.gz", "dev/a.jsonl", "dev/b.jsonl.gz"]
+        {
+            write(name);
+        }
+        let names = |split: &str| files(dir.path(), split).map(|files| files.len());
+        assert_eq!(["test", "train", "dev"].map(|split| names(split).unwrap()), [2, 1, 2]);
+        for (name, split, other) in [
+            ("test.jsonl.gz", "test", "test.jsonl`"),
+            ("train.jsonl.zst", "train", "train.jsonl.gz`"),
+            ("dev/a.jsonl.zst", "dev", "a.jsonl`"),
+        ] {
+            write(name);
+            let error = read(dir.path(), split).unwrap_err();
+            let told = error.to_string();
+            assert!(told.contains(other) && told.contains(&format!("{name}`")), "{told}");
+            assert!(crate::error::hint(&error).is_some());
+        }
+    }
 }

@@ -5,7 +5,7 @@ use crate::bail_hint;
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The tasks of this crate, one file each.
 const OWN: [&str; 13] = [
@@ -271,40 +271,82 @@ impl Form {
         }
     }
 }
-/// The tasks of a list of names, groups (`commonsense`, `mmlu`), and files.
+
+/// The tasks of a list of names, groups (`commonsense`, `mmlu`), and files. One that is named again is there once.
 ///
 /// # Errors
-/// A name that is none, with those most like it; a file with a fault.
+/// A name that is none, with those most like it; a file with a fault; two tasks of one name.
 pub fn find(names: &[String]) -> Result<Vec<Task>> {
-    let own: Vec<TaskFile> = OWN.iter().map(|text| parse(text)).collect::<Result<_>>()?;
+    let own = own()?;
+    let mut tasks: Vec<Task> = Vec::new();
+    for argument in names {
+        for task in named(argument, &own)? {
+            match tasks.iter().find(|other| other.name == task.name) {
+                None => tasks.push(task),
+                Some(other) if file_of(&other.argument) == file_of(&task.argument) => {}
+                Some(other) => {
+                    return Err(anyhow!(
+                        "expected one task `{}`, got that of `{}` and that of `{}`",
+                        task.name,
+                        other.argument,
+                        task.argument
+                    ))
+                    .usage("give one of them another name: the field `task` of its file");
+                }
+            }
+        }
+    }
+    Ok(tasks)
+}
+
+/// The tasks of this crate.
+fn own() -> Result<Vec<TaskFile>> {
+    OWN.iter().map(|text| parse(text)).collect()
+}
+
+/// The subjects of a task of this crate; of another, none.
+///
+/// # Errors
+/// None are.
+pub fn subjects(name: &str) -> Result<Vec<String>> {
+    let file = own()?.into_iter().find(|file| file.task == name);
+    Ok(file.map_or_else(Vec::new, |file| file.subjects))
+}
+
+/// Whether an argument names a task by its file.
+pub fn is_file(argument: &str) -> bool {
+    argument.ends_with(".yaml") || argument.ends_with(".yml")
+}
+
+/// The file that an argument names, however it is written; `None` of other arguments.
+fn file_of(argument: &str) -> Option<PathBuf> {
+    is_file(argument)
+        .then(|| Path::new(argument).canonicalize().unwrap_or_else(|_| argument.into()))
+}
+
+/// What one argument names.
+fn named(argument: &str, own: &[TaskFile]) -> Result<Vec<Task>> {
+    if is_file(argument) {
+        let in_file = || format!("in the task `{argument}`");
+        let tasks = read(Path::new(argument))?.into_tasks(argument).with_context(in_file);
+        return tasks.hint(DESCRIBED);
+    }
+    let names = match argument {
+        "commonsense" => COMMONSENSE.to_vec(),
+        one => vec![one],
+    };
     let mut tasks = Vec::new();
     for name in names {
-        let names: Vec<&str> = match name.as_str() {
-            "commonsense" => COMMONSENSE.to_vec(),
-            other => vec![other],
+        let subject = |file: &TaskFile| {
+            let rest = name.strip_prefix(&file.task)?.strip_prefix('_')?;
+            file.subjects.contains(&rest.to_owned()).then(|| rest.to_owned())
         };
-        for name in names {
-            let is_file = name.ends_with(".yaml") || name.ends_with(".yml");
-            if is_file {
-                let in_file = || format!("in the task `{name}`");
-                let found = read(Path::new(name))?.into_tasks().with_context(in_file);
-                tasks.extend(found.hint(DESCRIBED)?);
-                continue;
-            }
-            let subject = |file: &TaskFile| {
-                let rest = name.strip_prefix(&file.task)?.strip_prefix('_')?;
-                file.subjects.contains(&rest.to_owned()).then(|| rest.to_owned())
-            };
-            if let Some(file) = own.iter().find(|file| file.task == *name) {
-                tasks.extend(file.clone().into_tasks()?);
-            } else if let Some((file, subject)) =
-                own.iter().find_map(|file| Some((file, subject(file)?)))
-            {
-                let file = TaskFile { subjects: vec![subject], ..file.clone() };
-                tasks.extend(file.into_tasks()?);
-            } else {
-                return unknown(name, &own);
-            }
+        if let Some(file) = own.iter().find(|file| file.task == name) {
+            tasks.extend(file.clone().into_tasks(argument)?);
+        } else if let Some((file, subject)) = own.iter().find_map(|f| Some((f, subject(f)?))) {
+            tasks.push(Task::new(file.clone(), Some(subject), argument)?);
+        } else {
+            return unknown(name, own);
         }
     }
     Ok(tasks)
@@ -403,12 +445,60 @@ impl TaskFile {
         }
     }
 
-    /// The task, or one for each subject.
-    fn into_tasks(self) -> Result<Vec<Task>> {
+    /// The task, or one for each subject, that an argument named.
+    fn into_tasks(self, argument: &str) -> Result<Vec<Task>> {
         if self.subjects.is_empty() {
-            return Ok(vec![Task::new(self, None)?]);
+            return Ok(vec![Task::new(self, None, argument)?]);
         }
-        let subjects = self.subjects.clone();
-        subjects.into_iter().map(|subject| Task::new(self.clone(), Some(subject))).collect()
+        let task = |subject: &String| Task::new(self.clone(), Some(subject.clone()), argument);
+        self.subjects.iter().map(task).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error;
+    use crate::eval::question::Group;
+
+    fn tasks(names: &[&str]) -> Result<Vec<Task>> {
+        find(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn a_task_that_is_named_twice_is_there_once() {
+        let names = ["hellaswag", "commonsense", "mmlu_anatomy", "mmlu", "mmlu_anatomy"];
+        let found = tasks(&names).unwrap();
+        assert_eq!(found.len(), 7 + 57);
+        let of = |name: &str| found.iter().find(|task| task.name == name).unwrap();
+        let arguments = ["hellaswag", "piqa", "mmlu_anatomy", "mmlu_virology"]
+            .map(|name| of(name).argument.as_str());
+        assert_eq!(arguments, ["hellaswag", "commonsense", "mmlu_anatomy", "mmlu"]);
+        for name in ["mmlu_anatomy", "mmlu_virology"] {
+            assert_eq!(of(name).group, Some(Group { name: "mmlu".into(), size: 57 }));
+        }
+        assert_eq!((of("piqa").group.as_ref(), subjects("mine").unwrap().len()), (None, 0));
+    }
+
+    #[test]
+    fn of_two_files_with_a_task_of_one_name_both_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, more: &str| {
+            let text = format!("task: mine\ndata: {{ folder: mine, test: test }}\n{more}");
+            std::fs::write(dir.path().join(name), text).unwrap();
+            dir.path().join(name).display().to_string()
+        };
+        let yaml = "query: q\nchoices: a\ntarget: b\nmetrics: [acc]\n";
+        let (a, b) = (file("a.yaml", yaml), file("b.yml", yaml));
+        let again = dir.path().join(".").join("a.yaml").display().to_string();
+        assert_eq!(tasks(&[&a, &again]).unwrap().len(), 1);
+        let error = tasks(&[&a, &b]).err().unwrap();
+        assert!(error.to_string().contains("one task `mine`, got that of"), "{error}");
+        assert!(error.to_string().contains("b.yml"), "{error}");
+        assert_eq!(error::exit_code(&error), 2);
+        let twice = file("c.yaml", &format!("{yaml}subjects: [x, y, x]\n"));
+        let found = tasks(&[&twice]).unwrap();
+        let sizes = found.iter().map(|task| task.group.as_ref().map(|group| group.size));
+        assert_eq!(sizes.collect::<Vec<_>>(), [Some(2), Some(2)]);
     }
 }

@@ -1,6 +1,7 @@
 //! Evaluation: prompts are the harness's, likelihoods those of plain passes, and nothing that was computed is lost.
 
 use crate::common::{alone, card, quickstart_like, tiny_llama, tiny_neox};
+use serde_json::Value::{self, Null};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Output;
@@ -169,7 +170,7 @@ impl Folder {
         command.args(out).args(data).args(more).output().unwrap()
     }
 
-    pub fn results(&self) -> serde_json::Value {
+    pub fn results(&self) -> Value {
         let text = std::fs::read_to_string(self.path("out/results.json")).unwrap();
         serde_json::from_str(&text).unwrap()
     }
@@ -189,17 +190,22 @@ fn results_have_the_harness_shape_and_are_kept() {
     assert!(output.status.success(), "{}", told(&output));
     let json = folder.results();
     let samples = std::fs::read_to_string(folder.path("out/samples_hellaswag.jsonl")).unwrap();
-    let samples: Vec<serde_json::Value> =
+    let samples: Vec<Value> =
         samples.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(samples.len(), 4);
     let mean = samples.iter().map(|s| s["acc_norm"].as_f64().unwrap()).sum::<f64>() / 4.0;
     assert_eq!(json["results"]["hellaswag"]["acc_norm,none"], mean);
     assert_eq!(json["n-samples"]["hellaswag"]["effective"], 4);
     assert_eq!(json["n-shot"]["hellaswag"], 1);
-    assert_eq!(json["group_subtasks"]["mmlu"][0], "mmlu_elementary_mathematics");
+    assert_eq!((&json["results"]["mmlu"], &json["group_subtasks"]["mmlu"]), (&Null, &Null));
+    let form = |json: &Value| {
+        ["precision", "quantize", "kv_cache_dtype"].map(|key| json["config"][key].clone())
+    };
+    assert_eq!(form(&json), ["32-true".into(), Null, "auto".into()]);
     assert_eq!(samples[3]["arguments"].as_array().unwrap().len(), 4);
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(table.contains("hellaswag") && table.contains("4 samples, 1-shot"), "{table}");
+    assert!(table.contains("mean of 1 of 57"), "one subject is no MMLU: {table}");
 
     // Weights in 8 bits on the CPU know no branches; five examples are longer than the context.
     let out = format!("{}/quantised", folder.path("out"));
@@ -215,6 +221,9 @@ fn results_have_the_harness_shape_and_are_kept() {
         std::fs::read_to_string(format!("{out}/samples_mmlu_elementary_mathematics.jsonl"))
             .unwrap();
     assert!(samples.lines().count() == 2 && samples.contains(",null]]"), "greedy is not known");
+    let json_of_it = std::fs::read_to_string(format!("{out}/results.json")).unwrap();
+    let json_of_it: Value = serde_json::from_str(&json_of_it).unwrap();
+    assert_eq!(form(&json_of_it), [Null, "int8:32".into(), "auto".into()]);
 
     // They are not written over, unless asked for; what was through before a failure is kept.
     let again = folder.evaluate("piqa", &[]);
@@ -225,11 +234,41 @@ fn results_have_the_harness_shape_and_are_kept() {
         told(&again)
     );
     assert_eq!(folder.results(), json);
+    // Nor are samples by an evaluation that has another file for its results.
+    let beside = folder.path("out/beside.json");
+    let again = folder.evaluate("piqa,hellaswag", &["--log-samples", "--out", &beside]);
+    assert_eq!(again.status.code(), Some(2));
+    assert!(told(&again).contains("samples_hellaswag.jsonl` exists"), "{}", told(&again));
+    assert!(!Path::new(&beside).exists());
     let failed = folder.evaluate("piqa,mmlu_virology", &["--overwrite"]);
     assert_eq!(failed.status.code(), Some(1), "{}", told(&failed));
     let told = told(&failed);
     assert!(told.contains("1 task(s) were finished") && told.contains("has no rows"), "{told}");
     assert!(folder.results()["results"]["piqa"]["acc,none"].is_number());
+}
+
+#[test]
+fn a_model_whose_logits_are_not_finite_has_no_score() {
+    let folder = Folder::new();
+    let dir = folder.path("model");
+    {
+        let _alone = alone();
+        let model = checkpoint::load_model(dir.as_ref(), tch::Kind::Float, Device::Cpu).unwrap();
+        let _ = model.ln_f.weight.detach().narrow(0, 0, 1).fill_(f64::NAN);
+        checkpoint::save(dir.as_ref(), &model).unwrap();
+    }
+    for (task, more) in [
+        ("hellaswag", &[][..]),
+        ("wikitext", &[]),
+        ("boolq", &["--quantize", "int8:32", "--overwrite"]),
+    ] {
+        let output = folder.evaluate(task, more);
+        assert_eq!(output.status.code(), Some(1), "{task}: {}", told(&output));
+        let want = format!("a log-likelihood of the task `{task}` is not finite: NaN, in sample 0");
+        assert!(told(&output).contains(&want), "{}", told(&output));
+        assert!(told(&output).contains("hint: weights that hold NaN"), "{}", told(&output));
+    }
+    assert!(!Path::new(&folder.path("out/results.json")).exists());
 }
 
 #[test]
@@ -252,6 +291,7 @@ fn a_task_of_ones_own_is_a_file() {
     let output = folder.evaluate(&file, &["--limit", "3", "--num-fewshot", "2"]);
     assert!(output.status.success(), "{}", told(&output));
     assert_eq!(folder.results()["n-samples"]["mine"]["effective"], 3);
+    assert_eq!(folder.results()["task_arguments"]["mine"], file.as_str());
 
     for (from, to, said) in [
         ("target: right", "target: wrong", "a row has the fields `q`, `a`, `right`"),

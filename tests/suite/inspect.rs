@@ -1,5 +1,6 @@
 //! `tinyllama inspect` and `bench data`, whole.
 
+use crate::common::quickstart_like;
 use assert_cmd::cargo::cargo_bin_cmd;
 use serde_json::Value;
 use std::fs;
@@ -203,6 +204,33 @@ fn what_is_no_dataset_is_said_to_be_none() {
     let (code, _, err) = run(&["inspect", &path]);
     assert_eq!(code, Some(1));
     assert!(err.contains("config.json") && err.contains("not supported"), "{err}");
+}
+
+#[test]
+fn dtypes_and_shapes_are_columns_in_a_quantised_folder_too() {
+    let dir = tempfile::tempdir().unwrap();
+    quickstart_like(&dir.path().join("model"));
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (code, _, err) =
+        run(&["convert", &path("model"), &path("q"), "--to", "hf", "--quantize", "int4"]);
+    assert_eq!(code, Some(0), "{err}");
+    for (folder, dtypes) in [("model", &["F32"][..]), ("q", &["F32", "int4:32", "int4:64"])] {
+        let (code, out, err) = run(&["inspect", &path(folder)]);
+        assert_eq!(code, Some(0), "{err}");
+        let longest = dtypes.iter().map(|dtype| dtype.len()).max().unwrap();
+        let lines = out.lines().filter(|line| line.contains(".weight "));
+        let lines: Vec<&str> = lines.collect();
+        assert!(lines.len() > 10, "{out}");
+        let shapes = lines.iter().map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            assert!(dtypes.contains(&words[1]) && words[2].parse::<i64>().is_ok(), "{line}");
+            let dtype = line.find(&format!("  {} ", words[1])).unwrap() + 2;
+            assert_eq!(line[dtype + longest..].find(words[2]), Some(1), "{line}");
+            dtype
+        });
+        let places: std::collections::BTreeSet<usize> = shapes.collect();
+        assert_eq!(places.len(), 1, "{out}");
+    }
 }
 
 #[test]

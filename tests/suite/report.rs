@@ -28,6 +28,36 @@ fn results(dir: &Path, name: &str, step: u64, acc: f64) {
 }
 
 #[test]
+fn forms_of_a_checkpoint_are_rows_and_commands_of_their_own_and_some_subjects_are_no_mmlu() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, scheme, acc) in [("mine/a", "int4:64", 0.25), ("mine/b", "int8:32", 0.5)] {
+        let subjects = ["anatomy", "astronomy", "marketing", "sociology", "virology"];
+        let names = subjects.map(|subject| format!("mmlu_{subject}"));
+        let mut results: serde_json::Map<String, serde_json::Value> =
+            names.iter().map(|task| (task.clone(), json!({"acc,none": acc}))).collect();
+        // As an older version wrote it: the mean of five under the name of all.
+        results.insert("mmlu".into(), json!({"acc,none": acc}));
+        let config = json!({
+            "model_args": "out/mine/final", "step": 9, "tokens": 4_096_000, "precision": null,
+            "quantize": scheme, "kv_cache_dtype": "auto"
+        });
+        let json = json!({"results": results, "group_subtasks": {"mmlu": names}, "config": config});
+        fs::create_dir_all(dir.path().join(name)).unwrap();
+        fs::write(dir.path().join(name).join("results.json"), json.to_string()).unwrap();
+    }
+    let output = report(dir.path(), &["mine"]);
+    assert!(output.status.success(), "{}", told(&output));
+    let table = String::from_utf8(output.stdout.clone()).unwrap();
+    assert!(table.contains("| mine, int4:64 | 9 | 4.10M | 25.00 | 25.00 |"), "{table}");
+    assert!(table.contains("| mine, int8:32 | 9 | 4.10M | 50.00 | 50.00 |"), "{table}");
+    assert!(table.contains("| mmlu_virology |") && !table.contains("| mmlu |"), "{table}");
+    let page = fs::read_to_string(dir.path().join("shown/report.md")).unwrap();
+    for said in ["--num-fewshot 0 --quantize int4:64", "--num-fewshot 0 --quantize int8:32"] {
+        assert!(page.contains(said), "{page}");
+    }
+}
+
+#[test]
 fn checkpoints_and_scores_of_training_become_a_table_and_a_picture() {
     let dir = tempfile::tempdir().unwrap();
     results(dir.path(), "mine/a", 1000, 0.25);

@@ -1,6 +1,6 @@
 //! Finds the files below folders and sorts what they say into series.
 
-use super::{Column, Report, Row, Series, Source, notes, read};
+use super::{Column, Form, Report, Row, Series, Source, notes, read};
 use crate::error::WithHint;
 use anyhow::{Context, Result, anyhow};
 use std::collections::{BTreeMap, BTreeSet};
@@ -152,11 +152,11 @@ impl Found {
     /// A series for each run and way of evaluation.
     fn series(mut self, label: &str, notes: &mut Vec<String>) -> Vec<Series> {
         self.evaluations.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
-        let mut all: BTreeMap<(Option<PathBuf>, Source), Vec<Row>> = BTreeMap::new();
-        let mut groups: BTreeMap<(Option<PathBuf>, Source), Vec<Origin>> = BTreeMap::new();
+        let mut all: BTreeMap<Way, Vec<Row>> = BTreeMap::new();
+        let mut groups: BTreeMap<Way, Vec<Origin>> = BTreeMap::new();
         for (_, path, results) in std::mem::take(&mut self.evaluations) {
             let run = run_of(&results.row).map(|run| self.at_hand(run));
-            let key = (run, Source::Evaluation(results.first));
+            let key = (run, Source::Evaluation(results.first), results.form);
             groups.entry(key).or_default().push((path, results.row));
         }
         for (key, files) in groups {
@@ -165,22 +165,26 @@ impl Found {
         for (run, mut rows) in self.runs {
             let samples = rows.iter().flat_map(|row| row.scores.values().map(|s| s.samples)).max();
             rows.iter_mut().for_each(|row| row.checkpoint = run.display().to_string());
-            all.insert((Some(canonical(&run)), Source::InTraining(samples.flatten())), rows);
+            let source = Source::InTraining(samples.flatten());
+            all.insert((Some(canonical(&run)), source, Form::default()), rows);
         }
-        let runs: BTreeSet<PathBuf> = all.keys().filter_map(|(run, _)| run.clone()).collect();
+        let runs: BTreeSet<PathBuf> = all.keys().filter_map(|(run, ..)| run.clone()).collect();
         let named = |run: Option<PathBuf>| match run {
             Some(run) if runs.len() > 1 => below(label, &run, &runs),
             _ => label.to_owned(),
         };
-        let series = all.into_iter().map(|((run, source), mut rows)| {
+        let series = all.into_iter().map(|((run, source, form), mut rows)| {
             rows.sort_by_key(|row| (row.tokens.is_none(), row.tokens, row.step));
-            Series { run: named(run), source, rows }
+            Series { run: named(run), source, form, rows }
         });
         let mut series: Vec<Series> = series.collect();
-        series.sort_by(|a, b| (&a.run, a.source).cmp(&(&b.run, b.source)));
+        series.sort_by(|a, b| (&a.run, a.source, &a.form).cmp(&(&b.run, b.source, &b.form)));
         series
     }
 }
+
+/// A run, and how and in what form its checkpoints were evaluated.
+type Way = (Option<PathBuf>, Source, Form);
 
 /// A file and what it says.
 type Origin = (PathBuf, Row);
@@ -302,6 +306,43 @@ mod tests {
         dir.results("mine/e/results.json", "gone/yours/final", Some(30), "piqa", 0.75);
         let told = told(&dir.collect(&["mine"]).unwrap());
         assert_eq!(told[4], "mine/yours | Some(30) | piqa 75");
+    }
+
+    #[test]
+    fn forms_of_one_checkpoint_are_rows_of_their_own() {
+        let dir = Folder::new();
+        dir.results("a/old/results.json", "m/final", Some(20), "piqa", 0.25);
+        for (i, (precision, quantize, cache)) in [
+            (Some("bf16-true"), None, "auto"),
+            (None, Some("int4:64"), "auto"),
+            (None, Some("int8:32"), "auto"),
+            (None, Some("int8:32"), "int8"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let config = json!({
+                "model_args": "m/final", "tokens": 20, "step": 2,
+                "precision": precision, "quantize": quantize, "kv_cache_dtype": cache,
+            });
+            let results = json!({"piqa": {"acc,none": (i + 2) as f64 / 8.0}});
+            let json = json!({"results": results, "config": config});
+            dir.write(&format!("a/{i}/results.json"), &json.to_string());
+        }
+        let report = dir.collect(&["a"]).unwrap();
+        assert_eq!(
+            told(&report),
+            [
+                "a | Some(20) | piqa 25",
+                "a, int4:64 | Some(20) | piqa 37.5",
+                "a, int8:32 | Some(20) | piqa 50",
+                "a, int8:32, int8 cache | Some(20) | piqa 62.5",
+                "a, bf16-true | Some(20) | piqa 25",
+            ]
+        );
+        let colours: BTreeSet<String> = report.series.iter().map(Series::coloured).collect();
+        assert_eq!(Vec::from_iter(colours), ["a", "a, int4:64", "a, int8:32"]);
+        assert!(report.notes.iter().all(|note| !note.contains("newer")), "{:?}", report.notes);
     }
 
     #[test]

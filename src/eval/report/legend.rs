@@ -3,13 +3,14 @@
 use super::frame::{dashes, line};
 use super::picture::{CHANCE, LEFT, PUBLISHED, RIGHT};
 use super::scene::{COLOURS, Line, Scene};
-use super::{Report, Source, tokens};
+use super::{Report, Series, Source, tokens};
 use crate::eval::published::Published;
 use crate::picture::{self, DrawResult, INK, Root, px, text};
 use anyhow::Result;
 use plotters::prelude::*;
 use plotters::style::FontStyle;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
+use std::collections::BTreeSet;
 
 impl Scene<'_> {
     /// Below everything: what the picture does not say.
@@ -30,8 +31,7 @@ impl Scene<'_> {
         if at_zero && (self.axis.log || self.own_axis().log) {
             notes.push("0 tokens are at the left edge.".into());
         }
-        let mut runs: Vec<&str> = report.series.iter().map(|s| s.run.as_str()).collect();
-        runs.dedup();
+        let runs: BTreeSet<String> = report.series.iter().map(Series::coloured).collect();
         if runs.len() > COLOURS.len() {
             notes.push(format!("Colours repeat after {} runs.", COLOURS.len()));
         }

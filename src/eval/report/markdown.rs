@@ -1,7 +1,7 @@
 //! The report as Markdown.
 
 use super::notes;
-use super::{Basis, Column, Report, Row, Score, Series, Source};
+use super::{Basis, Column, Form, Report, Row, Score, Series, Source};
 use crate::eval::published::{self, Published};
 use crate::train::progress::count;
 use std::collections::BTreeSet;
@@ -126,16 +126,29 @@ fn commands(series: &Series) -> String {
     let mut out = String::new();
     let shots: BTreeSet<u64> = row.scores.keys().map(|column| column.shots).collect();
     for shots in shots {
-        let mut tasks: Vec<&str> =
-            row.scores.keys().filter(|c| c.shots == shots).map(|c| c.task.as_str()).collect();
-        tasks.dedup();
-        let all: Vec<String> = tasks.iter().map(|task| (*task).to_owned()).collect();
-        let tasks = if all == published::TASKS { "commonsense".into() } else { all.join(",") };
+        let of_these = row.scores.iter().filter(|(column, _)| column.shots == shots);
+        let mut tasks: Vec<&str> = Vec::new();
+        for (column, score) in of_these {
+            let task = score.file.as_deref().unwrap_or(&column.task);
+            if !tasks.contains(&task) {
+                tasks.push(task);
+            }
+        }
+        let tasks = if tasks == published::TASKS { "commonsense".into() } else { tasks.join(",") };
         let _ = write!(
             out,
-            "tinyllama evaluate --checkpoint {} --tasks {tasks} --num-fewshot {shots}",
-            quoted(&row.checkpoint)
+            "tinyllama evaluate --checkpoint {} --tasks {} --num-fewshot {shots}",
+            quoted(&row.checkpoint),
+            quoted(&tasks)
         );
+        let Form { precision, quantize, kv_cache_dtype } = &series.form;
+        for (name, value) in
+            [("precision", precision), ("quantize", quantize), ("kv-cache-dtype", kv_cache_dtype)]
+        {
+            if let Some(value) = value {
+                out += &format!(" --{name} {}", quoted(value));
+            }
+        }
         out += &limit.map_or_else(String::new, |n| format!(" --limit {n}"));
         out += &format!("{rest}\n");
     }
@@ -169,7 +182,8 @@ mod tests {
 
     #[test]
     fn the_table_has_each_checkpoint_and_the_published_rows_that_compare() {
-        let score = |mean| Score { metric: "acc".into(), mean, stderr: None, samples: Some(9) };
+        let score =
+            |mean| Score { metric: "acc".into(), mean, stderr: None, samples: Some(9), file: None };
         let hellaswag = Score { stderr: Some(0.4949), ..score(59.204) };
         let scores = [
             (Column::new("hellaswag", 0, false), hellaswag),
@@ -185,6 +199,7 @@ mod tests {
         let series = Series {
             run: "mine".into(),
             source: Source::Evaluation(Some(9)),
+            form: Form::default(),
             rows: vec![row, bare],
         };
         let mut report = Report { series: vec![series], ..Default::default() };
@@ -207,5 +222,40 @@ mod tests {
             assert!(page.contains(said), "{said}: {page}");
         }
         assert_eq!(quoted("it's"), "'it'\\''s'");
+    }
+
+    #[test]
+    fn a_command_names_the_form_of_the_model_and_files_of_tasks() {
+        let score = |file: Option<&str>| Score {
+            metric: "acc".into(),
+            file: file.map(str::to_owned),
+            ..Default::default()
+        };
+        let of = |tasks: &[(&str, Option<&str>)]| {
+            let of = tasks.iter();
+            of.map(|(task, file)| (Column::new(task, 0, false), score(*file))).collect()
+        };
+        let mine = Some("my tasks/own.yaml");
+        let scores = of(&[("piqa", None), ("own_a", mine), ("mmlu", None), ("own_b", mine)]);
+        let row = Row { checkpoint: "out/mine/final".into(), scores, ..Default::default() };
+        let (quantize, kv_cache_dtype) = (Some("int4:64".to_owned()), Some("int8".to_owned()));
+        let mut series = Series {
+            run: "mine".into(),
+            source: Source::Evaluation(None),
+            form: Form { precision: None, quantize, kv_cache_dtype },
+            rows: vec![row],
+        };
+        assert_eq!(
+            commands(&series),
+            "tinyllama evaluate --checkpoint out/mine/final --tasks 'piqa,mmlu,my tasks/own.yaml' \
+             --num-fewshot 0 --quantize int4:64 --kv-cache-dtype int8\n"
+        );
+        series.form = Form { precision: Some("32-true".into()), ..Default::default() };
+        series.rows[0].scores = of(&published::TASKS.map(|task| (task, None)));
+        assert_eq!(
+            commands(&series),
+            "tinyllama evaluate --checkpoint out/mine/final --tasks commonsense --num-fewshot 0 \
+             --precision 32-true\n"
+        );
     }
 }

@@ -39,6 +39,8 @@ pub struct Series {
     pub run: String,
     /// How it was evaluated.
     pub source: Source,
+    /// In what form.
+    pub form: Form,
     /// By tokens, those without last.
     pub rows: Vec<Row>,
 }
@@ -50,6 +52,17 @@ pub enum Source {
     Evaluation(Option<u64>),
     /// During training, on at most so many samples of each set.
     InTraining(Option<u64>),
+}
+
+/// In what form weights and cache were, in the words of `evaluate`'s arguments; nothing of what a file does not say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Form {
+    /// `--precision`, of weights that are not quantised.
+    pub precision: Option<String>,
+    /// `--quantize`, of others.
+    pub quantize: Option<String>,
+    /// `--kv-cache-dtype`, where it is not the usual one.
+    pub kv_cache_dtype: Option<String>,
 }
 
 /// A checkpoint.
@@ -79,7 +92,7 @@ pub struct Column {
 }
 
 /// A score and where it comes from.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Score {
     /// As the file names it: `acc_norm`.
     pub metric: String,
@@ -89,6 +102,8 @@ pub struct Score {
     pub stderr: Option<f64>,
     /// Samples that were judged.
     pub samples: Option<u64>,
+    /// Of a task of one's own, its file.
+    pub file: Option<String>,
 }
 
 impl Column {
@@ -123,13 +138,26 @@ impl fmt::Display for Column {
 impl Series {
     /// The run, and what is special about its scores.
     pub fn label(&self) -> String {
-        let run = &self.run;
-        match self.source {
-            Source::Evaluation(None) => run.clone(),
-            Source::Evaluation(Some(n)) => format!("{run}, first {n} samples"),
-            Source::InTraining(None) => format!("{run}, in training"),
-            Source::InTraining(Some(n)) => format!("{run}, in training, {n} samples"),
+        let Form { precision, quantize, kv_cache_dtype } = &self.form;
+        let mut label = self.run.clone();
+        for weights in precision.iter().chain(quantize) {
+            label += &format!(", {weights}");
         }
+        if let Some(dtype) = kv_cache_dtype {
+            label += &format!(", {dtype} cache");
+        }
+        match self.source {
+            Source::Evaluation(None) => label,
+            Source::Evaluation(Some(n)) => format!("{label}, first {n} samples"),
+            Source::InTraining(None) => format!("{label}, in training"),
+            Source::InTraining(Some(n)) => format!("{label}, in training, {n} samples"),
+        }
+    }
+
+    /// What has a colour of its own in the picture: a run, and each way in which it was quantised.
+    pub fn coloured(&self) -> String {
+        let quantised = self.form.quantize.iter().map(|scheme| format!(", {scheme}"));
+        self.run.clone() + &quantised.collect::<String>()
     }
 
     /// What its row is called where the number of tokens is not known, or several models are in one series.
@@ -246,6 +274,7 @@ mod tests {
             mean: 10.0 * i as f64,
             stderr: Some(3.0),
             samples: None,
+            file: None,
         };
         let scores = tasks.iter().enumerate();
         let scores = scores.map(|(i, (task, shots))| (Column::new(task, *shots, false), score(i)));
@@ -253,7 +282,8 @@ mod tests {
     }
 
     fn report(rows: Vec<Row>) -> Report {
-        let series = Series { run: "mine".into(), source: Source::Evaluation(None), rows };
+        let (run, source) = ("mine".to_owned(), Source::Evaluation(None));
+        let series = Series { run, source, form: Form::default(), rows };
         Report { series: vec![series], ..Default::default() }
     }
 

@@ -227,7 +227,7 @@ fn pale(colour: RGBColor) -> RGBColor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::report::{Column, Row, Score, Series, Source};
+    use crate::eval::report::{Column, Form, Row, Score, Series, Source};
 
     #[test]
     fn every_kind_of_report_has_a_picture() {
@@ -238,6 +238,7 @@ mod tests {
                     mean,
                     stderr: (i != 1).then_some(1.5),
                     samples: None,
+                    file: None,
                 };
                 (Column::new(task, 0, task.contains("text")), score(30.0 + i as f64))
             };
@@ -259,8 +260,10 @@ mod tests {
         .into_iter()
         .enumerate()
         {
-            let series = [Source::Evaluation(None), Source::InTraining(Some(9))]
-                .map(|source| Series { run: "mine".into(), source, rows: rows.clone() });
+            let series = [Source::Evaluation(None), Source::InTraining(Some(9))].map(|source| {
+                let (run, form) = ("mine".to_owned(), Form::default());
+                Series { run, source, form, rows: rows.clone() }
+            });
             let report = Report { series: series.to_vec(), ..Default::default() };
             let png = dir.path().join("report.png");
             draw(&report, &png).unwrap();

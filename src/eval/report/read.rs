@@ -1,11 +1,12 @@
 //! The two kinds of files that have scores: `results.json` of `evaluate`, and `metrics.jsonl` of training.
 
-use super::{Column, Row, Score};
+use super::{Column, Form, Row, Score};
+use crate::eval::task;
 use anyhow::{Context, Result, bail};
 use memchr::memmem;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -14,7 +15,7 @@ use std::path::Path;
 const SHARES: [&str; 6] = ["acc_norm", "acc", "exact_match", "f1", "em", "pass@1"];
 /// Its perplexity, the first that it has.
 const PERPLEXITIES: [&str; 3] = ["word_perplexity", "perplexity", "byte_perplexity"];
-/// Of a group with more members than this, the group is shown in their place; of others the members.
+/// Of a group with more members than this that are all there, the group is shown in their place; of others the members.
 const FEW: usize = 4;
 
 /// What a `results.json` says.
@@ -23,6 +24,8 @@ pub struct Results {
     pub row: Row,
     /// Only the first so many samples of larger sets were judged.
     pub first: Option<u64>,
+    /// In what form the model was.
+    pub form: Form,
 }
 
 /// Reads a `results.json`.
@@ -48,6 +51,7 @@ pub fn results(path: &Path) -> Result<Results> {
         }
     };
     let (step, tokens) = (whole("step")?, whole("tokens")?);
+    let form = form(config)?;
     let checkpoint = match config.and_then(|config| config.get("model_args")?.as_str()) {
         Some(checkpoint) => checkpoint.to_owned(),
         // Another program's: the folder of the file stands for it.
@@ -55,26 +59,28 @@ pub fn results(path: &Path) -> Result<Results> {
     };
 
     let members = members(&json);
-    let large = |name: &String| leaves(&members, name).len() > FEW && tasks.contains_key(name);
-    let hidden: Vec<String> =
-        members.keys().filter(|name| large(name)).flat_map(|name| below(&members, name)).collect();
+    let large = large(&members, tasks)?;
+    let hidden: Vec<String> = large.iter().flat_map(|name| below(&members, name)).collect();
     let (mut scores, mut first) = (BTreeMap::new(), None);
     for (name, task) in tasks {
         let Value::Object(task) = task else {
             bail!("field `results.{name}`: expected an object of scores, got {}", kind(Some(task)));
         };
-        if hidden.contains(name) || (members.contains_key(name) && !large(name)) {
+        if hidden.contains(name) || (members.contains_key(name) && !large.contains(name)) {
             continue;
         }
         let leaves = leaves(&members, name);
         let shots = leaves.first().and_then(|leaf| json["n-shot"][leaf].as_u64()).unwrap_or(0);
         let of = |leaf: &String, key: &str| json["n-samples"][leaf][key].as_u64();
         let samples = leaves.iter().map(|leaf| of(leaf, "effective")).sum();
+        let argument = leaves.first().and_then(|leaf| json["task_arguments"][leaf].as_str());
+        let file = argument.filter(|argument| task::is_file(argument)).map(str::to_owned);
         for leaf in &leaves {
             let (judged, all) = (of(leaf, "effective"), of(leaf, "original"));
             first = first.max(judged.filter(|n| all.is_some_and(|all| *n < all)));
         }
-        add(&mut scores, name, shots, samples, task);
+        let about = Score { samples, file, ..Default::default() };
+        add(&mut scores, name, shots, &about, task);
     }
     // Without counts of samples the limit alone says that sets were not judged as a whole.
     if json.get("n-samples").is_none() {
@@ -84,7 +90,21 @@ pub fn results(path: &Path) -> Result<Results> {
         let known = SHARES.map(|metric| format!("`{metric}`")).join(", ");
         bail!("field `results`: expected a task with one of {known}, got none in {}", tasks.len());
     }
-    Ok(Results { row: Row { checkpoint, step, tokens, scores }, first })
+    Ok(Results { row: Row { checkpoint, step, tokens, scores }, first, form })
+}
+
+/// In what form the model was; files of older versions and of other programs do not say it.
+fn form(config: Option<&Value>) -> Result<Form> {
+    let text = |key: &str| match config.and_then(|config| config.get(key)) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        other => bail!("field `config.{key}`: expected a text or null, got {}", kind(other)),
+    };
+    Ok(Form {
+        precision: text("precision")?,
+        quantize: text("quantize")?,
+        kv_cache_dtype: text("kv_cache_dtype")?.filter(|dtype| dtype != "auto"),
+    })
 }
 
 /// Reads the scores in a run's `metrics.jsonl`: a row for each step that has some. Lines that do not
@@ -104,9 +124,12 @@ pub fn metrics(path: &Path) -> Result<Vec<Row>> {
         let row = steps.entry(line.step).or_default();
         (row.step, row.tokens) = (Some(line.step), line.tokens.or(row.tokens));
         let shots = line.num_fewshot.unwrap_or(0);
-        add(&mut row.scores, &line.task, shots, line.samples, &line.scores);
+        let about = Score { samples: line.samples, ..Default::default() };
+        add(&mut row.scores, &line.task, shots, &about, &line.scores);
     }
-    let rows = steps.into_values().map(|row| Row { scores: with_mmlu(row.scores), ..row });
+    let subjects = task::subjects("mmlu")?;
+    let mmlu = |row: Row| Row { scores: with_mmlu(row.scores, &subjects), ..row };
+    let rows = steps.into_values().map(mmlu);
     Ok(rows.filter(|row| !row.scores.is_empty()).collect())
 }
 
@@ -122,16 +145,16 @@ struct Line {
     scores: Map<String, Value>,
 }
 
-/// Adds a task's headline score and its perplexity.
+/// Adds a task's headline score and its perplexity; `about` says the rest of both.
 fn add(
     scores: &mut BTreeMap<Column, Score>,
     task: &str,
     shots: u64,
-    samples: Option<u64>,
+    about: &Score,
     values: &Map<String, Value>,
 ) {
-    let share = SHARES.iter().find_map(|metric| find(values, metric, 100.0, samples));
-    let perplexity = PERPLEXITIES.iter().find_map(|metric| find(values, metric, 1.0, samples));
+    let share = SHARES.iter().find_map(|metric| find(values, metric, 100.0, about));
+    let perplexity = PERPLEXITIES.iter().find_map(|metric| find(values, metric, 1.0, about));
     for (score, is_perplexity) in [(share, false), (perplexity, true)] {
         if let Some(score) = score {
             scores.insert(Column::new(task, shots, is_perplexity), score);
@@ -140,12 +163,7 @@ fn add(
 }
 
 /// The first of `METRIC` and `METRIC,FILTER` that is a number, with its `METRIC_stderr,FILTER`.
-fn find(
-    values: &Map<String, Value>,
-    metric: &str,
-    unit: f64,
-    samples: Option<u64>,
-) -> Option<Score> {
+fn find(values: &Map<String, Value>, metric: &str, unit: f64, about: &Score) -> Option<Score> {
     // A share of one becomes per cent; what is larger is some other metric of this name.
     let fits = |mean: &f64| *mean >= 0.0 && (unit == 1.0 || *mean <= 1.0);
     let named = |key: &str| key.split(',').next() == Some(metric);
@@ -154,19 +172,25 @@ fn find(
         values.iter().filter(|(key, _)| named(key)).filter_map(number).find(|(_, x)| fits(x))?;
     let error = format!("{metric}_stderr{}", &key[metric.len()..]);
     let stderr = values.get(&error).and_then(Value::as_f64).map(|error| error * unit);
-    Some(Score { metric: metric.to_owned(), mean: mean * unit, stderr, samples })
+    Some(Score { metric: metric.to_owned(), mean: mean * unit, stderr, ..about.clone() })
 }
 
-/// Many subjects of MMLU in training become `mmlu`, the mean over all their questions, as `evaluate`
-/// finds it.
-fn with_mmlu(scores: BTreeMap<Column, Score>) -> BTreeMap<Column, Score> {
-    let is_subject = |c: &Column| c.task.starts_with("mmlu_") && !c.perplexity;
+/// All subjects of MMLU in training become `mmlu`, the mean over all their questions, as `evaluate`
+/// finds it; fewer stay what they are.
+fn with_mmlu(scores: BTreeMap<Column, Score>, names: &[String]) -> BTreeMap<Column, Score> {
+    let is_subject = |c: &Column| {
+        let name = c.task.strip_prefix("mmlu_").filter(|_| !c.perplexity);
+        name.is_some_and(|name| names.iter().any(|other| other == name))
+    };
     let subjects: Vec<(&Column, &Score)> = scores.iter().filter(|(c, _)| is_subject(c)).collect();
     let of_all = |shots: &u64| scores.contains_key(&Column::new("mmlu", *shots, false));
     let Some((shots, metric)) = subjects.first().map(|(c, s)| (c.shots, s.metric.clone())) else {
         return scores;
     };
-    if subjects.len() <= FEW || subjects.iter().any(|(c, _)| c.shots != shots) || of_all(&shots) {
+    if subjects.len() < names.len()
+        || subjects.iter().any(|(c, _)| c.shots != shots)
+        || of_all(&shots)
+    {
         return scores;
     }
     let size = |score: &Score| score.samples.unwrap_or(1) as f64;
@@ -176,7 +200,7 @@ fn with_mmlu(scores: BTreeMap<Column, Score>) -> BTreeMap<Column, Score> {
     let variance: Option<f64> =
         subjects.iter().map(|(_, s)| Some((s.stderr? * size(s) / total).powi(2))).sum();
     let samples = subjects.iter().map(|(_, s)| s.samples).sum();
-    let score = Score { metric, mean, stderr: variance.map(f64::sqrt), samples };
+    let score = Score { metric, mean, stderr: variance.map(f64::sqrt), samples, file: None };
     let mut all = scores.clone();
     all.retain(|column, _| !is_subject(column));
     all.insert(Column::new("mmlu", shots, false), score);
@@ -192,6 +216,22 @@ fn members(json: &Value) -> BTreeMap<String, Vec<String>> {
     };
     let groups = groups.into_iter().flatten().map(|(group, value)| (group.clone(), names(value)));
     groups.filter(|(_, names)| !names.is_empty()).collect()
+}
+
+/// The groups that are shown in place of their members. One of this crate has to have all of its subjects: older files
+/// have the mean of some under its name.
+fn large<'a>(
+    members: &'a BTreeMap<String, Vec<String>>,
+    tasks: &Map<String, Value>,
+) -> Result<BTreeSet<&'a String>> {
+    let mut large = BTreeSet::new();
+    for name in members.keys().filter(|name| tasks.contains_key(*name)) {
+        let there = leaves(members, name).len();
+        if there > FEW && there >= task::subjects(name)?.len() {
+            large.insert(name);
+        }
+    }
+    Ok(large)
 }
 
 /// All that is in a group, groups in it included.
@@ -295,10 +335,28 @@ mod tests {
         let large = with(57);
         assert_eq!(large.keys().map(Column::to_string).collect::<Vec<_>>(), ["mmlu, 5-shot"]);
         assert_eq!(large.values().next().unwrap().samples, Some(57 * 9));
-        assert_eq!(
-            with(2).keys().map(|c| c.task.as_str()).collect::<Vec<_>>(),
-            ["mmlu_0", "mmlu_1"]
-        );
+        for few in [2, 5, 56] {
+            let scores = with(few);
+            assert!(scores.len() == few && scores.keys().all(|c| c.task.starts_with("mmlu_")));
+        }
+    }
+
+    #[test]
+    fn a_file_says_the_form_of_the_model_and_where_a_task_is_from_or_not() {
+        let mut json = json!({
+            "results": {"piqa": {"acc,none": 0.5}, "mine_a": {"acc,none": 0.5}},
+            "config": {"quantize": "int4:64", "precision": null, "kv_cache_dtype": "auto"},
+            "task_arguments": {"piqa": "commonsense", "mine_a": "my/own.yaml"},
+        });
+        let got = read(&json).unwrap();
+        assert_eq!(got.form, Form { quantize: Some("int4:64".into()), ..Default::default() });
+        let file = |task: &str| got.row.scores[&Column::new(task, 0, false)].file.clone();
+        assert_eq!((file("piqa"), file("mine_a")), (None, Some("my/own.yaml".into())));
+        json["config"] = json!({"kv_cache_dtype": "int8"});
+        json.as_object_mut().unwrap().remove("task_arguments");
+        let got = read(&json).unwrap();
+        assert_eq!(got.form, Form { kv_cache_dtype: Some("int8".into()), ..Default::default() });
+        assert!(got.row.scores.values().all(|score| score.file.is_none()));
     }
 
     #[test]
@@ -314,6 +372,10 @@ mod tests {
             (
                 json!({"results": {}, "config": {"tokens": "9B"}}),
                 "field `config.tokens`: expected a whole number or null, got the text `9B`",
+            ),
+            (
+                json!({"results": {}, "config": {"quantize": 4}}),
+                "field `config.quantize`: expected a text or null, got `4`",
             ),
             (json!({"results": {}, "config": 3}), "field `config`: expected an object, got `3`"),
         ] {
@@ -333,19 +395,24 @@ mod tests {
                 step
             );
         }
-        for i in 0..6 {
-            text += &format!(
-                "{{\"step\":2,\"task\":\"mmlu_{i}\",\"samples\":10,\"acc\":0.{i},\"acc_stderr\":0.06}}\n"
-            );
-        }
+        let subjects = task::subjects("mmlu").unwrap();
+        let line = |step: u64, i: usize| {
+            let (subject, acc) = (&subjects[i], i as f64 / 56.0);
+            format!(
+                "{{\"step\":{step},\"task\":\"mmlu_{subject}\",\"samples\":10,\"acc\":{acc},\"acc_stderr\":0.06}}\n"
+            )
+        };
+        text += &(0..57).map(|i| line(2, i)).collect::<String>();
+        text += &(0..56).map(|i| line(1, i)).collect::<String>();
         text += "{\"step\":3,\"task\":\"piqa\",\"ac";
         fs::write(&path, text).unwrap();
         let rows = metrics(&path).unwrap();
         assert_eq!(rows.len(), 2);
+        assert_eq!(rows[0].scores.len(), 1 + 56, "one subject is missing");
         assert_eq!((rows[1].step, rows[1].tokens, rows[1].scores.len()), (Some(2), Some(20), 2));
         assert_eq!(rows[1].scores[&Column::new("piqa", 0, false)].mean, 75.0);
         let mmlu = &rows[1].scores[&Column::new("mmlu", 0, false)];
-        assert!((mmlu.mean - 25.0).abs() < 1e-9 && mmlu.samples == Some(60));
-        assert!((mmlu.stderr.unwrap() - 6.0 / 6f64.sqrt()).abs() < 1e-9);
+        assert!((mmlu.mean - 50.0).abs() < 1e-9 && mmlu.samples == Some(570));
+        assert!((mmlu.stderr.unwrap() - 6.0 / 57f64.sqrt()).abs() < 1e-9);
     }
 }

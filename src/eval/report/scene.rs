@@ -140,7 +140,7 @@ fn lines(report: &Report) -> (Vec<Line<'_>>, usize) {
         let points: Vec<(f64, &Row)> = points.collect();
         if !points.is_empty() {
             let in_training = matches!(series.source, Source::InTraining(_));
-            let (label, colour) = (series.label(), colour(series.run.clone()));
+            let (label, colour) = (series.label(), colour(series.coloured()));
             lines.push(Line { label, colour, in_training, points, level: None });
         }
     }
