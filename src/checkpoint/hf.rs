@@ -1,6 +1,6 @@
 //! Hugging Face folders: `config.json`, `model.safetensors` (or shards and an index), or quantised matrices.
 
-use super::hf_config::{self, Extras};
+use super::hf_config::{self, Extras, GENERATION};
 use super::names::{self, Layout, Part};
 use super::quantised;
 use super::source::Parameters;
@@ -10,6 +10,7 @@ use crate::error::WithHint;
 use crate::model::{GPT, ModelConfig};
 use crate::quant::{Scheme, round_matrix};
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::{ChatTemplate, SpecialTokens};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value, json};
 use std::cell::RefCell;
@@ -139,7 +140,7 @@ fn save_all(
         json["quantization_config"] = quantised::config_json(scheme);
     }
     write_json(&dir.join("config.json"), &json)?;
-    write_json(&dir.join("generation_config.json"), &hf_config::generation_json(&extras))?;
+    write_json(&dir.join(GENERATION), &hf_config::generation_json(&extras))?;
     save_shards(dir, config, parameters, scheme, max_shard_bytes)
 }
 
@@ -287,8 +288,28 @@ pub fn write_json(path: &Path, value: &Value) -> Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
 }
 
-/// Writes `chat_template.jinja`, which `chat`, `serve` and transformers use.
-pub fn save_chat_template(dir: &Path, text: &str) -> Result<()> {
+/// Writes `chat_template.jinja`, which `chat`, `serve` and transformers use, and adds the tokens that end its turns to
+/// the ends of a text in `generation_config.json`, so that transformers' `generate` stops at them too. What else that
+/// file has stays.
+///
+/// # Errors
+/// A template that is no Jinja; a `generation_config.json` that is no JSON; an I/O error.
+pub fn save_chat_template(dir: &Path, text: &str, tokenizer: Option<&Tokenizer>) -> Result<()> {
     let path = dir.join("chat_template.jinja");
-    std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))
+    std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
+    let Some(tokenizer) = tokenizer else { return Ok(()) };
+    let template = ChatTemplate::new(text, "`chat_template.jinja`", SpecialTokens::default())?;
+    let turns = template.end_ids(tokenizer);
+    if turns.is_empty() {
+        return Ok(());
+    }
+    let json = hf_config::read_generation(dir)?.unwrap_or_default();
+    let mut ends = Vec::new();
+    for id in tokenizer.eos_id().into_iter().chain(turns).chain(hf_config::eos_ids(&json)) {
+        if !ends.contains(&id) {
+            ends.push(id);
+        }
+    }
+    let json = hf_config::with_ends(json, tokenizer.bos_id(), &ends);
+    write_json(&dir.join(GENERATION), &json)
 }

@@ -9,7 +9,11 @@ use crate::error::WithHint;
 use crate::model::{MlpClass, ModelConfig, NormClass, RopeScaling, RopeType};
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
+use std::io::ErrorKind;
 use std::path::Path;
+
+/// How a text is made, beside the model: the ids that begin and end it.
+pub(super) const GENERATION: &str = "generation_config.json";
 
 /// Reads `dir/config.json`.
 ///
@@ -381,6 +385,66 @@ pub fn generation_json(extras: &Extras) -> Value {
     Value::Object(out)
 }
 
+/// `dir/generation_config.json`, if it is there.
+///
+/// # Errors
+/// It cannot be read, or is no JSON object.
+pub(super) fn read_generation(dir: &Path) -> Result<Option<Map<String, Value>>> {
+    object(&dir.join(GENERATION))
+}
+
+/// The ids that end a text by `dir/generation_config.json`, else by `dir/config.json`; none where both are silent.
+///
+/// # Errors
+/// As [`read_generation`].
+pub(super) fn end_ids(dir: &Path) -> Result<Vec<u32>> {
+    let ids = read_generation(dir)?.map(|json| eos_ids(&json)).unwrap_or_default();
+    if !ids.is_empty() {
+        return Ok(ids);
+    }
+    let config = object(&dir.join("config.json"))?;
+    Ok(config.map(|json| eos_ids(&json)).unwrap_or_default())
+}
+
+/// `eos_token_id`, which is a number or a list.
+pub(super) fn eos_ids(json: &Map<String, Value>) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match json.get("eos_token_id") {
+        Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
+        one => one.and_then(id).into_iter().collect(),
+    }
+}
+
+/// A `generation_config.json` with these ends of a text, a number where there is one and a list where there are
+/// several, and with this beginning unless it names one.
+pub(super) fn with_ends(mut json: Map<String, Value>, bos: Option<u32>, ends: &[u32]) -> Value {
+    if let Some(bos) = bos.filter(|_| json.get("bos_token_id").is_none_or(Value::is_null)) {
+        json.insert("bos_token_id".into(), bos.into());
+    }
+    match ends {
+        [] => {}
+        [one] => _ = json.insert("eos_token_id".into(), (*one).into()),
+        several => _ = json.insert("eos_token_id".into(), several.into()),
+    }
+    // Otherwise transformers may make it anew from `config.json`.
+    json.shift_remove("_from_model_config");
+    Value::Object(json)
+}
+
+fn object(path: &Path) -> Result<Option<Map<String, Value>>> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot read `{}`", path.display()));
+        }
+    };
+    let json = serde_json::from_str(&text);
+    json.map(Some)
+        .with_context(|| format!("`{}` is no JSON object", path.display()))
+        .hint("copy the file again")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -468,6 +532,33 @@ mod tests {
         );
         let newer = json!({"quantization_config": {"quant_method": "tinyllama", "version": 2}});
         assert!(told(newer).contains("version`: expected 1, got 2"));
+    }
+
+    #[test]
+    fn end_ids_come_from_the_generation_config_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        assert!(end_ids(dir.path()).unwrap().is_empty());
+        write("config.json", r#"{"eos_token_id": [2, 5]}"#);
+        assert_eq!(end_ids(dir.path()).unwrap(), [2, 5]);
+        write("generation_config.json", r#"{"eos_token_id": [7, 9]}"#);
+        assert_eq!(end_ids(dir.path()).unwrap(), [7, 9]);
+        write("generation_config.json", r#"{"bos_token_id": 1, "eos_token_id": null}"#);
+        assert_eq!(end_ids(dir.path()).unwrap(), [2, 5]);
+        write("generation_config.json", "{");
+        let error = format!("{:#}", end_ids(dir.path()).unwrap_err());
+        assert!(error.contains("generation_config.json` is no JSON object"), "{error}");
+    }
+
+    #[test]
+    fn ends_go_into_a_generation_config_beside_what_it_has() {
+        let of =
+            |json: Value, ends: &[u32]| with_ends(json.as_object().unwrap().clone(), Some(1), ends);
+        let json = json!({"_from_model_config": true, "top_p": 0.9, "eos_token_id": 2});
+        let want = json!({"top_p": 0.9, "eos_token_id": [2, 7], "bos_token_id": 1});
+        assert_eq!(of(json, &[2, 7]), want);
+        let want = json!({"bos_token_id": 0, "eos_token_id": 2});
+        assert_eq!(of(json!({"bos_token_id": 0}), &[2]), want);
     }
 
     #[test]

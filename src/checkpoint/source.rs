@@ -1,8 +1,11 @@
 //! Reading checkpoints: an opened one gives its architecture and each parameter, one at a time.
 
 use super::adapter::Adapter;
+use super::folder::copy_files;
 use super::formats::{self, Training};
 use super::gguf::Type;
+use super::hf::write_json;
+use super::hf_config::{self, GENERATION};
 use super::names::{self, Layout, Naming, Part, presets_that_fit};
 use super::outline::outline;
 use super::tensors::Entry;
@@ -14,6 +17,7 @@ use crate::quant::Groups;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result};
 use serde::Serialize;
+use serde_json::Value;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -30,7 +34,12 @@ pub struct Source {
     format: &'static str,
     naming: Naming,
     weights: Weights,
+    /// Files of a tokenizer that lies inside.
     tokenizer: Vec<(&'static str, Vec<u8>)>,
+    /// Folders that may say which ids end a text; the first that does counts.
+    folders: Vec<PathBuf>,
+    /// The ids of a file that says so itself.
+    ends_inside: Vec<u32>,
     pub(super) training: Option<Training>,
     /// The ones that others were trained on come first.
     adapters: Vec<Adapter>,
@@ -49,6 +58,14 @@ impl Source {
         for adapter in &adapters {
             adapter.check(&config)?;
         }
+        let mut folders: Vec<PathBuf> = adapters.iter().rev().map(|a| a.path.clone()).collect();
+        let ends_inside = match tokenizer.iter().find(|(name, _)| *name == GENERATION) {
+            Some((_, bytes)) => hf_config::eos_ids(&serde_json::from_slice(bytes)?),
+            None => {
+                folders.push(folder_of(base).to_owned());
+                Vec::new()
+            }
+        };
         // Adapters without a tokenizer are used with their base's.
         let own = adapters.iter().rev().find(|adapter| Tokenizer::is_in(&adapter.path));
         if own.is_some() {
@@ -56,7 +73,18 @@ impl Source {
         }
         let path = own.map_or(base, |adapter| &adapter.path).to_owned();
         let training = training.filter(|_| adapters.is_empty());
-        Ok(Self { path, config, format, naming, weights, tokenizer, training, adapters })
+        Ok(Self {
+            path,
+            config,
+            format,
+            naming,
+            weights,
+            tokenizer,
+            folders,
+            ends_inside,
+            training,
+            adapters,
+        })
     }
 
     /// Adds adapters to those of this checkpoint, whatever base their configuration names.
@@ -71,6 +99,7 @@ impl Source {
             self.tokenizer.clear();
             self.path = dir.to_owned();
         }
+        self.folders.insert(0, dir.to_owned());
         self.adapters.push(adapter);
         self.training = None;
         Ok(())
@@ -83,14 +112,27 @@ impl Source {
 
     /// The folder, or that of the file.
     pub fn folder(&self) -> &Path {
-        match self.path.is_dir() {
-            true => &self.path,
-            false => formats::folder_of(&self.path),
+        folder_of(&self.path)
+    }
+
+    /// The ids that end a text, beside the tokenizer's own: those of `generation_config.json`, else of `config.json`, in
+    /// the adapters' folder, then in the base's. A file with a vocabulary inside has them inside too: what lies beside
+    /// it may be another model's.
+    ///
+    /// # Errors
+    /// Such a file is damaged.
+    pub fn end_ids(&self) -> Result<Vec<u32>> {
+        for dir in &self.folders {
+            let ids = hf_config::end_ids(dir)?;
+            if !ids.is_empty() {
+                return Ok(ids);
+            }
         }
+        Ok(self.ends_inside.clone())
     }
 
     /// Calls `read` with a folder of tokenizer files: the checkpoint's own, or a temporary one of what lies inside.
-    pub fn with_tokenizer<T>(&self, read: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    pub fn read_tokenizer<T>(&self, read: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         if self.tokenizer.is_empty() {
             return read(self.folder());
         }
@@ -101,6 +143,53 @@ impl Source {
                 .with_context(|| format!("cannot write `{}`", path.display()))?;
         }
         read(dir.path())
+    }
+
+    /// [`Source::read_tokenizer`] for a copy of the checkpoint: where the folder has no `generation_config.json` that
+    /// names the ends of a text but the checkpoint does elsewhere, `read` gets a temporary folder with one.
+    pub fn with_tokenizer<T>(&self, read: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        let Some(generation) = self.missing_generation()? else { return self.read_tokenizer(read) };
+        let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
+        copy_files(&Tokenizer::files(self.folder()), dir.path())?;
+        let path = dir.path().join(GENERATION);
+        if path.exists() {
+            std::fs::remove_file(&path)?; // a copy may be read-only
+        }
+        write_json(&path, &generation)?;
+        read(dir.path())
+    }
+
+    /// The `generation_config.json` that the tokenizer's folder ought to have: see [`Source::with_tokenizer`].
+    fn missing_generation(&self) -> Result<Option<Value>> {
+        if !self.tokenizer.is_empty() {
+            return Ok(None); // it lies inside too
+        }
+        let dir = self.folder();
+        let own = hf_config::read_generation(dir)?;
+        let named = own.as_ref().is_some_and(|json| !hf_config::eos_ids(json).is_empty());
+        let mut ends = self.end_ids()?;
+        if named || ends.is_empty() {
+            return Ok(None);
+        }
+        let tokenizer = Tokenizer::is_in(dir).then(|| Tokenizer::load(dir)).transpose()?;
+        let ids = |id: fn(&Tokenizer) -> Option<u32>| tokenizer.as_ref().and_then(id);
+        let (bos, eos) = (ids(Tokenizer::bos_id), ids(Tokenizer::eos_id));
+        if let Some(eos) = eos {
+            ends.retain(|id| *id != eos);
+            ends.insert(0, eos);
+        }
+        let elsewhere = || -> Result<_> {
+            for dir in &self.folders {
+                if let Some(json) = hf_config::read_generation(dir)? {
+                    return Ok(Some(json));
+                }
+            }
+            Ok(None)
+        };
+        let json = own.map_or_else(elsewhere, |own| Ok(Some(own)))?;
+        // What the tokenizer says by itself is written without this.
+        let is_said = json.is_none() && eos.is_some_and(|eos| ends == [eos]);
+        Ok((!is_said).then(|| hf_config::with_ends(json.unwrap_or_default(), bos, &ends)))
     }
 
     /// The model in the given dtype.
@@ -314,6 +403,14 @@ impl Source {
             fill(&ours, weights, parts, &self.config).map(|()| ours)
         };
         Ok(Some(Parameters { entries, get: Box::new(get) }))
+    }
+}
+
+/// A folder, or that of a file.
+fn folder_of(path: &Path) -> &Path {
+    match path.is_dir() {
+        true => path,
+        false => formats::folder_of(path),
     }
 }
 

@@ -23,8 +23,8 @@ pub struct LoadArgs {
     /// Number format of weights and activations [default: bf16-true on a GPU, 32-true on the CPU]
     #[arg(long, conflicts_with = "quantize")]
     precision: Option<InferencePrecision>,
-    /// Matrices in 4 or 8 bits: int4 or int8, with a group size as in int4:64, or `stored` as the file has them, which is
-    /// the default for quantised files
+    /// Matrices in 4 or 8 bits: int4 or int8, with a group size as in int4:64, or `stored`, only for quantised files: as the
+    /// file has them, which is their default
     #[arg(long, value_name = "SCHEME", value_parser = parse_scheme)]
     quantize: Option<Scheme>,
     /// Dtype of keys and values in the cache. Quantised weights on the CPU can have any, bf16 or quantised ones on a GPU

@@ -230,7 +230,7 @@ fn write_model(s: &Snapshot, dir: &Path, weights: &Named) -> Result<()> {
     checkpoint::save_model(dir, &s.model, weights, s.tokenizer.as_deref())?;
     checkpoint::copy_files(&s.files, dir)?;
     if let Some(template) = &s.template {
-        checkpoint::save_chat_template(dir, template)?;
+        checkpoint::save_chat_template(dir, template, s.tokenizer.as_deref())?;
     }
     checkpoint::save_counters(dir, &s.state, &s.generators)
 }

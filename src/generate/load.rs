@@ -7,8 +7,7 @@ use crate::model::{GPT, ModelConfig};
 use crate::quant::{self, Scheme, obstacle};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::{ChatTemplate, SpecialTokens};
-use anyhow::{Context, Result, anyhow};
-use serde_json::Value;
+use anyhow::{Result, anyhow};
 use std::path::Path;
 use tch::{Device, Kind};
 
@@ -18,8 +17,7 @@ pub struct Loaded {
     pub network: Network,
     /// Absent where token ids are enough.
     pub tokenizer: Option<Tokenizer>,
-    /// Ids that end a text: the tokenizer's eos and those of the checkpoint's
-    /// `generation_config.json`.
+    /// Ids that end a text: the tokenizer's eos and those that the checkpoint names ([`Source::end_ids`]).
     pub eos: Vec<u32>,
 }
 
@@ -55,11 +53,10 @@ impl Loaded {
 /// No checkpoint there, a tokenizer that is missing or does not fit the model, quantised weights on a GPU.
 pub fn load(path: &Path, device: Device, form: Form, with_tokenizer: bool) -> Result<Loaded> {
     let source = Source::open(&checkpoint::resolve(path)?)?;
-    let dir = source.folder();
     let tokenizer = match with_tokenizer {
-        true => Some(source.with_tokenizer(Tokenizer::load).hint(format!(
+        true => Some(source.read_tokenizer(Tokenizer::load).hint(format!(
             "put `tokenizer.json` or `tokenizer.model` into {}, or give token ids instead of text",
-            dir.display()
+            source.folder().display()
         ))?),
         false => None,
     };
@@ -67,7 +64,7 @@ pub fn load(path: &Path, device: Device, form: Form, with_tokenizer: bool) -> Re
     if let Some(tokenizer) = &tokenizer {
         check_vocabulary(tokenizer, network.borrow().config())?;
     }
-    let mut eos = configured_eos(dir)?;
+    let mut eos = source.end_ids()?;
     eos.extend(tokenizer.as_ref().and_then(|t| t.eos_id()));
     Ok(Loaded { network, tokenizer, eos })
 }
@@ -82,7 +79,7 @@ pub fn chat_template(
     name: Option<&str>,
 ) -> Result<Option<ChatTemplate>> {
     let source = Source::open(&checkpoint::resolve(path)?)?;
-    source.with_tokenizer(|dir| match name {
+    source.read_tokenizer(|dir| match name {
         Some(name) => ChatTemplate::named(name, SpecialTokens::load(dir, tokenizer)?).map(Some),
         None => ChatTemplate::load(dir, tokenizer),
     })
@@ -124,42 +121,4 @@ pub fn check_vocabulary(tokenizer: &Tokenizer, config: &ModelConfig) -> Result<(
         "use the tokenizer that the model was trained with, or a model with `vocab_size` of at \
              least {ids}"
     ))
-}
-
-/// `eos_token_id`, a number or a list, of `generation_config.json`, else of `config.json`.
-fn configured_eos(dir: &Path) -> Result<Vec<u32>> {
-    for name in ["generation_config.json", "config.json"] {
-        let path = dir.join(name);
-        let Ok(text) = std::fs::read_to_string(&path) else { continue };
-        let json: Value = serde_json::from_str(&text)
-            .with_context(|| format!("{} is no JSON", path.display()))?;
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        match &json["eos_token_id"] {
-            Value::Null => continue,
-            Value::Array(ids) => return Ok(ids.iter().filter_map(id).collect()),
-            one => return Ok(id(one).into_iter().collect()),
-        }
-    }
-    Ok(Vec::new())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn eos_ids_come_from_the_generation_config_first() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-        assert!(configured_eos(dir.path()).unwrap().is_empty());
-        write("config.json", r#"{"eos_token_id": 2}"#);
-        assert_eq!(configured_eos(dir.path()).unwrap(), [2]);
-        write("generation_config.json", r#"{"eos_token_id": [7, 9]}"#);
-        assert_eq!(configured_eos(dir.path()).unwrap(), [7, 9]);
-        write("generation_config.json", r#"{"bos_token_id": 1, "eos_token_id": null}"#);
-        assert_eq!(configured_eos(dir.path()).unwrap(), [2]);
-        write("generation_config.json", "{");
-        let error = format!("{:#}", configured_eos(dir.path()).unwrap_err());
-        assert!(error.contains("generation_config.json is no JSON"), "{error}");
-    }
 }

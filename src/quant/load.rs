@@ -2,7 +2,7 @@
 
 use super::llama::{QuantBlock, QuantLlama, Stack, obstacle};
 use super::matrix::{Format, QuantMatrix};
-use crate::checkpoint::{BlockValues, Blocks, Parameters, Source};
+use crate::checkpoint::{BlockValues, Blocks, Parameters, Source, outline};
 use crate::error::WithHint;
 use crate::ffi;
 use crate::model::rope::Rope;
@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 /// How matrices are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
-    /// As the checkpoint has them, where that is quantised; what is not, in 8 bits.
+    /// As a quantised checkpoint has them; those of its matrices that are not quantised, in 8 bits.
     Stored,
     /// All in 4 bits, an embedding in groups of 32; in 8 bits one that is the head too.
     Int4 {
@@ -30,6 +30,8 @@ pub enum Scheme {
 
 /// Values that share a scale where nothing else is said.
 const GROUP: usize = 32;
+/// The sizes of groups that there are.
+const GROUPS: [usize; 3] = [32, 64, 128];
 
 impl Scheme {
     /// How the matrix with this lit-gpt name is rounded, unless it is used as it is stored.
@@ -60,15 +62,53 @@ pub fn round_matrix(name: &str, weight: &Tensor, format: Format) -> Result<Quant
     QuantMatrix::pack(format, values, k as usize).with_context(told)
 }
 
+/// Refuses groups that do not divide the rows of a matrix.
+///
+/// # Errors
+/// The first such matrix, with the groups that divide all.
+fn check_groups(config: &ModelConfig, scheme: Scheme) -> Result<()> {
+    let odd = |scheme: Scheme| {
+        let matrices = outline(config).into_iter().filter(|(_, shape)| shape.len() == 2);
+        let mut sized = matrices.map(|(name, shape)| {
+            let group = scheme.format(&name, config).group() as i64;
+            (name, shape[1], group)
+        });
+        sized.find(|(_, row, group)| row % group != 0)
+    };
+    let Some((name, row, group)) = odd(scheme) else { return Ok(()) };
+    let (kind, schemes) = match scheme {
+        Scheme::Int4 { .. } => ("int4", GROUPS.map(|group| Scheme::Int4 { group })),
+        _ => ("int8", GROUPS.map(|group| Scheme::Int8 { group })),
+    };
+    // Groups of 32 always do: see [`obstacle`].
+    let fit = GROUPS.iter().zip(schemes).filter(|(_, scheme)| odd(*scheme).is_none());
+    let fit: Vec<String> = fit.map(|(group, _)| format!("`{kind}:{group}`")).collect();
+    Err(anyhow!("`{name}`: rows of {row} values, expected a multiple of {group}, the group"))
+        .usage(format!("take `--quantize` with groups that divide all rows: {}", fit.join(", ")))
+}
+
 /// Loads a checkpoint of any format.
 ///
 /// # Errors
-/// An architecture that has no quantised form here; widths that the groups do not divide; as [`Source::check`].
+/// An architecture that has no quantised form here; widths that the groups do not divide; [`Scheme::Stored`] of weights
+/// that are not quantised, or that adapters change; as [`Source::check`].
 pub fn load(source: &Source, scheme: Scheme) -> Result<QuantLlama> {
     let config = &source.config;
     if let Some(problem) = obstacle(config) {
         return Err(anyhow!("this model cannot be quantised: {problem}"))
             .usage("leave `--quantize` out");
+    }
+    match scheme {
+        Scheme::Stored if !source.is_quantised() => {
+            return Err(anyhow!(
+                "`--quantize stored`: expected quantised matrices without adapters, got the format {} of `{}`",
+                source.format(),
+                source.path.display()
+            ))
+            .usage("leave `--quantize` out, or round the matrices: `--quantize int8` or `int4`");
+        }
+        Scheme::Stored => {}
+        _ => check_groups(config, scheme)?,
     }
     let parameters = source.parameters(Some(Kind::Float))?;
     let names = parameters.entries.iter().enumerate().map(|(i, e)| (e.name.clone(), i)).collect();

@@ -10,9 +10,11 @@ mod source;
 
 pub use builtin::NAMES;
 pub use source::SpecialTokens;
+pub(crate) use source::find as find_template;
 
 use crate::error::WithHint;
 use crate::tokenizer::Tokenizer;
+use aho_corasick::{AhoCorasick, MatchKind};
 use anyhow::{Result, anyhow};
 use functions::Raised;
 use minijinja::syntax::SyntaxConfig;
@@ -65,6 +67,8 @@ pub struct ChatTemplate {
     /// Where it is from, in backticks.
     origin: String,
     tokens: SpecialTokens,
+    /// Finds [`SpecialTokens::names`] in a text, leftmost and longest first.
+    names: AhoCorasick,
     stops: Vec<String>,
     trims_reply: bool,
 }
@@ -113,6 +117,14 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         functions::add_to(&mut environment);
         environment.add_template_owned("chat", source::without_generation(text)).map_err(broken)?;
+        let names = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostLongest)
+            .build(tokens.names())
+            .map_err(|error| TemplateError::Broken {
+                origin: origin.into(),
+                line: 1,
+                problem: format!("the names of its tokens cannot be searched for: {error}"),
+            })?;
         let (text, origin) = (text.to_owned(), origin.to_owned());
         // A built-in one that was saved with a checkpoint is known again.
         let (stops, trims_reply) = match builtin::of_source(&text) {
@@ -121,7 +133,7 @@ impl ChatTemplate {
             }
             None => (builtin::stops_in(&text), false),
         };
-        Ok(Self { environment, text, origin, tokens, stops, trims_reply })
+        Ok(Self { environment, text, origin, tokens, names, stops, trims_reply })
     }
 
     /// The prompt; with `add_generation_prompt` it ends where the assistant's next answer begins.
@@ -133,7 +145,7 @@ impl ChatTemplate {
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<String, TemplateError> {
-        let SpecialTokens { bos, eos, unk, pad } = &self.tokens;
+        let SpecialTokens { bos, eos, unk, pad, .. } = &self.tokens;
         let token = |token: &Option<String>| token.clone().map_or(Value::UNDEFINED, Value::from);
         let template = self.environment.get_template("chat").map_err(|e| self.failed(&e))?;
         let values = context! {
@@ -150,8 +162,8 @@ impl ChatTemplate {
     }
 
     /// Ids of a rendered prompt. Bos goes before it where the tokenizer puts one by default and the template has not. A
-    /// `tokenizer.json` finds special tokens in a text itself; for a `tokenizer.model`, whose encoder knows none, bos and
-    /// eos are found by their names here.
+    /// `tokenizer.json` finds special tokens in a text itself; for a `tokenizer.model`, whose encoder knows none, bos,
+    /// eos and all control pieces are found by their names here.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
@@ -164,32 +176,20 @@ impl ChatTemplate {
         Ok(bos.into_iter().chain(ids).collect())
     }
 
-    /// Ids of the pieces between bos and eos, and theirs.
+    /// Ids of the text between control tokens, and theirs.
     fn encode_between(&self, tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>> {
-        let special: Vec<(&str, u32)> = [&self.tokens.bos, &self.tokens.eos]
-            .into_iter()
-            .filter_map(|token| Some((token.as_deref()?, tokenizer.id_of(token.as_deref()?)?)))
-            .filter(|(token, _)| !token.is_empty())
-            .collect();
-        let mut ids = Vec::new();
-        let mut begin = 0;
-        // Where each is next; looked for again only once that place is passed, so that a prompt is read once.
-        let mut places: Vec<Option<usize>> =
-            special.iter().map(|(token, _)| prompt.find(token)).collect();
-        while begin < prompt.len() {
-            let next = (0..special.len()).filter_map(|i| Some((places[i]?, special[i])));
-            let next = next.min_by_key(|&(at, _)| at);
-            let end = next.map_or(prompt.len(), |(at, _)| at);
-            if begin < end {
-                ids.extend(tokenizer.encode(&prompt[begin..end], false, false)?);
+        let (mut ids, mut begin) = (Vec::new(), 0);
+        for found in self.names.find_iter(prompt) {
+            // A name that the vocabulary lacks is text.
+            let Some(id) = tokenizer.id_of(&prompt[found.range()]) else { continue };
+            if begin < found.start() {
+                ids.extend(tokenizer.encode(&prompt[begin..found.start()], false, false)?);
             }
-            ids.extend(next.map(|(_, (_, id))| id));
-            begin = next.map_or(end, |(at, (token, _))| at + token.len());
-            for (place, (token, _)) in places.iter_mut().zip(&special) {
-                if place.is_some_and(|at| at < begin) {
-                    *place = prompt[begin..].find(token).map(|at| begin + at);
-                }
-            }
+            ids.push(id);
+            begin = found.end();
+        }
+        if begin < prompt.len() {
+            ids.extend(tokenizer.encode(&prompt[begin..], false, false)?);
         }
         Ok(ids)
     }

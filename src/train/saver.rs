@@ -48,7 +48,7 @@ pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
         }
         checkpoint::copy_files(tokenizer_files.as_deref().unwrap_or_default(), dir)?;
         if let Some(template) = &run.template {
-            checkpoint::save_chat_template(dir, template.text())?;
+            checkpoint::save_chat_template(dir, template.text(), run.tokenizer.as_deref())?;
         }
         checkpoint::save_train_state(dir, &state, &moments, &rng_states(run.device)?)
     })?;
@@ -57,6 +57,20 @@ pub fn save(run: &mut Run, name: &str) -> Result<PathBuf> {
         checkpoint::prune(&run.config.out_dir, keep as usize)?;
     }
     Ok(path)
+}
+
+/// Says at once where a checkpoint would not fit on the disk now: the first may be due in days.
+pub(super) fn warn_of_space(run: &mut Run) {
+    if run.job.is_some_and(|job| job.rank() > 0) {
+        return;
+    }
+    let parts = run.ranks.as_ref().map_or(1, |ranks| ranks.groups().shards().1 as u64);
+    let needed = run.optimizer.saved_sizes().into_iter().sum::<u64>().saturating_mul(parts);
+    let free = checkpoint::free_bytes(&run.config.out_dir).filter(|free| *free < needed);
+    let Some(free) = free else { return };
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    let (needed, free, dir) = (gib(needed), gib(free), run.config.out_dir.display().to_string());
+    run.note(&format!("warning: a checkpoint needs {needed:.2} GiB, `{dir}` has {free:.2} free"));
 }
 
 /// Counters and data cursor.

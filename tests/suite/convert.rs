@@ -1,13 +1,17 @@
 //! `convert` and `inspect` of checkpoints, through the program.
 
+use crate::chat_template::write_pieces;
 use crate::common::{alone, tiny_llama, tiny_neox};
 use assert_cmd::cargo::cargo_bin_cmd;
+use serde_json::{Value, json};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
+use tinyllama::checkpoint::gguf::GgufFile;
 use tinyllama::checkpoint::names::{self, LitGpt, Naming};
-use tinyllama::checkpoint::{self, Source, outline, tensors};
+use tinyllama::checkpoint::{self, MAX_SHARD_BYTES, Source, Target, outline, tensors};
 use tinyllama::model::{GPT, ModelConfig, RopeScaling, RopeType};
+use tinyllama::tokenizer::Tokenizer;
 
 fn run(args: &[&str]) -> (Option<i32>, String, String) {
     let output = cargo_bin_cmd!("tinyllama").args(args).output().unwrap();
@@ -227,4 +231,121 @@ fn inspect_tells_format_architecture_and_every_tensor_with_its_statistics() {
         outline(&source.config).iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
     assert_eq!(json["report"]["parameters"], n);
     assert_eq!(json["report"]["tensors"].as_array().unwrap().len(), source.stored().unwrap().len());
+}
+
+const HF: Target = Target::HuggingFace { max_shard_bytes: MAX_SHARD_BYTES, quantise: None };
+const GGUF: Target = Target::Gguf { mix: None };
+
+/// Converts without a program of its own.
+fn made(from: &Path, to: &Path, target: Target) -> anyhow::Result<()> {
+    checkpoint::convert(&Source::open(from)?, to, target, None, &|_, _| {}).map(drop)
+}
+
+fn ends(path: &Path) -> Vec<u32> {
+    Source::open(path).unwrap().end_ids().unwrap()
+}
+
+fn write_json(path: &Path, json: Value) {
+    fs::write(path, json.to_string()).unwrap();
+}
+
+fn read_json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// Adapters of one matrix of [`tiny_llama`], with a tokenizer of their own.
+fn adapters(dir: &Path, base: &Path) {
+    fs::create_dir(dir).unwrap();
+    let lora =
+        json!({"peft_type": "LORA", "base_model_name_or_path": base, "r": 2, "lora_alpha": 4});
+    write_json(&dir.join("adapter_config.json"), lora);
+    let zeros = |shape: [i64; 2]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+    let module = "base_model.model.model.layers.0.self_attn.q_proj";
+    let pair = [("lora_A", zeros([2, 32])), ("lora_B", zeros([32, 2]))];
+    let pair = pair.map(|(name, t)| (format!("{module}.{name}.weight"), t));
+    tensors::write(&dir.join("adapter_model.safetensors"), &pair).unwrap();
+    write_pieces(dir, |_| {});
+}
+
+#[test]
+fn ends_of_a_text_are_found_where_they_stand_and_come_along() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let (base, lora) = (path("base"), path("lora"));
+    folder(&base, &tiny_llama(), Kind::Float);
+    write_pieces(&base, |_| {});
+    let generation = json!({"bos_token_id": 1, "eos_token_id": [2, 4], "top_p": 0.9});
+    write_json(&base.join("generation_config.json"), generation.clone());
+
+    // Adapters that name none have their base's, also in a copy.
+    adapters(&lora, &base);
+    assert_eq!(ends(&lora), [2, 4]);
+    made(&lora, &path("merged"), HF).unwrap();
+    assert_eq!(read_json(&path("merged/generation_config.json")), generation);
+    write_json(&lora.join("generation_config.json"), json!({"eos_token_id": 3}));
+    assert_eq!(ends(&lora), [3]);
+
+    // A list that stands in `config.json` alone.
+    fs::remove_file(base.join("generation_config.json")).unwrap();
+    let mut config = read_json(&base.join("config.json"));
+    config["eos_token_id"] = json!([4, 2, 3]);
+    write_json(&base.join("config.json"), config);
+    assert_eq!(ends(&base), [4, 2, 3]);
+    for (name, target) in [("hf", HF), ("lit", Target::LitGpt)] {
+        made(&base, &path(name), target).unwrap();
+        assert_eq!(ends(&path(name)), [2, 4, 3], "{name}: the tokenizer's own comes first");
+    }
+}
+
+#[test]
+fn a_gguf_file_says_itself_what_ends_a_text_and_which_template_is_the_default() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let (hf, file) = (path("hf"), path("alone/m.gguf"));
+    folder(&hf, &tiny_llama(), Kind::Float);
+    write_pieces(&hf, |_| {});
+    write_json(&hf.join("generation_config.json"), json!({"eos_token_id": [2, 4, 3]}));
+    let mut config = read_json(&hf.join("tokenizer_config.json"));
+    config["chat_template"] =
+        json!([{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]);
+    write_json(&hf.join("tokenizer_config.json"), config);
+    fs::create_dir(path("alone")).unwrap();
+    made(&hf, &file, GGUF).unwrap();
+
+    let gguf = GgufFile::open(&file).unwrap();
+    let id = |name: &str| gguf.metadata().find_u64(&format!("tokenizer.ggml.{name}")).unwrap();
+    let ids = ["eos_token_id", "eot_token_id", "eom_token_id"].map(id);
+    assert_eq!(ids, [Some(2), Some(4), Some(3)]);
+    assert_eq!(gguf.metadata().str("tokenizer.chat_template").unwrap(), "b");
+    // What lies beside the file is another model's.
+    write_json(&path("alone/generation_config.json"), json!({"eos_token_id": 9}));
+    write_json(&path("alone/config.json"), json!({"eos_token_id": 9}));
+    assert_eq!(ends(&file), [2, 4, 3]);
+    made(&file, &path("back"), HF).unwrap();
+    assert_eq!(ends(&path("back")), [2, 4, 3]);
+}
+
+#[test]
+fn a_normaliser_that_gguf_has_no_place_for_is_refused() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let (hf, file) = (dir.path().join("hf"), dir.path().join("m.gguf"));
+    folder(&hf, &tiny_llama(), Kind::Float);
+    fs::copy("tests/golden/tokenizer/rules.model", hf.join("tokenizer.model")).unwrap();
+    let error = made(&hf, &file, GGUF).unwrap_err();
+    let text = format!("{error:#}");
+    assert!(text.contains("character rules `user_defined`: expected none"), "{text}");
+    assert!(tinyllama::error::hint(&error).is_some() && !file.exists());
+
+    // That extra spaces are left out has a key.
+    let key = "tokenizer.ggml.remove_extra_whitespaces";
+    let tokenizer = write_pieces(&hf, |m| m.set(key, true));
+    made(&hf, &file, GGUF).unwrap();
+    assert_eq!(GgufFile::open(&file).unwrap().metadata().find_bool(key).unwrap(), Some(true));
+    let back = Source::open(&file).unwrap().read_tokenizer(Tokenizer::load).unwrap();
+    let ids = |tokenizer: &Tokenizer| tokenizer.encode("  a   b ", false, false).unwrap();
+    assert_eq!(ids(&back), ids(&tokenizer));
+    assert_eq!(ids(&back).len(), 3);
 }

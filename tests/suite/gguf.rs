@@ -1,5 +1,6 @@
 //! GGUF: values equal to the Python package's, what is written is read back, hostile files are refused.
 
+use crate::chat_template::{PIECES, write_pieces};
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -456,12 +457,55 @@ fn settings_of_a_llama_go_both_ways() {
 }
 
 #[test]
+fn a_yarn_that_a_file_cannot_say_is_refused() {
+    let config = |scaling: Json| {
+        json!({"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 9,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 32,
+            "rms_norm_eps": 1e-5, "rope_scaling": scaling})
+    };
+    let with = |more: Json| {
+        let mut scaling = json!({"rope_type": "yarn", "factor": 8.0});
+        scaling.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        llama::metadata(&config(scaling), "x")
+    };
+    let usual = 0.1 * 8f64.ln() + 1.0;
+    for said in [
+        json!({"truncate": true, "beta_fast": 16.0}),
+        json!({"attention_factor": usual}),
+        json!({"mscale": 1.0}),
+        json!({"mscale": 1.0, "mscale_all_dim": 0.0}),
+    ] {
+        with(said).unwrap();
+    }
+    for (key, unsaid) in [
+        ("attention_factor", json!({"attention_factor": 1.0})),
+        ("mscale", json!({"mscale": 1.0, "mscale_all_dim": 1.0})),
+        ("truncate", json!({"truncate": false})),
+    ] {
+        let error = with(unsaid).unwrap_err().to_string();
+        assert!(error.contains(&format!("`rope_scaling.{key}`: expected ")), "{error}");
+    }
+    // And what `config.json` cannot say of a file.
+    let read = |key: &str, value: f32| {
+        let mut m = with(json!({})).unwrap();
+        m.set(format!("llama.rope.scaling.{key}"), value);
+        llama::config_json(&m, &[], None).map_err(|error| error.to_string())
+    };
+    assert!(read("attn_factor", 1.0).is_ok() && read("yarn_ext_factor", -1.0).is_ok());
+    let error = read("attn_factor", 0.5).unwrap_err();
+    assert!(error.contains("`llama.rope.scaling.attn_factor`: expected 1, got 0.5"), "{error}");
+    assert!(read("yarn_log_multiplier", 0.1).is_err());
+}
+
+#[test]
 fn a_byte_level_tokenizer_goes_both_ways() {
     for pre in ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"] {
         assert_eq!(bpe::pre_name(&bpe::pre_tokenizer(pre).unwrap()).unwrap(), pre);
         let special = Special {
             bos: Some(3),
             eos: Some(3),
+            eot: Some(4),
+            eom: Some(3),
             add_bos: true,
             chat_template: Some("{{ x }}".into()),
             ..Special::default()
@@ -475,6 +519,7 @@ fn a_byte_level_tokenizer_goes_both_ways() {
         m.set("tokenizer.ggml.merges", vec!["a b".to_owned()]);
         special.put(&mut m);
         assert_eq!(Special::of(&m).unwrap(), special);
+        assert_eq!(special.ends(), [3, 4]);
         let json = bpe::tokenizer_json(&m).unwrap();
         assert_eq!(json["post_processor"]["single"][0]["SpecialToken"]["id"], "<|end|>");
         assert_eq!(bpe::metadata(&json, 6, &special).unwrap(), m);
@@ -517,8 +562,21 @@ fn pieces_of_a_llama_go_both_ways() {
                   "merges": [["a", "b"], ["ab", "b"]]},
     });
     assert!(pieces::puts_space(&json));
+    pieces::check_normalizer(&json).unwrap();
+    pieces::check_normalizer(&json!({"normalizer": null})).unwrap();
+    let error = pieces::check_normalizer(&json!({"normalizer": {"type": "NFKC"}})).unwrap_err();
+    assert!(error.to_string().contains("`normalizer`: expected a space before"), "{error}");
     assert_eq!(pieces::of_tokenizer_json(&json, 7).unwrap(), (list, true));
     let mut other = json.clone();
     other["model"]["merges"] = json!(["a b"]);
     assert!(!pieces::of_tokenizer_json(&other, 7).unwrap().1);
+}
+
+#[test]
+fn unused_pieces_at_the_end_are_no_vocabulary() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = |change: fn(&mut Metadata)| write_pieces(dir.path(), change).vocab_size();
+    assert_eq!(size(|_| {}), PIECES);
+    // But one that has a meaning is.
+    assert_eq!(size(|m| m.set("tokenizer.ggml.padding_token_id", PIECES as u32 + 1)), PIECES + 2);
 }

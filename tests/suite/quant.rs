@@ -326,6 +326,37 @@ fn a_batch_of_a_quantised_model_has_the_bits_of_each_alone() {
 }
 
 #[test]
+fn groups_that_do_not_divide_the_rows_are_refused_with_those_that_do() {
+    // SmolLM2-135M's: 576 = 9 x 64.
+    let config = ModelConfig {
+        n_layer: 1,
+        n_head: 9,
+        n_query_groups: 3,
+        n_embd: 576,
+        head_size: 64,
+        intermediate_size: 640,
+        ..llama(false).config
+    };
+    let dir = checkpoint(&crate::small_models::random(&config));
+    let source = Source::open(dir.path()).unwrap();
+    let error = quant::load(&source, Scheme::Int4 { group: 128 }).map(drop).unwrap_err();
+    assert_eq!(tinyllama::error::exit_code(&error), 2);
+    let text = error.to_string();
+    assert!(text.ends_with("rows of 576 values, expected a multiple of 128, the group"), "{text}");
+    assert!(tinyllama::error::hint(&error).unwrap().ends_with("`int4:32`, `int4:64`"));
+    quant::load(&source, Scheme::Int8 { group: 64 }).unwrap();
+}
+
+#[test]
+fn stored_is_for_checkpoints_that_are_quantised() {
+    let dir = checkpoint(&llama(false));
+    let source = Source::open(dir.path()).unwrap();
+    let error = quant::load(&source, Scheme::Stored).map(drop).unwrap_err();
+    assert_eq!(tinyllama::error::exit_code(&error), 2);
+    assert!(error.to_string().contains("got the format Hugging Face safetensors"), "{error}");
+}
+
+#[test]
 fn the_command_line_quantises_and_says_what_it_cannot() {
     let dir = checkpoint(&llama(false));
     let args = |more: &[&'static str]| {
@@ -344,6 +375,7 @@ fn the_command_line_quantises_and_says_what_it_cannot() {
     };
     refused(&["--quantize", "int5"], "`int4`, `int8` or `stored`");
     refused(&["--quantize", "int4", "--plain"], "quantised weights");
+    refused(&["--quantize", "stored"], "`--quantize stored`: expected quantised matrices");
     let neox = &families()[2].1;
     let neox = checkpoint(neox);
     let (code, _, err) = run_program("generate", neox.path(), &args(&["--quantize", "int4"]), "");

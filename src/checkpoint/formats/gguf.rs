@@ -2,12 +2,13 @@
 
 use super::Opened;
 use crate::checkpoint::gguf::{GgufFile, Metadata, TensorInfo, Type, llama, quants, vocab};
-use crate::checkpoint::hf_config;
+use crate::checkpoint::hf_config::{self, GENERATION};
 use crate::checkpoint::names::Naming;
 use crate::checkpoint::weights::{Packed, Store, Weights};
 use crate::error::WithHint;
 use crate::ffi::TensorView;
 use anyhow::{Context, Result};
+use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
@@ -32,15 +33,21 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
     Ok(Opened { tokenizer, ..Opened::new("GGUF", config, Naming::Gguf, weights) })
 }
 
-/// The tokenizer inside as files of Hugging Face's; none where the file has no vocabulary.
+/// The tokenizer inside and the ids that end a text as files of Hugging Face's; none where the file has no vocabulary.
 fn tokenizer(m: &Metadata) -> Result<Vec<(&'static str, Vec<u8>)>> {
     let file = match m.find_str("tokenizer.ggml.model")? {
         None | Some("none") => return Ok(Vec::new()),
         Some("llama") => ("tokenizer.model", vocab::pieces::tokenizer_model(m)?),
         Some(_) => ("tokenizer.json", serde_json::to_vec(&vocab::bpe::tokenizer_json(m)?)?),
     };
-    let config = serde_json::to_vec_pretty(&vocab::tokenizer_config(m)?)?;
-    Ok(vec![file, ("tokenizer_config.json", config)])
+    let special = vocab::Special::of(m)?;
+    let generation = hf_config::with_ends(Map::new(), special.bos, &special.ends());
+    let json = |value: Value| serde_json::to_vec_pretty(&value);
+    Ok(vec![
+        file,
+        ("tokenizer_config.json", json(vocab::tokenizer_config(m)?)?),
+        (GENERATION, json(generation)?),
+    ])
 }
 
 /// Tensors of a file; what is quantised comes in fp32.

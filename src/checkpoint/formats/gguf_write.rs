@@ -10,6 +10,7 @@ use crate::checkpoint::source::Parameters;
 use crate::error::WithHint;
 use crate::model::ModelConfig;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::find_template;
 use anyhow::{Context, Result, anyhow};
 use sentencepiece_model::SentencePieceModel;
 use serde_json::Value;
@@ -153,16 +154,10 @@ fn vocabulary(folder: &Path, tokenizer: &Tokenizer, rows: usize) -> Result<Metad
     match (json, model) {
         // Its scores are exact; but only `tokenizer.json` has what was added later.
         (_, Some(model)) if model.pieces().len() >= tokenizer.vocab_size() => {
-            let piece = |p: &sentencepiece_model::SentencePiece| pieces::Piece {
-                text: p.piece().to_owned(),
-                score: p.score(),
-                kind: p.r#type() as i32,
-            };
-            let list: Vec<_> = model.pieces().iter().map(piece).collect();
-            let space = model.normalizer().is_none_or(|spec| spec.add_dummy_prefix());
-            Ok(pieces::metadata(&list, space, rows, &special)?)
+            of_model(&model, rows, &special)
         }
         (Some(json), _) if json["model"]["byte_fallback"] == true => {
+            pieces::check_normalizer(&json)?;
             let (list, exact) = pieces::of_tokenizer_json(&json, rows)?;
             if !exact {
                 eprintln!(
@@ -176,6 +171,31 @@ fn vocabulary(folder: &Path, tokenizer: &Tokenizer, rows: usize) -> Result<Metad
     }
 }
 
+/// Pieces and normaliser of a `tokenizer.model`.
+fn of_model(model: &SentencePieceModel, rows: usize, special: &Special) -> Result<Metadata> {
+    let spec = model.normalizer().cloned().unwrap_or_default();
+    let rules = spec.precompiled_charsmap().len();
+    if rules > 0 {
+        return Err(anyhow!(
+            "`tokenizer.model` has the character rules `{}`: expected none, since GGUF has no place for them, got \
+             {rules} bytes",
+            spec.name()
+        ));
+    }
+    let piece = |p: &sentencepiece_model::SentencePiece| pieces::Piece {
+        text: p.piece().to_owned(),
+        score: p.score(),
+        kind: p.r#type() as i32,
+    };
+    let list: Vec<_> = model.pieces().iter().map(piece).collect();
+    let mut m = pieces::metadata(&list, spec.add_dummy_prefix(), rows, special)?;
+    if spec.remove_extra_whitespaces() {
+        m.set("tokenizer.ggml.remove_extra_whitespaces", true);
+        eprintln!("tokenizer   it takes extra spaces out, as the file says; llama.cpp keeps them");
+    }
+    Ok(m)
+}
+
 /// Ids with a meaning, and the template of chats.
 fn special(folder: &Path, tokenizer: &Tokenizer) -> Result<Special> {
     let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
@@ -183,17 +203,26 @@ fn special(folder: &Path, tokenizer: &Tokenizer) -> Result<Special> {
         let token = config[key].as_str().or(config[key]["content"].as_str())?;
         tokenizer.id_of(token)
     };
-    let template = config["chat_template"].as_str().map(str::to_owned);
+    // What ends a text beside eos: a turn, or a message.
+    let mut turns = hf_config::end_ids(folder)?;
+    turns.retain(|id| Some(*id) != tokenizer.eos_id() && tokenizer.token(*id).is_some());
+    let (messages, turns): (Vec<u32>, Vec<u32>) =
+        turns.into_iter().partition(|id| tokenizer.token(*id).as_deref() == Some("<|eom_id|>"));
+    let (eot, more) = (turns.first().copied(), turns.get(1).copied());
+    let eom = messages.first().copied().or(more);
+    if let Some(left) = turns.iter().find(|id| Some(**id) != eot && Some(**id) != eom) {
+        eprintln!("tokenizer   GGUF has a place for three ids that end a text: {left} is left out");
+    }
     Ok(Special {
         bos: tokenizer.bos_id(),
         eos: tokenizer.eos_id(),
+        eot,
+        eom,
         unk: id("unk_token").or_else(|| tokenizer.id_of("<unk>")),
         pad: id("pad_token"),
         add_bos: tokenizer.use_bos(),
         add_eos: config["add_eos_token"].as_bool().unwrap_or(false),
-        chat_template: std::fs::read_to_string(folder.join("chat_template.jinja"))
-            .ok()
-            .or(template),
+        chat_template: find_template(folder)?.map(|(text, _)| text),
     })
 }
 

@@ -176,6 +176,12 @@ fn rope_scaling(
             Ok(json!({"rope_type": "linear", "factor": factor}))
         }
         (Some("yarn"), Some(factor)) => {
+            for (key, neutral) in NEUTRAL {
+                if let Some(other) = number(key)?.filter(|n| !neutral.contains(n)) {
+                    let key = format!("llama.rope.scaling.{key}");
+                    return Err(GgufError::key(&key, neutral[0], other));
+                }
+            }
             let mut out = json!({"rope_type": "yarn", "factor": factor});
             for (ours, theirs) in YARN {
                 match number(theirs)? {
@@ -199,6 +205,14 @@ const YARN: [(&str, &str); 3] = [
     ("original_max_position_embeddings", "original_context_length"),
     ("beta_fast", "yarn_beta_fast"),
     ("beta_slow", "yarn_beta_slow"),
+];
+
+/// Keys under `llama.rope.scaling.` that `rope_scaling` has no place for, and what changes nothing.
+const NEUTRAL: [(&str, [f64; 2]); 4] = [
+    ("attn_factor", [1.0; 2]),
+    ("yarn_attn_factor", [1.0; 2]),
+    ("yarn_ext_factor", [1.0, -1.0]), // -1: yarn's own
+    ("yarn_log_multiplier", [0.0; 2]),
 ];
 
 /// `factor, low_freq_factor, high_freq_factor, original length` of Llama 3's scaling.
@@ -278,7 +292,8 @@ fn rope_type(scaling: &Json) -> &str {
 /// the file needs the tensor [`ROPE_FACTORS`] too.
 ///
 /// # Errors
-/// Another architecture, missing keys, a scaling that a file cannot say (`dynamic`).
+/// Another architecture, missing keys, a scaling that a file cannot say (`dynamic`, or a yarn whose attention factor
+/// or ramp is not the usual one).
 pub fn metadata(config: &Json, name: &str) -> Result<Metadata, GgufError> {
     let kind = config.get("model_type").and_then(Json::as_str).unwrap_or("");
     if kind != "llama" {
@@ -333,8 +348,12 @@ fn set_scaling(m: &mut Metadata, scaling: &Json) -> Result<(), GgufError> {
         }
     }
     let missing = || GgufError::key("rope_scaling.factor", "a number", "no such key");
+    let factor = number("factor").ok_or_else(missing)?;
+    if kind == "yarn" {
+        refuse_unusual(scaling, factor)?;
+    }
     m.set("llama.rope.scaling.type", kind);
-    m.set("llama.rope.scaling.factor", number("factor").ok_or_else(missing)? as f32);
+    m.set("llama.rope.scaling.factor", factor as f32);
     for (ours, theirs) in YARN.iter().filter(|_| kind == "yarn") {
         let key = format!("llama.rope.scaling.{theirs}");
         match number(ours) {
@@ -342,6 +361,28 @@ fn set_scaling(m: &mut Metadata, scaling: &Json) -> Result<(), GgufError> {
             Some(n) => m.set(key, n as f32),
             None => {}
         }
+    }
+    Ok(())
+}
+
+/// Refuses a yarn with another attention factor than `0.1 ln(factor) + 1`, or with a ramp between fractions of
+/// dimensions: llama.cpp computes these two itself.
+fn refuse_unusual(scaling: &Json, factor: f64) -> Result<(), GgufError> {
+    let number = |key: &str| scaling.get(key).and_then(Json::as_f64);
+    let scale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+    let both = number("mscale").zip(number("mscale_all_dim")).filter(|(m, all)| m * all != 0.0);
+    let (key, attention) = match (number("attention_factor"), both) {
+        (Some(given), _) => ("rope_scaling.attention_factor", given),
+        (None, Some((m, all))) => ("rope_scaling.mscale", scale(m) / scale(all)),
+        (None, None) => ("", scale(1.0)),
+    };
+    if (attention - scale(1.0)).abs() > 1e-6 {
+        let expected = format!("an attention factor of {:.6}, which llama.cpp takes", scale(1.0));
+        return Err(GgufError::key(key, expected, attention));
+    }
+    if scaling.get("truncate") == Some(&Json::Bool(false)) {
+        let expected = "true, as llama.cpp computes it";
+        return Err(GgufError::key("rope_scaling.truncate", expected, false));
     }
     Ok(())
 }

@@ -1,13 +1,14 @@
 //! Where a checkpoint keeps its template and the names of its special tokens.
 
 use crate::error::WithHint;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Backend, Tokenizer};
 use anyhow::{Context, Result, anyhow};
+use sentencepiece_model::Type;
 use serde_json::Value;
 use std::io::ErrorKind;
 use std::path::Path;
 
-/// What a template may call `bos_token` and so on; `None`: undefined there.
+/// What a template may call `bos_token` and so on (`None`: undefined there), and what else is a token by its name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpecialTokens {
     /// Begins a text.
@@ -18,6 +19,8 @@ pub struct SpecialTokens {
     pub unk: Option<String>,
     /// Fills batches up.
     pub pad: Option<String>,
+    /// Control pieces of a `tokenizer.model`, as `<|im_start|>`: its encoder would spell them out.
+    pub controls: Vec<String>,
 }
 
 impl SpecialTokens {
@@ -34,8 +37,21 @@ impl SpecialTokens {
             eos: named("eos_token").unwrap_or_else(|| own(tokenizer.eos_id())),
             unk: named("unk_token").flatten(),
             pad: named("pad_token").flatten(),
+            controls: controls(tokenizer),
         })
     }
+
+    /// Names that are one token each wherever a prompt has them.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        let ends = [&self.bos, &self.eos].into_iter().flatten();
+        ends.chain(&self.controls).map(String::as_str).filter(|name| !name.is_empty())
+    }
+}
+
+fn controls(tokenizer: &Tokenizer) -> Vec<String> {
+    let Backend::SentencePiece(file) = &tokenizer.backend else { return Vec::new() };
+    let pieces = file.model.pieces().iter().filter(|piece| piece.r#type() == Type::Control);
+    pieces.map(|piece| piece.piece().to_owned()).collect()
 }
 
 /// A token is a string, or an object with its `content`.
@@ -43,8 +59,11 @@ fn content(token: &Value) -> Option<String> {
     token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
 }
 
-/// The template's text and where it is from.
-pub(super) fn find(dir: &Path) -> Result<Option<(String, String)>> {
+/// The template's text and where it is from, as [`super::ChatTemplate::load`] takes it.
+///
+/// # Errors
+/// Files that cannot be read; several templates and no `default`.
+pub(crate) fn find(dir: &Path) -> Result<Option<(String, String)>> {
     let origin = |name: &str| format!("`{}`", dir.join(name).display());
     if let Some(text) = read(dir, "chat_template.jinja")? {
         return Ok(Some((text, origin("chat_template.jinja"))));

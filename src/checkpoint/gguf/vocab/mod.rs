@@ -28,6 +28,10 @@ pub struct Special {
     pub bos: Option<u32>,
     /// End of text.
     pub eos: Option<u32>,
+    /// End of a turn, where that is another token.
+    pub eot: Option<u32>,
+    /// End of a message after which the same speaker goes on, where that is another token.
+    pub eom: Option<u32>,
     /// What the vocabulary cannot say.
     pub unk: Option<u32>,
     /// Padding.
@@ -40,8 +44,15 @@ pub struct Special {
     pub chat_template: Option<String>,
 }
 
-/// Keys of the four ids.
-const IDS: [&str; 4] = ["bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id"];
+/// Keys of the ids.
+const IDS: [&str; 6] = [
+    "bos_token_id",
+    "eos_token_id",
+    "eot_token_id",
+    "eom_token_id",
+    "unknown_token_id",
+    "padding_token_id",
+];
 
 impl Special {
     /// Of a file; where it does not say whether `bos` is put before a text, llama.cpp's default.
@@ -59,7 +70,7 @@ impl Special {
                 id => Ok(id.map(|id| id as u32)),
             }
         };
-        let [bos, eos, unk, pad] = IDS;
+        let [bos, eos, eot, eom, unk, pad] = IDS;
         let with_bos = match m.str("tokenizer.ggml.model")? {
             "llama" => true,
             _ => m.find_str("tokenizer.ggml.pre")?.is_some_and(bpe::puts_bos),
@@ -67,6 +78,8 @@ impl Special {
         Ok(Self {
             bos: id(bos)?,
             eos: id(eos)?,
+            eot: id(eot)?,
+            eom: id(eom)?,
             unk: id(unk)?,
             pad: id(pad)?,
             add_bos: m.find_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(with_bos),
@@ -75,9 +88,25 @@ impl Special {
         })
     }
 
+    /// In the order of [`IDS`].
+    fn ids(&self) -> [Option<u32>; IDS.len()] {
+        [self.bos, self.eos, self.eot, self.eom, self.unk, self.pad]
+    }
+
+    /// Ids that end an answer, each once.
+    pub fn ends(&self) -> Vec<u32> {
+        let mut ends = Vec::new();
+        for id in [self.eos, self.eot, self.eom].into_iter().flatten() {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
+        }
+        ends
+    }
+
     /// Sets the keys.
     pub fn put(&self, m: &mut Metadata) {
-        for (name, id) in IDS.into_iter().zip([self.bos, self.eos, self.unk, self.pad]) {
+        for (name, id) in IDS.into_iter().zip(self.ids()) {
             if let Some(id) = id {
                 m.set(format!("tokenizer.ggml.{name}"), id);
             }

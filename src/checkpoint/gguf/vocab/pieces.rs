@@ -39,11 +39,15 @@ pub fn pieces(m: &Metadata) -> Result<Vec<Piece>, GgufError> {
 
 /// `tokenizer.model` of a file whose model is `llama`: a SentencePiece BPE model without character
 /// rules, with the dummy prefix of `tokenizer.ggml.add_space_prefix` (true where it is not given).
+/// Unused pieces at the end, rows of the embedding that no text reaches, are left out.
 ///
 /// # Errors
 /// As [`pieces`] and [`Special::of`].
 pub fn tokenizer_model(m: &Metadata) -> Result<Vec<u8>, GgufError> {
-    let (pieces, special) = (pieces(m)?, Special::of(m)?);
+    let (mut pieces, special) = (pieces(m)?, Special::of(m)?);
+    let used = pieces.iter().rposition(|piece| piece.kind != kind::UNUSED).map(|id| id as u32);
+    let last = special.ids().into_iter().flatten().chain(used).max();
+    pieces.truncate(last.map_or(0, |id| id as usize + 1));
     let mut out = Vec::new();
     for piece in &pieces {
         let mut one = Message::default();
@@ -214,6 +218,28 @@ pub fn puts_space(json: &Json) -> bool {
             let never = step["prepend_scheme"] == "never" || step["add_prefix_space"] == false;
             step["type"] == "Metaspace" && !never
         })
+}
+
+/// Refuses a `tokenizer.json` whose normaliser does more than a Llama's: it puts a space before a text and writes spaces
+/// as U+2581, and a file says nothing else.
+///
+/// # Errors
+/// The first step that is another.
+pub fn check_normalizer(json: &Json) -> Result<(), GgufError> {
+    let whole = &json["normalizer"];
+    let steps = whole["normalizers"].as_array().map_or(std::slice::from_ref(whole), Vec::as_slice);
+    let is_known = |step: &&Json| match step["type"].as_str() {
+        Some("Prepend") => step["prepend"] == "\u{2581}",
+        Some("Replace") => step["pattern"]["String"] == " " && step["content"] == "\u{2581}",
+        _ => step.is_null(),
+    };
+    match steps.iter().find(|step| !is_known(step)) {
+        None => Ok(()),
+        Some(step) => {
+            let expected = "a space before the text, and spaces as U+2581";
+            Err(GgufError::key("normalizer", expected, step))
+        }
+    }
 }
 
 /// `<0x41>`.
