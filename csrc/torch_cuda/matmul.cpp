@@ -24,6 +24,7 @@
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <vector>
 
@@ -150,10 +151,9 @@ class Library {
     const auto candidates = ask(p, plan);
     if (at::cuda::currentStreamCaptureStatusMayInitCtx() != at::cuda::CaptureStatus::None) return candidates[0];
     const bool searches = mode == Mode::search && !at::globalContext().deterministicAlgorithms();
-    const auto best = searches ? search(p, plan, x, candidates) : candidates[0];
-    found_[name] = best;
-    if (searches) append_to_file(name, best);
-    return best;
+    const auto best = searches ? search(p, plan, x, candidates) : std::nullopt;
+    if (best) append_to_file(name, *best);
+    return found_[name] = best.value_or(candidates[0]);
   }
 
   std::vector<cublasLtMatmulAlgo_t> ask(const Product& p, const Plan& plan) {
@@ -179,12 +179,18 @@ class Library {
   }
 
   // Times all candidates, then the best of them in other cluster shapes and orders of tiles, then the best of these
-  // again for longer. Each one's sums of rows are compared with those of the heuristic's before it may win.
-  cublasLtMatmulAlgo_t search(const Product& p, const Plan& plan, const Pointers& x,
-                              const std::vector<cublasLtMatmulAlgo_t>& candidates) {
+  // again for longer. Each one's sums of rows are compared with those of the heuristic's before it may win. Nothing where
+  // they cannot be: operands of NaN or zeros alone, or no memory for a second result.
+  std::optional<cublasLtMatmulAlgo_t> search(const Product& p, const Plan& plan, const Pointers& x,
+                                             const std::vector<cublasLtMatmulAlgo_t>& candidates) {
     const auto type = p.type_d == CUDA_R_32F ? at::kFloat : p.type_d == CUDA_R_16BF ? at::kBFloat16 : at::kHalf;
     const auto options = at::TensorOptions().device(at::kCUDA).dtype(type);
-    at::Tensor d = at::zeros({p.n, p.ldd}, options);
+    at::Tensor d;
+    try {
+      d = at::zeros({p.n, p.ldd}, options);
+    } catch (const c10::OutOfMemoryError&) {
+      return std::nullopt;
+    }
     const at::Tensor columns = d.narrow(1, 0, p.m);
     const Pointers trial{x.a, x.b, d.data_ptr(), x.inverse_a, x.inverse_b};
     check(launch(plan, p, trial, candidates[0]), "cublasLtMatmul");
@@ -206,7 +212,7 @@ class Library {
       timed.resize(std::min(timed.size(), count));
     };
     for (auto& algorithm : candidates) add(algorithm, 3);
-    if (timed.empty()) return candidates[0];  // operands with NaN: nothing can be compared
+    if (timed.empty()) return std::nullopt;
     keep_best(FINALISTS);
     for (auto& [ms, algorithm] : std::vector(timed))
       for (auto& variant : variants(plan, algorithm)) add(variant, 3);

@@ -36,6 +36,9 @@ impl Job {
         device: Device,
         address: &str,
     ) -> Result<Self> {
+        if device.is_cuda() {
+            ffi::configure_allocator()?; // sets a variable of the environment: before there are threads
+        }
         let timeouts = &config.distributed;
         let watch = Watch::start(&world, timeouts, config.out_dir.clone(), Arc::clone(&store))?;
         // Longer than the watch needs to name the rank that everybody waits for.
@@ -48,7 +51,6 @@ impl Job {
         };
         let connect = || {
             if let Device::Cuda(card) = device {
-                ffi::configure_allocator()?;
                 ffi::cuda_set_device(card)?;
             }
             Ok((group("host", Device::Cpu)?, group("device", device)?))

@@ -98,11 +98,11 @@ impl Chosen {
 }
 
 /// Whether the decode kernels cover a model: a Llama without biases in bf16, with heads of 64 or 128, whose weights all
-/// stay in their places.
+/// stay in their places and have no adapters beside them.
 pub fn covers(model: &GPT) -> bool {
     let c = &model.config;
     let llama = |mlp: &Mlp| match mlp {
-        Mlp::LLaMA(mlp) => mlp.gate_up_packed.is_some() || mlp.is_joined(),
+        Mlp::LLaMA(mlp) => mlp.is_plain() && (mlp.gate_up_packed.is_some() || mlp.is_joined()),
         Mlp::GptNeox(_) => false,
     };
     model.device().is_cuda()
@@ -117,7 +117,10 @@ pub fn covers(model: &GPT) -> bool {
         && c.max_length() == c.block_size
         && !c.parallel_residual
         && !(c.bias || c.attn_bias)
-        && model.h.iter().all(|block| block.norm_1.bias.is_none() && llama(&block.mlp))
+        && model.h.iter().all(|block| {
+            let plain = block.attn.qkv.is_plain() && block.attn.proj.is_plain();
+            block.norm_1.bias.is_none() && plain && llama(&block.mlp)
+        })
 }
 
 impl<'m> Card<'m> {

@@ -24,6 +24,7 @@ use super::network::NetworkRef;
 use super::request::{FinishReason, GenerateOptions, Generation, Token, check_prompt};
 use super::sampler::Sampler;
 use crate::error::WithHint;
+use crate::ffi;
 use crate::model::paged_cache::{BLOCK, Batch};
 use crate::model::{PagedCache, RopeType};
 use crate::ops::or_panic;
@@ -31,7 +32,7 @@ use anyhow::{Result, anyhow};
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::time::Instant;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Names a request.
 pub type RequestId = u64;
@@ -118,6 +119,9 @@ impl<'m> Engine<'m> {
     /// Where libtorch fails, such as without memory.
     pub fn new(model: impl Into<NetworkRef<'m>>, options: EngineOptions) -> Self {
         let model = model.into();
+        if let Device::Cuda(card) = model.device() {
+            or_panic(ffi::cuda_set_device(card)); // where this thread's graphs and events are made
+        }
         let share = options.share_prefixes && !angles_depend_on_length(model);
         let cache = PagedCache::new(model.config(), options.blocks, model.kind(), model.device());
         let card = match model {

@@ -52,6 +52,11 @@ impl Linear {
         Self { weight: self.weight.shallow_clone(), bias, fp8, packed, nf4, lora }
     }
 
+    /// Whether the weight is all that there is: without adapters, and not in NF4.
+    pub fn is_plain(&self) -> bool {
+        self.lora.is_none() && self.nf4.is_none()
+    }
+
     /// See [`ops::linear`]; with what [`Lora`] adds.
     pub fn forward(&self, x: &Tensor, with: &Kernels) -> Tensor {
         let y = self.without_lora(x, with); // (.., out)
@@ -99,8 +104,7 @@ impl Linear {
         with: &Kernels,
     ) -> (Tensor, Tensor) {
         let fp8 = self.fp8.as_ref().filter(|_| with.fp8);
-        let plain = self.lora.is_none() && self.nf4.is_none();
-        let fuses = norm.bias.is_none() && self.bias.is_none() && plain;
+        let fuses = norm.bias.is_none() && self.bias.is_none() && self.is_plain();
         if with.recomputes_norms() && fuses {
             return ops::norm_linear(x, residual, &norm.weight, norm.eps, &self.weight, fp8);
         }

@@ -181,8 +181,7 @@ impl Mlp {
 impl LLaMAMLP {
     /// Whether no matrix has adapters, or is in NF4.
     pub fn is_plain(&self) -> bool {
-        let plain = |linear: &&Linear| linear.lora.is_none() && linear.nf4.is_none();
-        [&self.fc_1, &self.fc_2, &self.proj].iter().all(plain)
+        [&self.fc_1, &self.fc_2, &self.proj].iter().all(|linear| linear.is_plain())
     }
 
     /// Whether W2 lies behind W1 ([`Mlp::join`]).

@@ -35,6 +35,21 @@ fn a_model_whose_weights_come_and_go_is_not_decoded_by_their_addresses() {
     assert!(!covers(&model));
 }
 
+#[test]
+fn a_model_with_adapters_is_not_decoded_without_them() {
+    let Some((device, _card)) = card("a_model_with_adapters_is_not_decoded_without_them") else {
+        return;
+    };
+    for targets in [["v_proj"], ["o_proj"], ["gate_proj"], ["down_proj"]] {
+        let mut model = spread_model(&small_llama(), device);
+        model.add_lora(&targets, 4, 8.0, 0.0);
+        assert!(!covers(&model), "{targets:?}");
+    }
+    let mut model = spread_model(&small_llama(), Device::Cpu);
+    model.quantise_base(device, Kind::BFloat16, true).unwrap();
+    assert!(!covers(&model), "NF4");
+}
+
 /// Tokens and end of each sample.
 type Outputs = BTreeMap<(RequestId, usize), (Vec<Token>, Option<FinishReason>)>;
 
