@@ -163,8 +163,10 @@ pub(super) fn defaults(method: Method, ends: bool) -> Value {
             "lr_schedule": "cosine",
             "lr_warmup_steps": 0,
             "min_lr": 0.0,
-            "save_interval": null,
+            "save_interval": 500,
+            "keep_last": 1,
         },
+        "finetune": if method == Method::Dpo { json!({"lora": {"dropout": 0.0}}) } else { json!({}) },
         "eval": {"interval": null, "max_iters": null, "initial_validation": true},
         "distributed": if method == Method::Full { json!({}) } else { json!({"strategy": "ddp"}) },
         "optimizer": {

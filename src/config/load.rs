@@ -103,6 +103,8 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
             ));
         }
     }
+    // The checkpoint itself: of a run's folder the newest, which later may be another.
+    tree["initial_checkpoint_dir"] = folder.to_string_lossy().into_owned().into();
     tree["model_name"] = RunConfig::default().model_name.into();
     tree["model_config"] =
         serde_json::to_value(&model).context("the checkpoint's configuration")?;

@@ -461,9 +461,20 @@ impl BatchPlan {
         Ok(Self { world, micro, accumulation, global, tokens_per_step, total_steps })
     }
 
-    /// Bounds the run by the global samples that its data give, in whole steps. Whether that makes it shorter.
-    pub fn limit_samples(&mut self, samples: u64) -> bool {
-        let steps = samples / self.global;
+    /// Plans the length anew of a run that goes on after `step` steps, whose sequences, `consumed`, may have come in
+    /// batches of another size.
+    pub fn go_on_from(&mut self, config: &RunConfig, step: u64, consumed: u64) {
+        let sequence = self.tokens_per_step / self.global;
+        let left = |tokens: u64| tokens.saturating_sub(consumed.saturating_mul(sequence));
+        let by_tokens = |tokens: u64| (step + left(tokens) / self.tokens_per_step).max(1);
+        let by_tokens = config.train.max_tokens.map(by_tokens);
+        self.total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
+    }
+
+    /// Bounds a run that has done `step` steps by the global samples that its data still give, in whole steps. Whether that
+    /// makes it shorter.
+    pub fn limit_samples(&mut self, step: u64, left: u64) -> bool {
+        let steps = step + left / self.global;
         let shorter = self.total_steps.is_none_or(|total| steps < total);
         if shorter {
             self.total_steps = Some(steps);

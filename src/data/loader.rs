@@ -159,6 +159,15 @@ impl DataLoader {
         Some(End { samples: end.samples * rows, ..end })
     }
 
+    /// Rows that all ranks have read up to the cursor.
+    pub fn consumed(&self) -> u64 {
+        let rows = match &self.shared.sets {
+            Sets::Packed(_) => 1,
+            Sets::Chat(set) => set.rows() as u64,
+        };
+        self.state.sample * rows
+    }
+
     /// A source by name: the last part of its path.
     pub fn name(&self, source: usize) -> String {
         let path: &Path = &self.shared.options.sources[source].path;
@@ -226,7 +235,7 @@ impl DataLoader {
             ))
             .hint(
                 "resume with the run's data, `data.order`, `max_seq_length` and `seed` (and ranks, in the order \
-                 `lit-gpt`), or start a new run from its weights",
+                 `lit-gpt`; of conversations without `packing` the `micro_batch_size`), or start a new run from its weights",
             );
         }
         self.state = state.clone();

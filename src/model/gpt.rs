@@ -255,13 +255,15 @@ impl GPT {
     pub fn log_probabilities(&self, idx: &Tensor, target: &Tensor) -> Tensor {
         let x = self.hidden(idx, None, None); // (B, T, C)
         let row = |(x, target): (Tensor, Tensor)| {
-            -ops::head_loss(
-                &x.contiguous(),
-                self.head_weight(),
-                &target,
-                LossScalars::SUM,
-                self.fused,
-            ) // ()
+            let (x, weight, fused) =
+                (x.contiguous(), self.head_weight().shallow_clone(), self.fused);
+            let trained = weight.requires_grad();
+            let sum = move |x: &[Tensor]| {
+                [-ops::head_loss(&x[0], &weight, &target, LossScalars::SUM, fused)] // ()
+            };
+            // A row's loss has the weight's gradient (V, C) with it: computed again, they come one after the other.
+            let [sum] = if trained { ops::recompute(&[&x], sum) } else { sum(&[x]) };
+            sum
         };
         let rows = x.unbind(0).into_iter().zip(target.unbind(0)).map(row);
         let sums = Tensor::stack(&rows.collect::<Vec<_>>(), 0); // (B,)

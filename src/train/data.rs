@@ -71,7 +71,8 @@ pub fn open(
 }
 
 /// Ends the run at the last whole step before a source would begin epoch `data.epochs` + 1, and says why; `None` where
-/// it ends before that anyway. The same on all ranks: it follows from the configuration and the files alone.
+/// it ends before that anyway. `step`: steps done. The same on all ranks: it follows from the configuration, the files
+/// and what was read of them.
 ///
 /// # Errors
 /// That leaves no step, or none after the warmup.
@@ -79,11 +80,14 @@ pub fn end_with(
     config: &RunConfig,
     plan: &mut BatchPlan,
     loader: &DataLoader,
+    step: u64,
 ) -> Result<Option<String>> {
     let Some(epochs) = config.data.epochs else { return Ok(None) };
-    let at_most = plan.total_steps.map_or(u64::MAX, |steps| steps.saturating_mul(plan.global));
+    let consumed = loader.consumed();
+    let ahead = |steps: u64| steps.saturating_sub(step).saturating_mul(plan.global);
+    let at_most = plan.total_steps.map_or(u64::MAX, |n| consumed.saturating_add(ahead(n)));
     let Some(end) = loader.end(epochs, at_most) else { return Ok(None) };
-    plan.limit_samples(end.samples);
+    plan.limit_samples(step, end.samples.saturating_sub(consumed));
     let told = counted(epochs, "epoch");
     let (name, steps) = (loader.name(end.source), plan.total_steps.unwrap_or(0));
     if steps == 0 {

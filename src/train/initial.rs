@@ -1,7 +1,9 @@
 //! The model that a run begins with: random weights or those of a checkpoint, with adapters where those are trained.
 
 use super::optimizer::weight_kind;
-use crate::checkpoint::{self, WeightReader, adapter};
+use crate::bail_hint;
+use crate::checkpoint::adapter::{self, Adapter};
+use crate::checkpoint::{self, WeightReader};
 use crate::config::RunConfig;
 use crate::distributed::Fill;
 use crate::model::{GPT, ModelConfig, fill_new_rows, init};
@@ -58,10 +60,25 @@ fn whole(
         let targets = adapter::targets(&lora.targets)?;
         model.add_lora(&targets, lora.r, lora.alpha, lora.dropout);
         if let Some(dir) = resume_from {
-            adapter::Adapter::open(dir)?.load_into(&model)?;
+            let adapter = Adapter::open(dir)?;
+            check_base(&adapter, config, dir)?;
+            adapter.load_into(&model)?;
         }
     }
     Ok(model)
+}
+
+/// Adapters go on beside the weights that they were trained beside, where those are still there.
+fn check_base(adapter: &Adapter, config: &RunConfig, dir: &Path) -> Result<()> {
+    let Some(ours) = &config.initial_checkpoint_dir else { return Ok(()) };
+    match (adapter.base.canonicalize(), ours.canonicalize()) {
+        (Ok(theirs), Ok(ours)) if theirs != ours => bail_hint!(
+            format!("set `initial_checkpoint_dir: {}`, or choose another `out_dir`", theirs.display());
+            "the adapters of `{}` were trained beside `{}`, the configuration says `{}`",
+            dir.display(), theirs.display(), ours.display()
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// What writes the weights of a run's beginning, a parameter at a time in the model's order: of a checkpoint that is gone on

@@ -184,6 +184,8 @@ impl RunLog {
             ("throughput/mfu", r.mfu),
             ("throughput/mfu_causal", r.mfu_causal),
             ("memory/peak_gib", r.peak_memory_gib),
+            ("train/reward_margin", r.reward_margin),
+            ("train/reward_accuracy", r.reward_accuracy),
         ];
         scalars.extend(optional.iter().filter_map(|(tag, value)| value.map(|v| (*tag, v))));
         self.write(&json, r.step, r.time, &scalars);

@@ -51,8 +51,15 @@ pub(super) fn find_resume(config: &RunConfig) -> Result<Option<PathBuf>> {
             "continue it with `--resume auto`, or choose another `out_dir`";
             "`out_dir` holds a run already: found `{}`", found.display()
         ),
-        (Resume::Text(path), _) if path != "auto" => {
+        (Resume::Text(path), newest) if path != "auto" => {
             let dir = checkpoint::resolve(path.as_ref())?;
+            let own = |path: &Path| Some(path.canonicalize().ok()?.parent()?.to_owned());
+            if let Some(found) = newest.filter(|found| own(found) != own(&dir)) {
+                bail_hint!(
+                    "continue what is there with `--resume auto`, or choose another `out_dir`";
+                    "`out_dir` holds another run than `{}`: found `{}`", dir.display(), found.display()
+                );
+            }
             if dir.join("train_state").is_dir() {
                 return Ok(Some(dir));
             }

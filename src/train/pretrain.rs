@@ -33,8 +33,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
     }
 
     if eval.initial_validation && run.progress.step == 0 {
-        run.validate(eval.max_iters)?;
-        run.run_tasks()?;
+        validate(&mut run, &stop)?;
     }
     let due = |interval: Option<u64>, step: u64| interval.is_some_and(|n| step.is_multiple_of(n));
 
@@ -64,8 +63,7 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
             save_periodic(&mut run, step)?; // first: a validation may take long
         }
         if validates {
-            run.validate(eval.max_iters)?;
-            run.run_tasks()?;
+            validate(&mut run, &stop)?;
         }
         if ranks::leads_a_save_that_is_done(&run) {
             conclude_save(&mut run)?;
@@ -86,6 +84,15 @@ pub fn pretrain(config: &RunConfig, job: Option<&Job>) -> Result<u8> {
         }
     }
     finish(&mut run, &stop)
+}
+
+/// Validation of the length that the configuration says, and the tasks, unless a signal came meanwhile: the loop sees it.
+fn validate(run: &mut Run, stop: &StopSignal) -> Result<()> {
+    run.validate(run.config.eval.max_iters, stop)?;
+    if run.job.is_none() && stop.requested().is_some() {
+        return Ok(());
+    }
+    run.run_tasks()
 }
 
 /// Waits for a step's numbers, looks at them and logs them. `clock` started when the step before was concluded.

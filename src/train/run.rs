@@ -202,7 +202,7 @@ impl<'j> Run<'j> {
             let tokenizer = tokenizer.as_ref();
             data::open(config, &packed, &model_config, tokenizer, sequence, place)?
         };
-        let ends_with = data::end_with(config, &mut plan, &loader)?;
+        let mut ends_with = data::end_with(config, &mut plan, &loader, 0)?;
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
         let pick = || pick_attention(config, &model_config, sequence, device);
@@ -250,6 +250,10 @@ impl<'j> Run<'j> {
             Some(dir) => saver::restore(dir, config, &model, &mut optimizer, &mut loader, device)?,
             None => (Progress::default(), false),
         };
+        if resume_from.is_some() {
+            plan.go_on_from(config, progress.step, loader.consumed());
+            ends_with = data::end_with(config, &mut plan, &loader, progress.step)?;
+        }
         if let (Some(job), Some(_)) = (job.filter(|job| job.rank() > 0), lora) {
             // Not what rank 0 drops out of other rows.
             tch::manual_seed(
@@ -267,13 +271,11 @@ impl<'j> Run<'j> {
             )?),
         };
 
-        let alone = job.is_none(); // hooks that bring weights are no part of a graph
+        // Neither hooks that bring weights are part of a graph, nor a scale that is another in each step: conversations have
+        // unlike numbers of targets.
+        let repeats = job.is_none() && config.finetune.is_none();
         let mut micro = MicroStep::new(
-            alone
-                && device.is_cuda()
-                && config.fused
-                && config.cuda_graph == CudaGraph::Auto
-                && config.has_fixed_shapes(),
+            repeats && device.is_cuda() && config.fused && config.cuda_graph == CudaGraph::Auto,
         );
         if let Some(dpo) = dpo {
             micro.objective = Objective::Dpo(Box::new(dpo));
@@ -290,7 +292,7 @@ impl<'j> Run<'j> {
             width as u64,
             sequence as u64,
         );
-        let run = Self {
+        let mut run = Self {
             peak_flops: peak_flops(device),
             elapsed_before: progress.elapsed,
             last_checkpoint: resume_from,
@@ -318,6 +320,7 @@ impl<'j> Run<'j> {
             attention_told: attention.told,
         };
         run.announce()?;
+        saver::warn_of_space(&mut run);
         Ok(run)
     }
 
@@ -400,7 +403,10 @@ impl<'j> Run<'j> {
         let tokens = tokens as u64 * self.plan.world;
         self.tick("the step");
         let train = &self.config.train;
-        let lr = lr_at(step, self.plan.total_steps, train, self.config.optimizer.lr);
+        // A finetuning run, which may have few steps and ends at 0, learns in the last one too.
+        let more = u64::from(self.config.finetune.is_some());
+        let total = self.plan.total_steps.map(|n| n + more);
+        let lr = lr_at(step, total, train, self.config.optimizer.lr);
         let (model, optimizer, micro) = (&self.model, &mut self.optimizer, &mut self.micro);
         let ranks = self.ranks.as_ref();
         let numbers = guard::catch("the training step", self.device, super::LOWER, || {
@@ -470,12 +476,13 @@ impl<'j> Run<'j> {
         })
     }
 
-    /// Validates and logs the result, where there is a validation set.
+    /// Validates and logs the result, where there is a validation set. A process alone gives it up for a signal.
     ///
     /// # Sync
     /// As [`validate::validate`].
-    pub fn validate(&mut self, max_iters: Option<u64>) -> Result<()> {
-        self.validate_while(max_iters, &|_| true).map(drop)
+    pub fn validate(&mut self, max_iters: Option<u64>, stop: &StopSignal) -> Result<()> {
+        let alone = self.job.is_none();
+        self.validate_while(max_iters, &|_| !alone || stop.requested().is_none())
     }
 
     /// The last validation, over the whole set: given up, and not logged, for a signal, which is returned.

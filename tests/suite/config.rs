@@ -191,10 +191,26 @@ fn epochs_alone_end_a_run() {
     let c = parse("data: {train: [{path: x}], epochs: 2}", &[]);
     assert_eq!((c.data.epochs, c.train.max_steps), (Some(2), None));
     let mut plan = BatchPlan::new(&c, 2048, 1).unwrap();
-    assert!(plan.limit_samples(5 * 512 + 511));
+    assert!(plan.limit_samples(0, 5 * 512 + 511));
     assert_eq!(plan.total_steps, Some(5));
-    assert!(!plan.limit_samples(6 * 512));
+    assert!(!plan.limit_samples(0, 6 * 512));
     assert_eq!(plan.total_steps, Some(5));
+}
+
+#[test]
+fn a_run_that_goes_on_in_other_batches_has_as_many_tokens() {
+    let c =
+        parse("data: {train: [{path: x}]}\ntrain: {max_tokens: 41943040, lr_warmup_steps: 2}", &[]); // 40 steps of 2^20
+    let mut plan = BatchPlan::new(&c, 2048, 1).unwrap();
+    assert_eq!((plan.global, plan.total_steps), (512, Some(40)));
+    plan.go_on_from(&c, 10, 10 * 512); // as before
+    assert_eq!(plan.total_steps, Some(40));
+    plan.go_on_from(&c, 10, 10 * 256); // after steps of half the size
+    assert_eq!(plan.total_steps, Some(45));
+    assert!(plan.limit_samples(10, 20 * 512 + 3));
+    assert_eq!(plan.total_steps, Some(30));
+    plan.go_on_from(&c, 90, 100 * 512); // more than the run has
+    assert_eq!(plan.total_steps, Some(90));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Finetuning: conversations as tokens, adapters as PEFT's, and the verb itself.
 
 mod runs;
+mod told;
 
 use crate::common::{alone, card, quickstart_like};
 use serde::Deserialize;

@@ -47,6 +47,7 @@ mod quant_cache;
 mod quant_folder;
 mod recompute;
 mod report;
+mod resume;
 #[cfg(target_os = "linux")]
 mod sandbox;
 mod serve;

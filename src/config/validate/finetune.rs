@@ -2,8 +2,8 @@
 
 use crate::checkpoint::adapter;
 use crate::config::{
-    ActivationCheckpointing, AttentionBackend, DataConfig, DpoConfig, FinetuneConfig, Precision,
-    RunConfig, Strategy,
+    ActivationCheckpointing, AttentionBackend, DataConfig, DpoConfig, FinetuneConfig, LoraConfig,
+    LossOn, Precision, RunConfig, Strategy,
 };
 use crate::model::{GPT, ModelConfig};
 
@@ -37,7 +37,21 @@ pub(super) fn check(
             "`data`: of a finetuning run only `epochs` and `prefetch` count; conversations are under `finetune.data`",
         );
     }
-    if data.packing && config.attention == AttentionBackend::Cudnn {
+    let LoraConfig { dropout, .. } = finetune.lora; // `dpo` has another default of it
+    let plain = LoraConfig { dropout, ..LoraConfig::default() };
+    let ignored = [
+        ("lora", config.lora().is_none() && finetune.lora != plain),
+        ("dpo", config.dpo().is_none() && finetune.dpo != DpoConfig::default()),
+        ("data.loss_on", config.dpo().is_some() && data.loss_on != LossOn::Assistant),
+    ];
+    for (key, _) in ignored.into_iter().filter(|(_, is_ignored)| *is_ignored) {
+        let method = serde_json::to_value(finetune.method).unwrap_or_default();
+        let method = method.as_str().unwrap_or_default().to_owned();
+        add(&format!(
+            "`finetune.{key}`: does nothing with `finetune.method: {method}`; leave it out, or set another method"
+        ));
+    }
+    if data.packing && config.dpo().is_none() && config.attention == AttentionBackend::Cudnn {
         add(
             "`attention`: cuDNN's knows no documents; with `finetune.data.packing` say `auto` or `flash`",
         );

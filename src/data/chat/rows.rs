@@ -84,12 +84,14 @@ pub fn conversation(row: &Map<String, Value>, format: ChatFormat) -> Result<Conv
         ChatFormat::Auto => layout_of(row)?,
         format => format,
     };
-    let turns = match format {
+    let mut turns = match format {
         ChatFormat::Messages => list(row, "messages", "role", "content")?,
         ChatFormat::Sharegpt => list(row, "conversations", "from", "value")?,
         ChatFormat::Alpaca => alpaca(row)?,
         ChatFormat::Guanaco | ChatFormat::Auto => guanaco(text(row, "text")?)?,
     };
+    // As many sets have it in rows without one.
+    turns.retain(|turn| turn.role != "system" || !turn.content.trim().is_empty());
     let is = |role: &str| turns.iter().any(|turn| turn.role == role);
     if !is("assistant") {
         return Err("no turn of the assistant".into());

@@ -60,10 +60,11 @@ pub fn open(
 ) -> Result<ChatSets> {
     let found = load(data, "conversations", seed, |path| read(path, data.format))?;
     lay_out(found, |conversations| {
-        let all = encode_all(conversations.iter().collect(), template, tokenizer, data.loss_on)?;
         let mut cut = Cut::default();
+        let conversations: Vec<&Conversation> = conversations.iter().collect();
+        let all = cut.encode(&conversations, template, tokenizer, data.loss_on)?;
         let kept: Vec<Encoded> =
-            all.into_iter().filter_map(|encoded| cut.row(encoded, t)).collect();
+            all.into_iter().flatten().filter_map(|encoded| cut.row(encoded, t)).collect();
         if kept.is_empty() {
             return Err(anyhow!("no conversation has a target within {t} tokens"))
                 .usage("raise `train.max_seq_length`, or set `finetune.data.loss_on: all`");
@@ -84,13 +85,16 @@ pub fn open_pairs(
     seed: u64,
 ) -> Result<ChatSets> {
     lay_out(load(data, "preferences", seed, read_pairs)?, |pairs| {
-        let both = pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]).collect();
-        let all = encode_all(both, template, tokenizer, LossOn::Assistant)?;
+        let both: Vec<&Conversation> =
+            pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]).collect();
         let mut cut = Cut::default();
+        let all = cut.encode(&both, template, tokenizer, LossOn::Assistant)?;
         let rows: Vec<Option<Encoded>> =
-            all.into_iter().map(|encoded| cut.row(encoded, t)).collect();
+            all.into_iter().map(|encoded| cut.row(encoded?, t)).collect();
         let whole = rows.chunks_exact(2).filter(|pair| pair.iter().all(Option::is_some));
-        let kept: Vec<Encoded> = whole.flatten().flatten().cloned().collect();
+        let (whole, alike): (Vec<_>, Vec<_>) = whole.partition(|pair| pair[0] != pair[1]);
+        cut.alike = alike.len() as u64;
+        let kept: Vec<Encoded> = whole.into_iter().flatten().flatten().cloned().collect();
         if kept.is_empty() {
             return Err(anyhow!("no answers of a pair have a target within {t} tokens"))
                 .usage("raise `train.max_seq_length`");
@@ -105,7 +109,7 @@ type Loaded<T> = (Vec<T>, Vec<T>, Vec<String>);
 /// Both sets, each by `set`, which also tells what the length of a row cost.
 fn lay_out<T>(
     (train, val, mut told): Loaded<T>,
-    set: impl Fn(&[T]) -> Result<(ChatSet, Option<String>)>,
+    set: impl Fn(&[T]) -> Result<(ChatSet, Vec<String>)>,
 ) -> Result<ChatSets> {
     let mut set = |items: &[T], of: &str| -> Result<ChatSet> {
         let (set, cut) = set(items).with_context(|| of.to_owned())?;
@@ -162,9 +166,50 @@ struct Cut {
     conversations: u64,
     tokens: u64,
     dropped: u64,
+    /// Pairs of which both answers were the same within the length.
+    alike: u64,
+    /// Conversations that the template refuses, and why it refuses the first.
+    refused: u64,
+    why: Option<String>,
 }
 
 impl Cut {
+    /// Conversations as tokens; `None` for those that the template refuses.
+    ///
+    /// # Errors
+    /// It refuses all.
+    fn encode(
+        &mut self,
+        conversations: &[&Conversation],
+        template: &ChatTemplate,
+        tokenizer: &Tokenizer,
+        loss_on: LossOn,
+    ) -> Result<Vec<Option<Encoded>>> {
+        let origin = template.origin();
+        let one = |of: &&Conversation| encode(of, template, tokenizer, loss_on);
+        let all: Vec<Result<Encoded>> = conversations.par_iter().map(one).collect();
+        let none = all.iter().all(Result::is_err);
+        let mut encoded = Vec::with_capacity(all.len());
+        for (conversation, row) in conversations.iter().zip(all) {
+            match row {
+                Err(e) if none => {
+                    return Err(e).with_context(|| format!("with the chat template {origin}"));
+                }
+                Err(e) => {
+                    self.refused += 1;
+                    let begins = conversation.first().map_or("", |turn| turn.content.as_str());
+                    let begins: String = begins.chars().take(60).collect();
+                    self.why.get_or_insert_with(|| {
+                        format!("{origin}, of the one that begins `{begins}`: {e:#}")
+                    });
+                    encoded.push(None);
+                }
+                Ok(row) => encoded.push(Some(row)),
+            }
+        }
+        Ok(encoded)
+    }
+
     /// A conversation of at most `t` tokens; `None` where it has no target then. The first token has none before it to
     /// be predicted from.
     fn row(&mut self, mut encoded: Encoded, t: usize) -> Option<Encoded> {
@@ -179,29 +224,31 @@ impl Cut {
         has_target.then_some(encoded)
     }
 
-    fn told(&self, t: usize) -> Option<String> {
-        let Self { conversations, tokens, dropped } = self;
-        if conversations + dropped == 0 {
-            return None;
+    fn told(&self, t: usize) -> Vec<String> {
+        let Self { conversations, tokens, dropped, alike, refused, .. } = self;
+        let mut told = Vec::new();
+        if conversations + dropped > 0 {
+            told.push(format!(
+                "{} conversation(s) were cut at `train.max_seq_length` = {t}, by {} tokens; {} without a target were left out",
+                with_commas(*conversations),
+                with_commas(*tokens),
+                with_commas(*dropped)
+            ));
         }
-        Some(format!(
-            "{} conversation(s) were cut at `train.max_seq_length` = {t}, by {} tokens; {} without a target were left out",
-            with_commas(*conversations),
-            with_commas(*tokens),
-            with_commas(*dropped)
-        ))
+        if *alike > 0 {
+            told.push(format!(
+                "{} pair(s) whose answers are the same within {t} tokens were left out",
+                with_commas(*alike)
+            ));
+        }
+        if let Some(why) = &self.why {
+            let refused = with_commas(*refused);
+            told.push(format!(
+                "{refused} conversation(s) that the chat template refuses were left out: {why}"
+            ));
+        }
+        told
     }
-}
-
-fn encode_all(
-    conversations: Vec<&Conversation>,
-    template: &ChatTemplate,
-    tokenizer: &Tokenizer,
-    loss_on: LossOn,
-) -> Result<Vec<Encoded>> {
-    let one = |conversation: &Conversation| encode(conversation, template, tokenizer, loss_on);
-    let all = conversations.into_par_iter().map(one).collect::<Result<_>>();
-    all.with_context(|| format!("with the chat template {}", template.origin()))
 }
 
 impl ChatSet {
@@ -282,8 +329,8 @@ impl ChatSet {
         };
         let length = |row: &&[usize]| row.iter().map(|&i| self.conversations[i].ids.len()).sum();
         let longest: usize = rows.iter().map(length).max().unwrap_or(0);
-        // Kernels want multiples of 8.
-        let t = if packed { self.block_size } else { longest.next_multiple_of(8) };
+        // Kernels want multiples of 8, those of `fp8-mixed` 16 tokens in all.
+        let t = if packed { self.block_size } else { longest.next_multiple_of(16) };
         let (mut input, mut target) = (vec![0_i64; rows.len() * t], vec![-100_i64; rows.len() * t]);
         let mut lengths = Vec::new();
         let mut n_targets = 0;

@@ -3,12 +3,12 @@
 use super::*;
 
 /// A tiny model with the quickstart's tokenizer, and conversations beside it.
-struct Folder {
+pub(super) struct Folder {
     dir: tempfile::TempDir,
 }
 
 impl Folder {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().join("base/final"); // a run's folder, as people name it
         quickstart_like(&base);
@@ -22,12 +22,12 @@ impl Folder {
         Self { dir }
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(super) fn path(&self, name: &str) -> String {
         self.dir.path().join(name).to_string_lossy().into_owned()
     }
 
     /// Runs `finetune` with these lines of YAML.
-    fn finetune(&self, yaml: &str, args: &[&str]) -> Output {
+    pub(super) fn finetune(&self, yaml: &str, args: &[&str]) -> Output {
         let text = format!(
             "initial_checkpoint_dir: {}\nout_dir: {}\ndevice: cpu\nprecision: 32-true\n{yaml}",
             self.path("base"),
@@ -39,18 +39,18 @@ impl Folder {
     }
 }
 
-fn text(output: &Output) -> String {
+pub(super) fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// Losses of the training steps in metrics.jsonl.
-fn losses(out: &str) -> Vec<f64> {
+pub(super) fn losses(out: &str) -> Vec<f64> {
     let lines = std::fs::read_to_string(format!("{out}/metrics.jsonl")).unwrap();
     let objects = lines.lines().map(|line| serde_json::from_str(line).unwrap());
     objects.filter_map(|object: serde_json::Value| object.get("loss")?.as_f64()).collect()
 }
 
-const STEPS: &str = "train: {max_seq_length: 96, global_batch_size: 4, micro_batch_size: 2, max_steps: 12, save_interval: 6}\n\
+pub(super) const STEPS: &str = "train: {max_seq_length: 96, global_batch_size: 4, micro_batch_size: 2, max_steps: 12, save_interval: 6}\n\
                      optimizer: {lr: 0.01}\n";
 
 #[test]
