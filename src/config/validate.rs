@@ -427,6 +427,8 @@ pub struct BatchPlan {
     pub accumulation: u64,
     /// Sequences of a step over all ranks.
     pub global: u64,
+    /// Of preferences, a sequence of batch sizes is a pair of them.
+    pub pairs: bool,
     /// Tokens of a step over all ranks.
     pub tokens_per_step: u64,
     /// Length of the run, where `max_steps` or `max_tokens` gives one.
@@ -445,7 +447,8 @@ impl BatchPlan {
         if global == 0 || unit == 0 || !global.is_multiple_of(unit) {
             return Err(ConfigError { problems: vec![not_divisible(global, micro, world)] });
         }
-        let tokens_per_step = sequence as u128 * u128::from(global);
+        let pairs = config.dpo().is_some();
+        let tokens_per_step = sequence as u128 * u128::from(global) * (1 + u128::from(pairs));
         // 2^48 tokens are a hundred times the published run: a slip of the pen, and it must not wrap.
         if tokens_per_step > 1 << 48 {
             let problem = format!(
@@ -458,16 +461,18 @@ impl BatchPlan {
         let by_tokens = config.train.max_tokens.map(|n| (n / tokens_per_step).max(1));
         let total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
         let accumulation = global / unit;
-        Ok(Self { world, micro, accumulation, global, tokens_per_step, total_steps })
+        Ok(Self { world, micro, accumulation, global, pairs, tokens_per_step, total_steps })
     }
 
     /// Plans the length anew of a run that goes on after `step` steps, whose sequences, `consumed`, may have come in
-    /// batches of another size.
-    pub fn go_on_from(&mut self, config: &RunConfig, step: u64, consumed: u64) {
-        let sequence = self.tokens_per_step / self.global;
-        let left = |tokens: u64| tokens.saturating_sub(consumed.saturating_mul(sequence));
-        let by_tokens = |tokens: u64| (step + left(tokens) / self.tokens_per_step).max(1);
-        let by_tokens = config.train.max_tokens.map(by_tokens);
+    /// batches of another size. Where that is not known, the `tokens` that it has seen count.
+    pub fn go_on_from(&mut self, config: &RunConfig, step: u64, consumed: u64, tokens: u64) {
+        let done = match consumed {
+            0 => tokens,
+            n => n.saturating_mul(self.tokens_per_step / self.global),
+        };
+        let left = |max_tokens: u64| max_tokens.saturating_sub(done) / self.tokens_per_step;
+        let by_tokens = config.train.max_tokens.map(|n| (step + left(n)).max(1));
         self.total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
     }
 
@@ -512,8 +517,9 @@ impl fmt::Display for BatchPlan {
         let ranks = if self.world == 1 { "rank" } else { "ranks" };
         write!(
             f,
-            "{} seq/step = {} {ranks} x {} micro x {} accumulation = {} tokens/step",
+            "{} {}/step = {} {ranks} x {} micro x {} accumulation = {} tokens/step",
             self.global,
+            if self.pairs { "pairs" } else { "seq" },
             self.world,
             self.micro,
             self.accumulation,

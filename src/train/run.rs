@@ -251,7 +251,7 @@ impl<'j> Run<'j> {
             None => (Progress::default(), false),
         };
         if resume_from.is_some() {
-            plan.go_on_from(config, progress.step, loader.consumed());
+            plan.go_on_from(config, progress.step, loader.consumed(), progress.tokens);
             ends_with = data::end_with(config, &mut plan, &loader, progress.step)?;
         }
         if let (Some(job), Some(_)) = (job.filter(|job| job.rank() > 0), lora) {

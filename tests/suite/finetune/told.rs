@@ -51,6 +51,7 @@ fn a_run_of_one_step_learns_in_it_and_equal_answers_are_no_preference() {
     let told = text(&output);
     assert!(output.status.success(), "{told}");
     assert!(told.contains("3 pair(s) whose answers are the same within 96 tokens"), "{told}");
+    assert!(told.contains("4 pairs/step = 1 rank x 2 micro x 2 accumulation = 768 tokens"), "{told}");
     let line = fs::read_to_string(folder.path("out/metrics.jsonl")).unwrap();
     let step: serde_json::Value = line
         .lines()
