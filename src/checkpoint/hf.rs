@@ -285,7 +285,18 @@ fn plan_shards(
 /// Pretty JSON with a final line break.
 pub fn write_json(path: &Path, value: &Value) -> Result<()> {
     let text = serde_json::to_string_pretty(value)? + "\n";
-    std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+    replace(path, &text)
+}
+
+/// Writes a file, in the place of one that was copied there, which may be read-only.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    let write = || {
+        if path.exists() {
+            std::fs::remove_file(path)?;
+        }
+        std::fs::write(path, text)
+    };
+    write().with_context(|| format!("cannot write `{}`", path.display()))
 }
 
 /// Writes `chat_template.jinja`, which `chat`, `serve` and transformers use, and adds the tokens that end its turns to
@@ -295,8 +306,7 @@ pub fn write_json(path: &Path, value: &Value) -> Result<()> {
 /// # Errors
 /// A template that is no Jinja; a `generation_config.json` that is no JSON; an I/O error.
 pub fn save_chat_template(dir: &Path, text: &str, tokenizer: Option<&Tokenizer>) -> Result<()> {
-    let path = dir.join("chat_template.jinja");
-    std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))?;
+    replace(&dir.join("chat_template.jinja"), text)?;
     let Some(tokenizer) = tokenizer else { return Ok(()) };
     let template = ChatTemplate::new(text, "`chat_template.jinja`", SpecialTokens::default())?;
     let turns = template.end_ids(tokenizer);

@@ -151,11 +151,7 @@ impl Source {
         let Some(generation) = self.missing_generation()? else { return self.read_tokenizer(read) };
         let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
         copy_files(&Tokenizer::files(self.folder()), dir.path())?;
-        let path = dir.path().join(GENERATION);
-        if path.exists() {
-            std::fs::remove_file(&path)?; // a copy may be read-only
-        }
-        write_json(&path, &generation)?;
+        write_json(&dir.path().join(GENERATION), &generation)?;
         read(dir.path())
     }
 

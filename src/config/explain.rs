@@ -71,7 +71,7 @@ fn in_finetuning(path: &str, default: &Value) -> String {
     let pointer = format!("/{}", path.replace('.', "/"));
     let mut found: Vec<(Value, Vec<String>)> = Vec::new();
     for method in [Method::Full, Method::Lora, Method::Qlora, Method::Dpo] {
-        let theirs = finetune::defaults(method, false);
+        let theirs = finetune::defaults(method, false, false);
         let value = theirs.pointer(&pointer).filter(|v| !v.is_object()).unwrap_or(default).clone();
         let name = json!(method).as_str().unwrap_or_default().to_owned();
         match found.iter_mut().find(|(known, _)| *known == value) {

@@ -153,8 +153,8 @@ impl Default for LoraConfig {
 }
 
 /// Keys that a finetuning run has other defaults for than a pretraining run. `ends`: the run's length is given otherwise
-/// than by epochs.
-pub(super) fn defaults(method: Method, ends: bool) -> Value {
+/// than by epochs; `saves`: when it saves is given.
+pub(super) fn defaults(method: Method, ends: bool, saves: bool) -> Value {
     json!({
         "out_dir": "out/finetune",
         "data": {"epochs": if ends { Value::Null } else { 1.into() }},
@@ -164,7 +164,7 @@ pub(super) fn defaults(method: Method, ends: bool) -> Value {
             "lr_warmup_steps": 0,
             "min_lr": 0.0,
             "save_interval": 500,
-            "keep_last": 1,
+            "keep_last": if saves { Value::Null } else { 1.into() },
         },
         "finetune": if method == Method::Dpo { json!({"lora": {"dropout": 0.0}}) } else { json!({}) },
         "eval": {"interval": null, "max_iters": null, "initial_validation": true},

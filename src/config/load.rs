@@ -71,7 +71,8 @@ pub fn parse_finetune(text: &str, sets: &[String]) -> Result<RunConfig> {
     let method: Method = serde_json::from_value(method).unwrap_or_default();
     let ends = ["max_steps", "max_tokens", "max_time"];
     let ends = ends.iter().any(|key| !tree["train"].get(key).is_none_or(Value::is_null));
-    fill(&mut tree, finetune::defaults(method, ends));
+    let saves = tree["train"].get("save_interval").is_some();
+    fill(&mut tree, finetune::defaults(method, ends, saves));
     let Some(dir) = tree["initial_checkpoint_dir"].as_str().map(str::to_owned) else {
         problems
             .push("`initial_checkpoint_dir`: needs the checkpoint that is to be finetuned".into());

@@ -433,6 +433,8 @@ pub struct BatchPlan {
     pub tokens_per_step: u64,
     /// Length of the run, where `max_steps` or `max_tokens` gives one.
     pub total_steps: Option<u64>,
+    /// Steps and tokens before it went on here.
+    done: (u64, u64),
 }
 
 impl BatchPlan {
@@ -461,16 +463,21 @@ impl BatchPlan {
         let by_tokens = config.train.max_tokens.map(|n| (n / tokens_per_step).max(1));
         let total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
         let accumulation = global / unit;
-        Ok(Self { world, micro, accumulation, global, pairs, tokens_per_step, total_steps })
+        let done = (0, 0);
+        Ok(Self { world, micro, accumulation, global, pairs, tokens_per_step, total_steps, done })
     }
 
-    /// Plans the length anew of a run that goes on after `step` steps, whose sequences, `consumed`, may have come in
-    /// batches of another size. Where that is not known, the `tokens` that it has seen count.
-    pub fn go_on_from(&mut self, config: &RunConfig, step: u64, consumed: u64, tokens: u64) {
-        let done = match consumed {
-            0 => tokens,
-            n => n.saturating_mul(self.tokens_per_step / self.global),
+    /// Plans the length anew of a run that goes on after `step` steps and `tokens` tokens; `consumed`: the sequences that
+    /// it read of its data. They may have come in batches of another size.
+    pub fn go_on_from(&mut self, config: &RunConfig, step: u64, tokens: u64, consumed: u64) {
+        // Short rows have fewer tokens than are planned for; data that began anew, or a checkpoint of another program, say
+        // less than was seen.
+        let read = consumed.saturating_mul(self.tokens_per_step / self.global);
+        let done = match tokens.max(read) {
+            0 => step.saturating_mul(self.tokens_per_step),
+            done => done,
         };
+        self.done = (step, done);
         let left = |max_tokens: u64| max_tokens.saturating_sub(done) / self.tokens_per_step;
         let by_tokens = config.train.max_tokens.map(|n| (step + left(n)).max(1));
         self.total_steps = [by_tokens, config.train.max_steps].into_iter().flatten().min();
@@ -489,7 +496,9 @@ impl BatchPlan {
 
     /// Tokens of the whole run, where its length is known.
     pub fn total_tokens(&self) -> Option<u64> {
-        self.total_steps.map(|steps| steps.saturating_mul(self.tokens_per_step))
+        let (step, tokens) = self.done;
+        let ahead = |steps: u64| steps.saturating_sub(step).saturating_mul(self.tokens_per_step);
+        self.total_steps.map(|steps| tokens.saturating_add(ahead(steps)))
     }
 }
 

@@ -235,7 +235,8 @@ impl DataLoader {
             ))
             .hint(
                 "resume with the run's data, `data.order`, `max_seq_length` and `seed` (and ranks, in the order \
-                 `lit-gpt`; of conversations without `packing` the `micro_batch_size`), or start a new run from its weights",
+                 `lit-gpt`; of conversations without `packing` the `micro_batch_size`), or start a new run from its weights; other versions \
+                 of this program may leave other conversations out",
             );
         }
         self.state = state.clone();

@@ -68,17 +68,24 @@ fn whole(
     Ok(model)
 }
 
-/// Adapters go on beside the weights that they were trained beside, where those are still there.
+/// Adapters go on beside the weights that they were trained beside. Where those have moved, it is said.
 fn check_base(adapter: &Adapter, config: &RunConfig, dir: &Path) -> Result<()> {
     let Some(ours) = &config.initial_checkpoint_dir else { return Ok(()) };
-    match (adapter.base.canonicalize(), ours.canonicalize()) {
-        (Ok(theirs), Ok(ours)) if theirs != ours => bail_hint!(
+    let place = |path: &Path| checkpoint::resolve(path).ok()?.canonicalize().ok(); // of a run's folder too
+    match (place(&adapter.base), place(ours)) {
+        (Some(theirs), Some(ours)) if theirs != ours => bail_hint!(
             format!("set `initial_checkpoint_dir: {}`, or choose another `out_dir`", theirs.display());
             "the adapters of `{}` were trained beside `{}`, the configuration says `{}`",
             dir.display(), theirs.display(), ours.display()
         ),
-        _ => Ok(()),
+        (None, _) => eprintln!(
+            "base        the adapters were trained beside `{}`, which is not there; they go on beside `{}`",
+            adapter.base.display(),
+            ours.display()
+        ),
+        _ => {}
     }
+    Ok(())
 }
 
 /// What writes the weights of a run's beginning, a parameter at a time in the model's order: of a checkpoint that is gone on

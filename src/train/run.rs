@@ -202,7 +202,10 @@ impl<'j> Run<'j> {
             let tokenizer = tokenizer.as_ref();
             data::open(config, &packed, &model_config, tokenizer, sequence, place)?
         };
-        let mut ends_with = data::end_with(config, &mut plan, &loader, 0)?;
+        let mut ends_with = match &resume_from {
+            Some(_) => None, // known when it is known what was read
+            None => data::end_with(config, &mut plan, &loader, 0)?,
+        };
 
         // 2. Kernels of attention, by measurement; model: random, or from a checkpoint's weights.
         let pick = || pick_attention(config, &model_config, sequence, device);
@@ -251,7 +254,7 @@ impl<'j> Run<'j> {
             None => (Progress::default(), false),
         };
         if resume_from.is_some() {
-            plan.go_on_from(config, progress.step, loader.consumed(), progress.tokens);
+            plan.go_on_from(config, progress.step, progress.tokens, loader.consumed());
             ends_with = data::end_with(config, &mut plan, &loader, progress.step)?;
         }
         if let (Some(job), Some(_)) = (job.filter(|job| job.rank() > 0), lora) {

@@ -70,7 +70,7 @@ pub(super) fn warn_of_space(run: &mut Run) {
     let Some(free) = free else { return };
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
     let (needed, free, dir) = (gib(needed), gib(free), run.config.out_dir.display().to_string());
-    run.note(&format!("warning: a checkpoint needs {needed:.2} GiB, `{dir}` has {free:.2} free"));
+    run.note(&format!("warning: a checkpoint needs {needed:.2} GiB, `{dir}` has {free:.2} free; free some, or set another `out_dir`"));
 }
 
 /// Counters and data cursor.

@@ -203,15 +203,17 @@ fn a_run_that_goes_on_in_other_batches_has_as_many_tokens() {
         parse("data: {train: [{path: x}]}\ntrain: {max_tokens: 41943040, lr_warmup_steps: 2}", &[]); // 40 steps of 2^20
     let mut plan = BatchPlan::new(&c, 2048, 1).unwrap();
     assert_eq!((plan.global, plan.total_steps), (512, Some(40)));
-    plan.go_on_from(&c, 10, 10 * 512, 0); // as before
+    plan.go_on_from(&c, 10, 10 << 20, 10 * 512); // as before
     assert_eq!(plan.total_steps, Some(40));
-    plan.go_on_from(&c, 10, 10 * 256, 0); // after steps of half the size
+    plan.go_on_from(&c, 10, 10 << 19, 10 * 256); // after steps of half the size
     assert_eq!(plan.total_steps, Some(45));
     assert!(plan.limit_samples(10, 20 * 512 + 3));
     assert_eq!(plan.total_steps, Some(30));
-    plan.go_on_from(&c, 20, 0, 30 << 20); // no place in the data
+    plan.go_on_from(&c, 25, 35 << 20, 5 * 512); // data that began anew after 20 steps
     assert_eq!(plan.total_steps, Some(30));
-    plan.go_on_from(&c, 90, 100 * 512, 0); // more than the run has
+    plan.go_on_from(&c, 10, 0, 0); // nothing is known
+    assert_eq!(plan.total_steps, Some(40));
+    plan.go_on_from(&c, 90, 0, 100 * 512); // more than the run has
     assert_eq!(plan.total_steps, Some(90));
 }
 

@@ -3,7 +3,7 @@
 use crate::checkpoint::adapter;
 use crate::config::{
     ActivationCheckpointing, AttentionBackend, DataConfig, DpoConfig, FinetuneConfig, LoraConfig,
-    LossOn, Precision, RunConfig, Strategy,
+    LossOn, Method, Precision, RunConfig, Strategy,
 };
 use crate::model::{GPT, ModelConfig};
 
@@ -40,7 +40,7 @@ pub(super) fn check(
     let LoraConfig { dropout, .. } = finetune.lora; // `dpo` has another default of it
     let plain = LoraConfig { dropout, ..LoraConfig::default() };
     let ignored = [
-        ("lora", config.lora().is_none() && finetune.lora != plain),
+        ("lora", finetune.method == Method::Full && finetune.lora != plain),
         ("dpo", config.dpo().is_none() && finetune.dpo != DpoConfig::default()),
         ("data.loss_on", config.dpo().is_some() && data.loss_on != LossOn::Assistant),
     ];

@@ -7,6 +7,7 @@ use crate::data::Batch;
 use crate::data::permutation::Permutation;
 use crate::error::WithHint;
 use crate::ops::Documents;
+use crate::tokenizer::chat_template::TemplateError;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 use anyhow::{Context, Result, anyhow};
 use rayon::prelude::*;
@@ -96,8 +97,15 @@ pub fn open_pairs(
         cut.alike = alike.len() as u64;
         let kept: Vec<Encoded> = whole.into_iter().flatten().flatten().cloned().collect();
         if kept.is_empty() {
-            return Err(anyhow!("no answers of a pair have a target within {t} tokens"))
-                .usage("raise `train.max_seq_length`");
+            return match cut.alike {
+                0 => Err(anyhow!("no answers of a pair have a target within {t} tokens"))
+                    .usage("raise `train.max_seq_length`"),
+                n => Err(anyhow!(
+                    "no pair is left: {} have the same answer twice within {t} tokens",
+                    with_commas(n)
+                ))
+                .usage("look at the rows with `finetune CONFIG --samples 5`, or raise `train.max_seq_length`"),
+            };
         }
         Ok((ChatSet::of_pairs(kept, t, micro), cut.told(t)))
     })
@@ -174,10 +182,10 @@ struct Cut {
 }
 
 impl Cut {
-    /// Conversations as tokens; `None` for those that the template refuses.
+    /// Conversations as tokens; `None` for those that the template refuses by an exception of its own.
     ///
     /// # Errors
-    /// It refuses all.
+    /// It refuses all; as [`encode`] otherwise.
     fn encode(
         &mut self,
         conversations: &[&Conversation],
@@ -188,11 +196,14 @@ impl Cut {
         let origin = template.origin();
         let one = |of: &&Conversation| encode(of, template, tokenizer, loss_on);
         let all: Vec<Result<Encoded>> = conversations.par_iter().map(one).collect();
+        let refuses = |e: &anyhow::Error| {
+            matches!(e.downcast_ref::<TemplateError>(), Some(TemplateError::Refused(_)))
+        };
         let none = all.iter().all(Result::is_err);
         let mut encoded = Vec::with_capacity(all.len());
         for (conversation, row) in conversations.iter().zip(all) {
             match row {
-                Err(e) if none => {
+                Err(e) if none || !refuses(&e) => {
                     return Err(e).with_context(|| format!("with the chat template {origin}"));
                 }
                 Err(e) => {

@@ -23,6 +23,8 @@ fn rows_that_the_template_refuses_are_left_out_and_told() {
     assert!(told.contains("begins `Call it.`") && told.contains("not tool"), "{told}");
 
     fs::write(&rows, format!("{tool}\n")).unwrap();
+    let output = folder.finetune(&yaml, &["--samples", "1"]);
+    assert!(text(&output).contains("left out: "), "{}", text(&output));
     let output = folder.finetune(&yaml, &["--set", "out_dir=none"]);
     assert!(!output.status.success());
     assert!(
@@ -51,7 +53,10 @@ fn a_run_of_one_step_learns_in_it_and_equal_answers_are_no_preference() {
     let told = text(&output);
     assert!(output.status.success(), "{told}");
     assert!(told.contains("3 pair(s) whose answers are the same within 96 tokens"), "{told}");
-    assert!(told.contains("4 pairs/step = 1 rank x 2 micro x 2 accumulation = 768 tokens"), "{told}");
+    assert!(
+        told.contains("4 pairs/step = 1 rank x 2 micro x 2 accumulation = 768 tokens"),
+        "{told}"
+    );
     let line = fs::read_to_string(folder.path("out/metrics.jsonl")).unwrap();
     let step: serde_json::Value = line
         .lines()
@@ -137,8 +142,19 @@ fn adapters_go_on_beside_the_weights_that_they_began_beside() {
         fs::copy(file.path(), Path::new(&other).join(file.file_name())).unwrap();
     }
     let set = format!("initial_checkpoint_dir={other}");
-    let output =
-        folder.finetune(&yaml, &["--resume", "auto", "--set", "train.max_steps=9", "--set", &set]);
+    let beside_other = ["--resume", "auto", "--set", "train.max_steps=9", "--set", &set];
+    let output = folder.finetune(&yaml, &beside_other);
     assert!(!output.status.success());
     assert!(text(&output).contains("were trained beside"), "{}", text(&output));
+
+    // A run's folder, as older versions wrote it down, and weights that have moved.
+    let path = folder.path("out/final/adapter_config.json");
+    fs::write(&path, adapter.replace("/base/final\"", "/base\"")).unwrap();
+    let output = folder.finetune(&yaml, &["--resume", "auto", "--set", "train.max_steps=9"]);
+    assert!(output.status.success(), "{}", text(&output));
+    fs::rename(folder.path("base"), folder.path("was-base")).unwrap();
+    let beside_other = ["--resume", "auto", "--set", "train.max_steps=10", "--set", &set];
+    let output = folder.finetune(&yaml, &beside_other);
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(text(&output).contains("which is not there"), "{}", text(&output));
 }
