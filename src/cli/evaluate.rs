@@ -156,21 +156,12 @@ fn config(args: &Args, network: &Network) -> Value {
 fn form(asked: Form, network: &Network) -> (Option<String>, Option<String>) {
     let is_packed = |model: &GPT| model.h.iter().any(|block| block.attn.proj.packed.is_some());
     match (asked, network) {
-        (Form::Quantised(scheme), _) => (None, Some(scheme_name(scheme))),
+        (Form::Quantised(scheme), _) => (None, Some(scheme.to_string())),
         (_, Network::Dense(model)) if !is_packed(model) => {
             let all = InferencePrecision::value_variants().iter();
             (all.filter(|one| one.kind() == model.kind()).find_map(name), None)
         }
-        _ => (None, Some(scheme_name(Scheme::Stored))),
-    }
-}
-
-/// As [`parse_scheme`](crate::quant::parse_scheme) takes it.
-fn scheme_name(scheme: Scheme) -> String {
-    match scheme {
-        Scheme::Stored => "stored".into(),
-        Scheme::Int4 { group } => format!("int4:{group}"),
-        Scheme::Int8 { group } => format!("int8:{group}"),
+        _ => (None, Some(Scheme::Stored.to_string())),
     }
 }
 
@@ -214,7 +205,7 @@ mod tests {
         let groups = [32, 64, 128];
         let all = groups.map(|group| [Scheme::Int4 { group }, Scheme::Int8 { group }]).concat();
         for scheme in all.into_iter().chain([Scheme::Stored]) {
-            assert_eq!(parse_scheme(&scheme_name(scheme)), Ok(scheme));
+            assert_eq!(parse_scheme(&scheme.to_string()), Ok(scheme));
         }
     }
 }

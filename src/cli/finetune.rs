@@ -50,20 +50,24 @@ fn print_samples(config: &RunConfig, n: usize) -> Result<u8> {
         Ok(json!({ "ids": ids, "labels": labels }))
     };
     // What a run leaves out is told, and the others are shown.
-    let print = |of: Result<Value>| match of {
-        Ok(row) => println!("{row}"),
-        Err(e) => eprintln!("left out: {e:#}"),
+    let print = |of: Result<Value>| -> Result<()> {
+        match of {
+            Ok(row) => println!("{row}"),
+            Err(e) if chat::is_refused(&e) => eprintln!("left out: {e:#}"),
+            Err(e) => return Err(e),
+        }
+        Ok(())
     };
     if config.dpo().is_some() {
         for Pair { chosen, rejected } in chat::read_pairs(&data.train)?.items.iter().take(n) {
             let answer = |of| sample(of, LossOn::Assistant);
             let both = || Ok(json!({ "chosen": answer(chosen)?, "rejected": answer(rejected)? }));
-            print(both());
+            print(both())?;
         }
         return Ok(exit::OK);
     }
     for conversation in chat::read(&data.train, data.format)?.items.iter().take(n) {
-        print(sample(conversation, data.loss_on));
+        print(sample(conversation, data.loss_on))?;
     }
     Ok(exit::OK)
 }

@@ -51,7 +51,7 @@ pub struct RunConfig {
     /// `heuristic` takes cuBLASLt's first choice, `aten` libtorch's. `deterministic` takes libtorch's.
     pub matmul: MatmulBackend,
     /// `auto`: a micro-batch's forward and backward pass is captured as a CUDA graph and launched by one call;
-    /// `never`: each kernel is launched by itself.
+    /// `never`: each kernel is launched by itself, as ever on several ranks and in finetuning.
     pub cuda_graph: CudaGraph,
     /// Most GiB of a card that tensors may take; CUDA itself needs about 0.7 more. `null`: all there is. For a card
     /// shared with others, or to try what a smaller one would do.
@@ -136,7 +136,7 @@ pub enum MatmulBackend {
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, JsonSchema, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum CudaGraph {
-    /// On a GPU with fused kernels.
+    /// On a GPU with fused kernels, where one process pretrains.
     Auto,
     /// Not at all.
     Never,

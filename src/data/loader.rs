@@ -78,6 +78,16 @@ enum Sets {
     Chat(ChatSet),
 }
 
+impl Sets {
+    /// Of a sample.
+    fn rows(&self) -> u64 {
+        match self {
+            Self::Packed(_) => 1,
+            Self::Chat(set) => set.rows() as u64,
+        }
+    }
+}
+
 /// An endless reader of training batches.
 pub struct DataLoader {
     shared: Arc<Shared>,
@@ -151,21 +161,14 @@ impl DataLoader {
 
     /// Where some source would begin epoch `epochs + 1`, in rows; `None`: not within `at_most` rows over all ranks.
     pub fn end(&self, epochs: u64, at_most: u64) -> Option<End> {
-        let rows = match &self.shared.sets {
-            Sets::Packed(_) => 1,
-            Sets::Chat(set) => set.rows() as u64,
-        };
+        let rows = self.shared.sets.rows();
         let end = self.shared.order.end(epochs, at_most.div_ceil(rows))?;
         Some(End { samples: end.samples * rows, ..end })
     }
 
     /// Rows that all ranks have read up to the cursor.
     pub fn consumed(&self) -> u64 {
-        let rows = match &self.shared.sets {
-            Sets::Packed(_) => 1,
-            Sets::Chat(set) => set.rows() as u64,
-        };
-        self.state.sample * rows
+        self.state.sample * self.shared.sets.rows()
     }
 
     /// A source by name: the last part of its path.

@@ -9,6 +9,7 @@ use crate::model::rope::Rope;
 use crate::model::{GPT, ModelConfig};
 use anyhow::{Context, Result, anyhow};
 use std::collections::HashMap;
+use std::fmt;
 use tch::{Device, Kind, Tensor};
 
 /// How matrices are stored.
@@ -26,6 +27,17 @@ pub enum Scheme {
         /// Values that share a scale.
         group: usize,
     },
+}
+
+/// As [`super::parse_scheme`] takes it.
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stored => f.write_str("stored"),
+            Self::Int4 { group } => write!(f, "int4:{group}"),
+            Self::Int8 { group } => write!(f, "int8:{group}"),
+        }
+    }
 }
 
 /// Values that share a scale where nothing else is said.
@@ -76,13 +88,13 @@ fn check_groups(config: &ModelConfig, scheme: Scheme) -> Result<()> {
         sized.find(|(_, row, group)| row % group != 0)
     };
     let Some((name, row, group)) = odd(scheme) else { return Ok(()) };
-    let (kind, schemes) = match scheme {
-        Scheme::Int4 { .. } => ("int4", GROUPS.map(|group| Scheme::Int4 { group })),
-        _ => ("int8", GROUPS.map(|group| Scheme::Int8 { group })),
-    };
+    let schemes = GROUPS.map(|group| match scheme {
+        Scheme::Int4 { .. } => Scheme::Int4 { group },
+        _ => Scheme::Int8 { group },
+    });
     // Groups of 32 always do: see [`obstacle`].
-    let fit = GROUPS.iter().zip(schemes).filter(|(_, scheme)| odd(*scheme).is_none());
-    let fit: Vec<String> = fit.map(|(group, _)| format!("`{kind}:{group}`")).collect();
+    let fit = schemes.iter().filter(|scheme| odd(**scheme).is_none());
+    let fit: Vec<String> = fit.map(|scheme| format!("`{scheme}`")).collect();
     Err(anyhow!("`{name}`: rows of {row} values, expected a multiple of {group}, the group"))
         .usage(format!("take `--quantize` with groups that divide all rows: {}", fit.join(", ")))
 }

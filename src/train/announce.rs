@@ -38,6 +38,8 @@ impl Run<'_> {
         let captures = self.device.is_cuda() && self.config.cuda_graph == CudaGraph::Auto;
         if captures && self.job.is_some() {
             eprintln!("graph       none: what travels between ranks is no part of one");
+        } else if captures && self.config.finetune.is_some() {
+            eprintln!("graph       none: the loss of conversations has another scale in each step");
         }
         if self.model.recomputed_blocks > 0 {
             let (again, all) = (self.model.recomputed_blocks, self.model.h.len());

@@ -2,6 +2,7 @@
 
 use super::Conversation;
 use crate::config::LossOn;
+use crate::tokenizer::chat_template::TemplateError;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 use anyhow::{Result, anyhow};
 use std::ops::Range;
@@ -53,6 +54,11 @@ pub fn encode(
         trained.push(trained.last().copied().unwrap_or(false));
     }
     Ok(Encoded { ids, trained })
+}
+
+/// Whether [`encode`] failed because the template refuses such messages by an exception of its own.
+pub fn is_refused(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref::<TemplateError>(), Some(TemplateError::Refused(_)))
 }
 
 /// Whether a conversation ends with a token that a model can stop at: eos, or one of the template's own. White space may

@@ -7,7 +7,7 @@ mod rows;
 mod set;
 mod special;
 
-pub use encode::{Encoded, encode};
+pub use encode::{Encoded, encode, is_refused};
 pub use pairs::{Pair, read_pairs};
 pub use rows::{Conversation, Found, read};
 pub use set::{ChatSet, ChatSets, open, open_pairs};

@@ -1,13 +1,12 @@
 //! Finetuning data: conversations as rows of tokens, in memory.
 
 use super::layout::{self, Row};
-use super::{Conversation, Encoded, Found, encode, read, read_pairs};
+use super::{Conversation, Encoded, Found, encode, is_refused, read, read_pairs};
 use crate::config::{ChatDataConfig, LossOn, with_commas};
 use crate::data::Batch;
 use crate::data::permutation::Permutation;
 use crate::error::WithHint;
 use crate::ops::Documents;
-use crate::tokenizer::chat_template::TemplateError;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 use anyhow::{Context, Result, anyhow};
 use rayon::prelude::*;
@@ -196,14 +195,11 @@ impl Cut {
         let origin = template.origin();
         let one = |of: &&Conversation| encode(of, template, tokenizer, loss_on);
         let all: Vec<Result<Encoded>> = conversations.par_iter().map(one).collect();
-        let refuses = |e: &anyhow::Error| {
-            matches!(e.downcast_ref::<TemplateError>(), Some(TemplateError::Refused(_)))
-        };
         let none = all.iter().all(Result::is_err);
         let mut encoded = Vec::with_capacity(all.len());
         for (conversation, row) in conversations.iter().zip(all) {
             match row {
-                Err(e) if none || !refuses(&e) => {
+                Err(e) if none || !is_refused(&e) => {
                     return Err(e).with_context(|| format!("with the chat template {origin}"));
                 }
                 Err(e) => {
